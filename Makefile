@@ -1,0 +1,26 @@
+# make test, make bench: prepare .venv on first use and run. make gpu: on a machine with a CUDA GPU, as it is.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: test lint bench clean
+
+$(READY): pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet torch==2.13.0
+	$(PYTHON) -m pip install --quiet numpy triton==3.6.0 pytest pytest-benchmark matplotlib tqdm ruff
+	touch $(READY)
+
+test: $(READY) lint
+	$(PYTHON) -m pytest tests
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+bench: $(READY)
+	$(PYTHON) -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

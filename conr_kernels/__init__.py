@@ -1,0 +1,7 @@
+"""ConR, the contrastive regularizer for deep imbalanced regression, exact and fast on large batches."""
+
+from ._version import __version__
+from .api import ConRLoss, conr_loss
+from .variants import Variant
+
+__all__ = ["ConRLoss", "Variant", "__version__", "conr_loss"]

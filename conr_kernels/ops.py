@@ -1,0 +1,151 @@
+"""The two registered operators and the ``autograd.Function`` around them.
+
+``conr_kernels::forward`` and ``conr_kernels::backward`` are opaque to compilers: each dispatches once to a
+backend module. Every backend module provides
+
+- ``unavailable(device, dtype) -> str | None``: why it cannot run there and what to do;
+- ``layout_size(n_anchors, n_keys, settings) -> int``: length of the int32 layout it keeps for backward;
+- ``forward(x, y, p, w, keys, self_offset, settings) -> (loss [N], stats [N, 3 or 5], layout)``;
+- ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``.
+
+Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y, key_p)`` are
+all rows that can be positives or negatives, anchor i being key ``self_offset + i``, or None where the
+anchors are the keys. ``stats`` is rows.py's; ``coef`` is stats times the upstream gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows import scale_statistics
+from .variants import Settings, Variant
+
+BACKENDS = ("triton", "cuda", "torch")
+NO_SECOND_DERIVATIVE = (
+    "conr_loss has no second derivative and no vmap rule in its fused backends; "
+    'use backend="reference", which supports both'
+)
+
+_SETTINGS = "int self_offset, float window, float temperature, float push_scale, str variant, str distance, str backend"
+_ROWS = "Tensor x, Tensor y, Tensor p"
+_KEYS = "Tensor? key_x, Tensor? key_y, Tensor? key_p"
+_library = torch.library.Library("conr_kernels", "DEF")
+_library.define(
+    f"forward({_ROWS}, Tensor? w, {_KEYS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_library.define(
+    f"backward(Tensor coef_i, Tensor? coef_j, Tensor layout, {_ROWS}, {_KEYS}, {_SETTINGS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+@functools.cache
+def backend_module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}_backend", __package__)
+
+
+@functools.cache
+def _settings(*scalars: Any) -> Settings:
+    window, temperature, push_scale, variant, distance = scalars
+    return Settings(window, temperature, push_scale, Variant.from_code(variant), distance)
+
+
+def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None):
+    return None if key_x is None else (key_x, key_y, key_p)
+
+
+def _without_autocast(function, device: torch.device, *args):
+    if not torch.is_autocast_enabled(device.type):
+        return function(*args)
+    with torch.autocast(device.type, enabled=False):
+        return function(*args)
+
+
+def _forward(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
+    *scalars, backend = scalars
+    function = backend_module(backend).forward
+    keys = _keys(key_x, key_y, key_p)
+    return _without_autocast(function, x.device, x, y, p, w, keys, self_offset, _settings(*scalars))
+
+
+def _backward(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, self_offset, *scalars):
+    *scalars, backend = scalars
+    function = backend_module(backend).backward
+    rows = (coef_i, coef_j, layout, x, y, p, _keys(key_x, key_y, key_p), self_offset)
+    return _without_autocast(function, x.device, *rows, _settings(*scalars))
+
+
+def _forward_fake(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
+    *scalars, backend = scalars
+    settings = _settings(*scalars)
+    N, K = x.shape[0], (x if key_x is None else key_x).shape[0]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    size = backend_module(backend).layout_size(N, K, settings)
+    return (
+        x.new_empty((N,), dtype=dtype),
+        x.new_empty((N, 3 if settings.exponent_is_small else 5), dtype=dtype),
+        x.new_empty((size,), dtype=torch.int32),
+    )
+
+
+def _backward_fake(coef_i, coef_j, layout, x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("conr_kernels::forward", _forward_fake, lib=_library)
+torch.library.register_fake("conr_kernels::backward", _backward_fake, lib=_library)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+torch.library.register_autograd("conr_kernels::backward", _no_second_derivative, lib=_library)
+
+
+class RowLosses(torch.autograd.Function):
+    """``ℓ_i`` [N] of the anchors, differentiable once in their features."""
+
+    @staticmethod
+    def forward(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
+        return torch.ops.conr_kernels.forward(
+            x, y, p, w, key_x, key_y, key_p, self_offset, *scalars
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
+        _, stats, layout = output
+        ctx.mark_non_differentiable(stats, layout)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        no_grads = (None,) * (7 + len(ctx.scalars) - 1)
+        if g is None:
+            return None, *no_grads
+        stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
+        coef_i = scale_statistics(stats, g)
+        coef_j = None
+        if key_x is not None:  # keys that are no anchors have no row loss
+            offset = ctx.scalars[0]
+            coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
+            coef_j[offset : offset + x.shape[0]] = coef_i
+        gradient = torch.ops.conr_kernels.backward(
+            coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
+        )
+        return gradient, *no_grads
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError(NO_SECOND_DERIVATIVE)

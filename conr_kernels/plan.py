@@ -1,0 +1,44 @@
+"""Which backend serves a call, and why: pure functions of the call's form, no tensor is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .ops import BACKENDS, backend_module
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The backend of a call and the reason for the choice."""
+
+    backend: str
+    why: str
+
+
+def backend_status(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, str | None]:
+    """For each fused backend None where it runs on the device, else the reason and the remedy."""
+    return {name: backend_module(name).unavailable(device, dtype) for name in BACKENDS}
+
+
+def make_plan(backend: str, device: torch.device, dtype: torch.dtype) -> Plan:
+    """The plan for ``backend``, ``"auto"`` included.
+
+    Raises:
+        RuntimeError: an explicit backend cannot run there; the message says why and what to do.
+    """
+    if backend == "reference":
+        return Plan(backend, "asked for")
+    if backend == "auto":
+        if device.type == "cpu":
+            return Plan("torch", "the backend for CPU tensors")
+        for name in BACKENDS:
+            if backend_module(name).unavailable(device, dtype) is None:
+                return Plan(name, f"the first of {', '.join(BACKENDS)} that runs on {device}")
+    reason = backend_module(backend).unavailable(device, dtype)
+    if reason is not None:
+        raise RuntimeError(f'backend="{backend}" cannot run here: {reason}')
+    return Plan(backend, "asked for")

@@ -1,0 +1,110 @@
+"""Orders and exact bands: pure tensors in, tensors out.
+
+Rows sorted by a label have all rows within the window in one contiguous band. The bands are found by
+binary search on the very predicate ``|y_i − y_j| ≤ h`` that the reference evaluates; because a
+floating-point subtraction is monotone in each operand, the predicate is monotone along the order
+and the search is exact, ties and rounding included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Anchors and keys in one order, and every anchor's band of keys.
+
+    Attributes:
+        serves: ``"positives"``, ``"negatives"`` or ``"both"``.
+        anchor_order, key_order: int64 [N], [K], or None for the given order; the same tensor where
+            the anchors are the keys.
+        lo, hi: int64 [N], non-decreasing: keys ``lo_i … hi_i − 1`` of the sorted keys are the band of
+            sorted anchor i. Exact for one component; a superset for several.
+        self_key: int64 [N]: where each sorted anchor stands among the sorted keys.
+        is_exact: every pair inside the band satisfies the predicate.
+        is_symmetric: anchors are the keys, so that ``s_ij = s_ji`` may be used.
+        n_keys: K.
+    """
+
+    serves: str
+    anchor_order: Tensor | None
+    key_order: Tensor | None
+    lo: Tensor
+    hi: Tensor
+    self_key: Tensor
+    is_exact: bool
+    is_symmetric: bool
+    n_keys: int
+
+
+def dense_sweep(n_anchors: int, n_keys: int | None, self_offset: int, device) -> Sweep:
+    """All pairs in the given order; ``n_keys=None``: the anchors are the keys."""
+    is_symmetric = n_keys is None
+    n_keys = n_anchors if n_keys is None else n_keys
+    self_key = torch.arange(n_anchors, device=device) + self_offset
+    lo = torch.zeros_like(self_key)
+    hi = torch.full_like(lo, n_keys)
+    return Sweep("both", None, None, lo, hi, self_key, False, is_symmetric, n_keys)
+
+
+def banded_sweep(
+    serves: str,
+    y_i: Tensor,
+    y_j: Tensor | None,
+    self_offset: int,
+    window: float,
+    distance: str,
+) -> Sweep:
+    """The sweep over labels (or predictions) [N, L] of anchors against keys [K, L].
+
+    ``y_j=None``: the anchors are the keys.
+    """
+    is_symmetric = y_j is None
+    y_j = y_i if y_j is None else y_j
+    n_components = y_i.shape[1]
+    component, reach = 0, float(window)
+    if n_components > 1:
+        # |Δ_c| ≤ L·d (mae), √L·d (rmse) for every component c; the margin covers d's rounding.
+        component = int((y_j.amax(0) - y_j.amin(0)).nan_to_num(0.0).argmax()) if len(y_j) else 0
+        reach *= n_components if distance == "mae" else n_components**0.5
+        reach += abs(reach) * 1e-5
+    sorted_j, key_order = y_j[:, component].sort(stable=True)
+    if is_symmetric:
+        anchor_order, sorted_i = key_order, sorted_j
+        self_key = torch.arange(len(y_i), device=y_i.device)
+    else:
+        sorted_i, anchor_order = y_i[:, component].sort(stable=True)
+        position = torch.empty_like(key_order)
+        position[key_order] = torch.arange(len(y_j), device=y_j.device)
+        self_key = position[anchor_order + self_offset]
+    lo, hi = bands(sorted_i, sorted_j, reach)
+    return Sweep(
+        serves, anchor_order, key_order, lo, hi, self_key, n_components == 1, is_symmetric, len(y_j)
+    )
+
+
+def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """First key within reach and first key beyond it, for every sorted anchor: int64 [N], [N].
+
+    ``lo_i = min { j : y_i − y_j ≤ reach }``, ``hi_i = min { j : not y_j − y_i ≤ reach }``.
+    """
+    n_keys = len(sorted_j)
+    lo = _first(n_keys, sorted_i, lambda mid: sorted_i - sorted_j[mid] <= reach)
+    hi = _first(n_keys, sorted_i, lambda mid: ~(sorted_j[mid] - sorted_i <= reach))
+    return lo, torch.maximum(lo, hi)
+
+
+def _first(n_keys: int, like: Tensor, holds) -> Tensor:
+    """Smallest j in [0, n_keys] at which a predicate monotone in j holds, for every row at once."""
+    low = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+    high = torch.full_like(low, n_keys)
+    for _ in range(n_keys.bit_length()):
+        mid = (low + high) // 2
+        found = holds(mid.clamp(max=max(n_keys - 1, 0))) | (mid >= n_keys)
+        high = torch.where(found, mid, high)
+        low = torch.where(found, low, mid + 1).minimum(high)
+    return high

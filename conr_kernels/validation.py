@@ -1,0 +1,140 @@
+"""Every check on user input. Runs before any computation and reads no tensor's values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_choice(name: str, value: object, legal: Iterable[str]) -> None:
+    legal = list(legal)
+    if not isinstance(value, str) or value not in legal:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
+
+
+def check_variant_combination(log: str, count_self: bool) -> None:
+    if count_self and log == "outside":
+        raise ValueError("count_self=True needs log='inside', got log='outside'")
+
+
+def check_scalars(window: float, temperature: float, push_scale: float) -> None:
+    for name, value in (
+        ("window", window),
+        ("temperature", temperature),
+        ("push_scale", push_scale),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if math.isnan(window) or window < 0:
+        raise ValueError(f"window must be ≥ 0, got {window}")
+    if not math.isfinite(temperature) or temperature <= 0:
+        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    if not math.isfinite(push_scale):
+        raise ValueError(f"push_scale must be finite, got {push_scale}")
+
+
+def check_features(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor of floating dtype, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name} must be a dense (strided) Tensor, got a {kind} one")
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}"
+        )
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (N, D) with D ≥ 1, got {tuple(x.shape)}")
+
+
+def check_labels(name: str, y: Any, n_rows: int, rows_of: str) -> None:
+    """Labels or predictions: a real Tensor [N], [N, 1] or [N, L]."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{name} must be a Tensor of real dtype, got {type(y).__name__}")
+    if y.dtype == torch.bool or y.dtype.is_complex:
+        raise TypeError(f"{name} must have a floating or integer dtype, got {y.dtype}")
+    if y.is_nested or y.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) Tensor, got {y.layout}")
+    if y.dim() not in (1, 2) or y.shape[0] != n_rows or (y.dim() == 2 and y.shape[1] == 0):
+        raise ValueError(
+            f"{name} must have shape (N,), (N, 1) or (N, L) with N = {n_rows} as in {rows_of}, "
+            f"got {tuple(y.shape)}"
+        )
+
+
+def n_components(y: Tensor) -> int:
+    return 1 if y.dim() == 1 else y.shape[1]
+
+
+def check_same_components(name_y: str, y: Tensor, name_p: str, p: Tensor) -> None:
+    if n_components(y) != n_components(p):
+        raise ValueError(
+            f"{name_y} and {name_p} must have the same number of components, "
+            f"got shapes {tuple(y.shape)} and {tuple(p.shape)}"
+        )
+
+
+def check_weights(w: Any, x: Tensor) -> None:
+    if w is None or (isinstance(w, (int, float)) and not isinstance(w, bool)):
+        return
+    if not isinstance(w, Tensor):
+        raise TypeError(f"weights must be a Tensor, a number or None, got {type(w).__name__}")
+    if w.dtype == torch.bool or w.dtype.is_complex:
+        raise TypeError(f"weights must have a floating or integer dtype, got {w.dtype}")
+    if w.dim() != 0 and w.shape not in ((x.shape[0],), (x.shape[0], 1)):
+        raise ValueError(
+            f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in features "
+            f"{tuple(x.shape)}, got {tuple(w.shape)}"
+        )
+
+
+def check_devices(tensors: dict[str, Any]) -> None:
+    devices = {name: t.device for name, t in tensors.items() if isinstance(t, Tensor)}
+    # A 0-d weight on the CPU is a scalar, as everywhere in PyTorch.
+    weight = tensors.get("weights")
+    if isinstance(weight, Tensor) and weight.dim() == 0:
+        del devices["weights"]
+    if len(set(devices.values())) > 1:
+        listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device, got {listing}")
+
+
+def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
+    if not isinstance(keys, (tuple, list)) or len(keys) != 3:
+        got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
+        raise TypeError(f"keys must be a tuple (features, targets, predictions), got {got}")
+    key_x, key_y, key_p = keys
+    check_features("keys[0] (features)", key_x)
+    if key_x.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"keys[0] (features) must have D = {x.shape[1]} as features {tuple(x.shape)}, "
+            f"got {tuple(key_x.shape)}"
+        )
+    if key_x.dtype != x.dtype:
+        raise TypeError(
+            f"keys[0] (features) must have features' dtype {x.dtype}, got {key_x.dtype}"
+        )
+    check_labels("keys[1] (targets)", key_y, key_x.shape[0], "keys[0]")
+    check_labels("keys[2] (predictions)", key_p, key_x.shape[0], "keys[0]")
+    check_same_components("targets", y, "keys[1] (targets)", key_y)
+    check_same_components("targets", y, "keys[2] (predictions)", key_p)
+
+
+def check_tensors(features: Any, targets: Any, predictions: Any, weights: Any, keys: Any) -> None:
+    check_features("features", features)
+    n_rows = features.shape[0]
+    check_labels("targets", targets, n_rows, f"features {tuple(features.shape)}")
+    check_labels("predictions", predictions, n_rows, f"features {tuple(features.shape)}")
+    check_same_components("targets", targets, "predictions", predictions)
+    check_weights(weights, features)
+    named = dict(features=features, targets=targets, predictions=predictions, weights=weights)
+    if keys is not None:
+        check_keys(keys, features, targets)
+        named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
+    check_devices(named)

@@ -1,0 +1,110 @@
+"""What is computed: the variants of the ConR loss, their presets, and the settings of one call."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import astuple, dataclass
+
+from .validation import check_choice, check_variant_combination
+
+LOGS = ("outside", "inside")
+PUSHINGS = ("linear", "exponential", "weight", "distance", "none")
+NEGATIVES = ("confused", "all")
+DISTANCES = ("mae", "rmse")
+
+
+@dataclass(frozen=True)
+class Variant:
+    r"""One member of the ConR family of losses.
+
+    With positives ``P_i`` (label distance ≤ window, self excluded, ``n_i`` of them), negatives
+    ``M_i``, similarities ``s_ij`` and ``Z_i = Σ_P exp(s_ij) + Σ_M S_ij exp(s_ij)``:
+
+    Args:
+        log: ``"outside"``: ``ℓ_i = −log( (1/n_i) Σ_P exp(s_ij) / Z_i )`` (Eq. 1 of the paper);
+            ``"inside"``: ``ℓ_i = (n_i log Z_i − Σ_P s_ij) / n_i``.
+        pushing: the pushing weight ``S_ij``: ``"linear"`` ``e·w_i·d_ij``, ``"exponential"``
+            ``w_i·exp(e·d_ij)``, ``"weight"`` ``e·w_i``, ``"distance"`` ``e·d_ij``, ``"none"`` 1.
+        negatives: ``"confused"``: different labels and similar predictions; ``"all"``:
+            every row with a different label.
+        unit_terms: add ``N − n_i`` to ``Z_i`` (one ``exp(0)`` for each non-positive, self included).
+        count_self: divide by ``n_i + 1`` instead of ``n_i`` (only with ``log="inside"``).
+        weighted_rows: multiply ``ℓ_i`` by ``w_i``.
+
+    Raises:
+        ValueError: a field has an unknown value, or ``count_self`` with ``log="outside"``.
+    """
+
+    log: str = "outside"
+    pushing: str = "linear"
+    negatives: str = "confused"
+    unit_terms: bool = False
+    count_self: bool = False
+    weighted_rows: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("log", self.log, LOGS)
+        check_choice("pushing", self.pushing, PUSHINGS)
+        check_choice("negatives", self.negatives, NEGATIVES)
+        check_variant_combination(self.log, self.count_self)
+
+    @property
+    def code(self) -> str:
+        """The variant as one string, the form in which operator schemas carry it."""
+        *names, unit_terms, count_self, weighted_rows = astuple(self)
+        return ",".join([*names, f"{unit_terms:d}{count_self:d}{weighted_rows:d}"])
+
+    @staticmethod
+    @functools.cache
+    def from_code(code: str) -> Variant:
+        log, pushing, negatives, flags = code.split(",")
+        return Variant(log, pushing, negatives, *(flag == "1" for flag in flags))
+
+
+PRESETS = {
+    "paper": Variant(),
+    "released-age": Variant("inside", "exponential", unit_terms=True, weighted_rows=True),
+    "released-depth": Variant("inside", "linear", unit_terms=True, count_self=True),
+    "no-pushing": Variant(pushing="none"),
+    "no-weight": Variant(pushing="distance"),
+    "no-similarity": Variant(pushing="weight"),
+    "contrastive": Variant(pushing="none", negatives="all"),
+}
+
+
+def resolve_variant(variant: str | Variant) -> Variant:
+    """The Variant itself, or the preset of that name."""
+    if isinstance(variant, Variant):
+        return variant
+    check_choice("variant", variant, PRESETS)
+    return PRESETS[variant]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The scalars of one call: window ``h``, temperature ``τ``, push scale ``e``, and what to compute."""
+
+    window: float
+    temperature: float
+    push_scale: float
+    variant: Variant
+    distance: str = "mae"
+
+    #: Largest exponent that the unshifted sums may meet: ``exp(±64)`` leaves float32 room for
+    #: sums over 10⁹ rows and for a gradient scaler's 2¹⁶.
+    SAFE_EXPONENT = 64.0
+
+    @property
+    def exponent_is_small(self) -> bool:
+        """True where ``exp(s_ij)`` needs no shift: ``|s_ij| ≤ 1/τ`` and no exponential pushing."""
+        return 2 / self.temperature <= self.SAFE_EXPONENT and self.variant.pushing != "exponential"
+
+    @property
+    def uses_weights(self) -> bool:
+        variant = self.variant
+        return variant.weighted_rows or variant.pushing in ("linear", "exponential", "weight")
+
+    @property
+    def scales_by_distance(self) -> bool:
+        """True where ``φ(d_ij) = d_ij``."""
+        return self.variant.pushing in ("linear", "distance")

@@ -1,0 +1,5 @@
+"""Builds the package; everything that is static stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup(packages=["conr_kernels"])
