@@ -134,25 +134,33 @@ bool release(unsigned first, unsigned last, State state) {
   return true;
 }
 
-void run_block(const std::vector<unsigned>& order) {
-  while (true) {
-    for (const unsigned t : order) {
-      if (fibers[t].state != State::kReady) continue;
-      resume(t);
-      if (!fault.empty())
-        throw std::runtime_error(
-            fault + " (block " + std::to_string(block.x) + ", thread " + std::to_string(t) + ")");
+// Each warp runs as far as it can before the next one starts: the greatest skew that barriers allow.
+void run_block(const std::vector<unsigned>& warps, const std::vector<unsigned>& lanes) {
+  do {
+    for (const unsigned warp : warps) {
+      const unsigned first = warp * kWarpSize;
+      do {
+        for (const unsigned lane : lanes) {
+          const unsigned t = first + lane;
+          if (fibers[t].state == State::kReady) resume(t);
+          if (!fault.empty())
+            throw std::runtime_error(
+                fault + " (block " + std::to_string(block.x) + ", thread " + std::to_string(t) + ")");
+        }
+      } while (release(first, first + kWarpSize, State::kAtWarpBarrier));
     }
-    bool released = false;
-    for (unsigned first = 0; first < n_threads; first += kWarpSize)
-      released |= release(first, first + kWarpSize, State::kAtWarpBarrier);
-    if (!released) released = release(0, n_threads, State::kAtBlockBarrier);
-    if (released) continue;
-    for (unsigned t = 1; t < n_threads; ++t)
-      if (fibers[t].place != fibers[0].place)
-        throw std::runtime_error("a barrier is not reached by all threads: " + where(0) + ", " + where(t));
-    return;
-  }
+  } while (release(0, n_threads, State::kAtBlockBarrier));
+  for (unsigned t = 1; t < n_threads; ++t)
+    if (fibers[t].place != fibers[0].place)
+      throw std::runtime_error("a barrier is not reached by all threads: " + where(0) + ", " + where(t));
+}
+
+std::vector<unsigned> permutation(unsigned n) {
+  std::vector<unsigned> order(n);
+  std::iota(order.begin(), order.end(), 0u);
+  if (order_of_threads == 1) std::reverse(order.begin(), order.end());
+  if (order_of_threads > 1) std::shuffle(order.begin(), order.end(), std::mt19937(order_of_threads));
+  return order;
 }
 
 void start_block(unsigned index) {
@@ -175,10 +183,7 @@ void launch(unsigned n_blocks, unsigned threads, std::size_t shared_size, const 
   body = &kernel;
   n_threads = threads;
   fibers.resize(threads);
-  std::vector<unsigned> order(threads);
-  std::iota(order.begin(), order.end(), 0u);
-  if (order_of_threads == 1) std::reverse(order.begin(), order.end());
-  if (order_of_threads > 1) std::shuffle(order.begin(), order.end(), std::mt19937(order_of_threads));
+  const auto warps = permutation(threads / kWarpSize), lanes = permutation(kWarpSize);
 
   struct sigaction action {}, segv, bus;
   action.sa_sigaction = on_fault;
@@ -193,7 +198,7 @@ void launch(unsigned n_blocks, unsigned threads, std::size_t shared_size, const 
       Guarded memory(std::max<std::size_t>((shared_size + 15) / 16 * 16, 16));
       shared = &memory;
       start_block(index);
-      run_block(order);
+      run_block(warps, lanes);
       if (!memory.intact()) throw std::runtime_error("a write below shared memory");
     }
   } catch (const std::exception& e) {
