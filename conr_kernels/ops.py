@@ -4,7 +4,8 @@
 backend module. Every backend module provides
 
 - ``unavailable(device, dtype) -> str | None``: why it cannot run there and what to do;
-- ``layout_size(n_anchors, n_keys, settings) -> int``: length of the int32 layout it keeps for backward;
+- ``layout_size(n_anchors, n_keys, dtype, settings) -> int``: length of the int32 layout that it
+  keeps for backward; dtype is the accumulation dtype;
 - ``forward(x, y, p, w, keys, self_offset, settings) -> (loss [N], stats [N, 3 or 5], layout)``;
 - ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``.
 
@@ -87,7 +88,7 @@ def _forward_fake(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
     settings = _settings(*scalars)
     N, K = x.shape[0], (x if key_x is None else key_x).shape[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    size = backend_module(backend).layout_size(N, K, settings)
+    size = backend_module(backend).layout_size(N, K, dtype, settings)
     return (
         x.new_empty((N,), dtype=dtype),
         x.new_empty((N, 3 if settings.exponent_is_small else 5), dtype=dtype),

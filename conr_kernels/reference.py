@@ -27,7 +27,7 @@ def pair_distance(y_i: Tensor, y_j: Tensor, distance: str) -> Tensor:
     n_components = y_i.shape[1]
     total: Tensor | None = None
     for c in range(n_components):
-        difference = (y_i[:, c, None] - y_j[None, :, c]).abs()
+        difference = (y_i[:, c, None] - y_j[None, :, c]).abs_()
         if n_components == 1:
             return difference
         term = difference if distance == "mae" else difference * difference

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .variants import Settings
 
+#: Below any sum of unshifted exponentials, for rows that have none.
+TINY = 1e-30
+
 
 def scale_statistics(stats: Tensor, g: Tensor) -> Tensor:
     """The coefficients of the gradient: statistics times the upstream gradient ``g`` [N]."""
@@ -52,33 +55,36 @@ def finish_rows(
     m: Tensor,
     n_keys: int,
     w: Tensor | None,
+    poison: Tensor,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """Losses [N] and statistics [N, 3] from ``E_i = Σ_P exp s``, ``B_i = Σ_M φ exp s`` and counts.
 
-    Runs in the dtype of E, which should be float64 where the device has it: weights up to 1e30 meet
-    sums up to 1e30 here.
+    Runs in the dtype of its inputs, float64 where the device has it: weights up to 1e30 meet sums up
+    to 1e30 here. ``poison`` [N] is 0, or NaN where an input of the row is not finite.
     """
     variant = settings.variant
     r = pushing_rate(w, settings)
-    is_anchor = (n > 0) & (m > 0)
-    E = torch.where(is_anchor, E, 1.0)
-    n = torch.where(is_anchor, n, 1).to(E.dtype)
+    scale = (n * m).clamp_(max=1).add_(poison)  # A_i
+    if variant.weighted_rows and w is not None:
+        scale = scale * w
+    n = n.clamp(min=1)
+    E = E.clamp(min=TINY)
     other = B * r
     if variant.unit_terms:
-        other = other + (n_keys - n)
+        other += n_keys - n
     Z = E + other
     excess = torch.log1p(other / E)  # log Z − log E, without forming Z − E
     if variant.log == "outside":
-        loss = n.log() + excess
-        alpha, beta, gamma = -other / (Z * E), torch.zeros_like(E), r / Z
+        loss = n.log().add_(excess)
+        alpha, beta, gamma = other.neg().div_(Z * E), torch.zeros_like(E), r / Z
     else:
         c = n + variant.count_self
         loss = (n * (E.log() + excess) - s_sum) / c
         alpha, beta = n / (c * Z), 1 / c
         gamma = alpha * r
     stats = torch.stack([alpha, beta, gamma], dim=1)
-    return _mask_rows(loss, stats, is_anchor, w, variant.weighted_rows)
+    return loss.mul_(scale), stats.mul_(scale[:, None])
 
 
 def finish_log_rows(
@@ -89,6 +95,7 @@ def finish_log_rows(
     m: Tensor,
     n_keys: int,
     w: Tensor | None,
+    poison: Tensor,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """The same from ``log E_i`` and ``log B_i``: losses [N] and statistics [N, 5]."""
@@ -117,7 +124,9 @@ def finish_log_rows(
         sign_alpha, log_alpha = one, (n / c).log() - log_Z
         beta, log_gamma = 1 / c, log_alpha + log_r
     stats = torch.stack([sign_alpha, beta, sign_r * one, log_alpha, log_gamma], dim=1)
-    return _mask_rows(loss, stats, is_anchor, w, variant.weighted_rows)
+    stats = torch.where(is_anchor[:, None], stats, 0.0)
+    scale = poison + 1 if w is None or not variant.weighted_rows else w + poison
+    return torch.where(is_anchor, loss, 0.0) * scale, scale_statistics(stats, scale)
 
 
 def _signed_log_add(log_a: Tensor, log_b: Tensor, sign_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,14 +135,3 @@ def _signed_log_add(log_a: Tensor, log_b: Tensor, sign_b: Tensor) -> tuple[Tenso
     difference = top + torch.log1p(-gap.exp())
     sign = torch.where((sign_b < 0) & (log_b > log_a), -1.0, 1.0).to(log_a.dtype)
     return torch.where(sign_b < 0, difference, torch.logaddexp(log_a, log_b)), sign
-
-
-def _mask_rows(
-    loss: Tensor, stats: Tensor, is_anchor: Tensor, w: Tensor | None, weighted_rows: bool
-) -> tuple[Tensor, Tensor]:
-    loss = torch.where(is_anchor, loss, 0.0)
-    stats = torch.where(is_anchor[:, None], stats, 0.0)
-    if weighted_rows and w is not None:
-        loss = loss * w
-        stats = scale_statistics(stats, w)
-    return loss, stats
