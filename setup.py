@@ -1,7 +1,8 @@
 """Builds the package, with its CUDA extension where nvcc and a CUDA build of PyTorch are there.
 
-Environment: ``CONR_NO_EXT=1`` never builds the extension, ``FORCE_CUDA=1`` builds it against any PyTorch,
-``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX") says for which GPUs. Everything that is static stands in pyproject.toml.
+Environment: ``CONR_NO_EXT=1`` never builds the extension, ``FORCE_CUDA=1`` builds it against any
+PyTorch, ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX") says for which GPUs. Everything that is static
+stands in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def reason_against_extension() -> str | None:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """``TORCH_CUDA_ARCH_LIST`` or the default as "75", "90", "90+PTX", those that this nvcc knows."""
+    """``TORCH_CUDA_ARCH_LIST`` or the default as "75", "90+PTX": those that this nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     listing = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
     known = set(re.findall(r"sm_(\w+)", listing.stdout))
@@ -105,7 +106,7 @@ class BuildPython(build_py):
 
 
 class BuildExtension(build_ext):
-    """Compiles with nvcc alone: a shared library that no Python version and no PyTorch ≥ ABI is tied to."""
+    """Compiles with nvcc alone: a library for every Python version and every PyTorch ≥ ABI."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)

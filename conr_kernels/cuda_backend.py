@@ -1,6 +1,7 @@
-"""ConR on the kernels of ``csrc/``: two sweeps over exact bands, or one over all pairs, chosen on the device.
+"""ConR on the kernels of ``csrc/``: two sweeps over exact bands, or one over all pairs.
 
-The extension is built by ``setup.py`` where nvcc and a CUDA build of PyTorch are there; nothing is compiled here.
+``setup.py`` builds the extension where nvcc and a CUDA build of PyTorch are there; nothing is
+compiled here.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ Keys = tuple[Tensor, Tensor, Tensor]
 LIBRARY = "_conr_cuda.so"
 #: Up to this many pairs one sweep over all of them is faster than two sorts.
 DENSE_PAIRS = 1024 * 1024
-#: Where the bands hold more than this share of all pairs, one sweep over all of them serves both masks.
+#: Where the bands hold more than this share of all pairs, one sweep serves both masks.
 DENSE_SHARE = 0.7
-#: Columns of the kernels' copy of the features are a multiple of this: 16-byte loads in every dtype.
+#: Columns of the kernels' copy of the features are a multiple of this: loads of 16 bytes.
 COLUMNS = 8
 
 _FLAGS = dict(
@@ -67,7 +68,7 @@ def _operators() -> Any:
 
 
 def build_record() -> dict[str, Any]:
-    """What ``setup.py`` noted: ``built``, ``why``, and of a build its ``abi`` and ``architectures``."""
+    """What ``setup.py`` noted: ``built``, ``why``, and ``abi`` and ``architectures`` of a build."""
     path = Path(__file__).with_name("_conr_cuda.json")
     if not path.exists():
         return {"built": False, "why": "not installed by setup.py"}
@@ -102,8 +103,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     )
 
 
-def layout_size(n_anchors: int, n_keys: int, settings: Settings) -> int:
-    """Two masks of what each sweep serves, then per sweep: order of the keys, key ids of the anchors, bands."""
+def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
+    """What each sweep serves; then for each the keys' order, the anchors' key ids, the bands."""
     if settings.variant.negatives == "all" or n_anchors * n_keys <= DENSE_PAIRS:
         return 0
     return 2 + 2 * (n_keys + 3 * n_anchors)
@@ -191,7 +192,7 @@ def _computes_in_float32(x: Tensor) -> bool:
 
 
 def _prepare(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels' rows ``q`` [K, D rounded up], ``scale`` [K] with ``q·scale = x/‖x‖``, and ``‖x‖`` [K]."""
+    """The kernels' rows ``q`` [K, D rounded up]; ``scale`` and ``‖x‖`` [K]: ``q·scale = x/‖x‖``."""
     K, D = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     q_dtype = torch.float32 if _computes_in_float32(x) else x.dtype
@@ -211,7 +212,7 @@ def _layout(
     settings: Settings,
 ) -> Tensor:
     N, K = len(y_i), len(y_j)
-    layout = y_i.new_empty(layout_size(N, K, settings), dtype=torch.int32)
+    layout = y_i.new_empty(layout_size(N, K, y_i.dtype, settings), dtype=torch.int32)
     if len(layout) == 0:
         return layout
     n_pairs: Tensor | int = 0

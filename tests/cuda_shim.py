@@ -1,6 +1,6 @@
 """``csrc/`` compiled for the host: its kernels run on the fibers of tests/simt, for CPU tensors.
 
-Every tensor that an operator gets is moved between inaccessible pages, so that an access outside it faults.
+Every tensor that an operator gets is moved between inaccessible pages: an access outside it faults.
 """
 
 from __future__ import annotations

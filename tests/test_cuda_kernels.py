@@ -79,7 +79,7 @@ def rms(t: Tensor) -> float:
 def assert_as_good_as_eager(batch: Batch, message: str = "", **settings) -> None:
     """Errors at most 3 times those of eager float32 plus 1e-6 of the largest term.
 
-    A gradient's terms are of the size of 1/‖x_i‖ before its radial part, all of it for D = 1, is taken off.
+    A gradient's terms are of the size of 1/‖x_i‖: for D = 1 they cancel as its radial part.
     """
     expected = batch.run("reference", torch.float64, **settings)
     eager = batch.run("reference", torch.float32, **settings)
@@ -144,28 +144,18 @@ def test_tensor_cores(shim, path, dtype, of_gradient):
             assert rms(gradient - expected_gradient) <= of_gradient * rms(expected_gradient)
 
 
-def test_float16_gradients_of_any_magnitude(shim):
-    """Rows of H are scaled before they are rounded: no upstream gradient or weight under- or overflows."""
-    batch = make_batch(97, 40, dtype=torch.float16)
-    _, expected = batch.run("cuda", variant="paper")
-    batch.x = batch.x.double()
-    small = batch.run("reference", torch.float64, variant="paper")[1]
-    assert rms(small - expected) <= 6e-4 * rms(small)
-    batch.x, batch.upstream = batch.x.to(torch.float16), batch.upstream * 2.0**-10
-    rows = batch.run("cuda", variant="paper")[1]
-    assert torch.allclose(rows * 2.0**10, expected, rtol=2e-2, atol=2.0**-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_gradient_spans_the_exponents_of_its_dtype(shim, dtype):
-    """Coefficients of 1e-20 and 1e20 side by side give the gradient they give alone."""
-    batch = make_batch(97, 16, dtype=dtype)
-    scales = torch.where(torch.arange(97) % 2 == 0, 1e-4, 1e2)
-    batch.upstream = batch.upstream * scales
-    _, gradient = batch.run("cuda")
-    _, expected = batch.run("reference", torch.float64)
+    """No upstream gradient makes H, which 16-bit products round, over- or underflow."""
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
-    assert rms(gradient - expected) <= tolerance * rms(expected)
+    for small, large in ((1e-4, 1e2), (1e4, 1e4), (0.0, 1.0)):
+        batch = make_batch(97, 16, dtype=dtype)
+        if dtype == torch.float16:  # 1/‖x‖ and the sum over the batch are to stay in its range
+            batch.x = batch.x * 64
+        batch.upstream = torch.where(torch.arange(97) % 2 == 0, small, large) * batch.upstream
+        _, gradient = batch.run("cuda")
+        _, expected = batch.run("reference", torch.float64)
+        assert rms(gradient - expected) <= tolerance * rms(expected), (small, large)
 
 
 def test_anchors_among_more_keys(shim, path):
@@ -270,7 +260,7 @@ def test_same_bits_in_any_order_of_threads(shim, path, dtype):
 
 
 def test_no_barrier_can_be_missing(shim):
-    """Leaving out any one barrier of the kernels is caught: by NaN, by other bits, or by a fault."""
+    """Leaving out any one barrier of the kernels is caught: by NaN, other bits, or a fault."""
     met: set[int] = set()
     needed: set[int] = set()
     for dtype in (torch.float32, torch.float16):
