@@ -61,7 +61,7 @@ def architectures(nvcc: str) -> list[str]:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise ValueError(f'TORCH_CUDA_ARCH_LIST must look like "8.0;9.0+PTX", got {asked!r}')
         number = name.replace(".", "")
-        if number.removesuffix("+PTX") in known:
+        if re.match(r"\d+", number).group() in known:
             chosen.append(number)
         elif asked:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {name}")
