@@ -31,6 +31,7 @@ struct Sweep {
   const int32_t *keys = nullptr, *anchors = nullptr;  // key ids in this sweep's order
   int serves = kPositives | kNegatives;
   int64_t first = 0, last;  // the band of the block's anchors
+  int64_t full_first = 0, full_last = 0;  // what lies in the bands of all of them
 
   __device__ Sweep(const Rows& rows, int which, int64_t i0, int n_i) : last(rows.n_keys) {
     if (rows.layout == nullptr) return;
@@ -39,8 +40,11 @@ struct Sweep {
     anchors = keys + rows.n_keys;
     serves = rows.layout[which];
     if (serves == (kPositives | kNegatives)) return;
-    first = (anchors + rows.n_anchors)[i0];
-    last = (anchors + 2 * rows.n_anchors)[i0 + n_i - 1];
+    const int32_t *lo = anchors + rows.n_anchors, *hi = lo + rows.n_anchors;
+    first = lo[i0];
+    last = hi[i0 + n_i - 1];
+    full_first = lo[i0 + n_i - 1];
+    full_last = hi[i0];
   }
   __device__ int key(int64_t j) const { return keys ? keys[j] : static_cast<int>(j); }
   __device__ int anchor(int64_t i, int64_t offset) const {
@@ -52,14 +56,14 @@ struct Sweep {
 template <class A, int kN>
 __device__ void stage(
     Side<A, kN>& side, int n, int id, const Rows& rows, const void* coef, bool shifted, A unit) {
-  side.id[n] = id;
+  side.label[n] = Label{NAN, NAN, id};
   side.scale[n] = A(0);
 #pragma unroll
   for (int k = 0; k < 5; ++k) side.coef[k][n] = A(0);
   if (id < 0) return;
   if (rows.n_components == 1) {
-    side.y[n] = rows.y[id];
-    side.p[n] = rows.p[id];
+    side.label[n].y = rows.y[id];
+    side.label[n].p = rows.p[id];
   }
   side.scale[n] = unit * read<A>(rows.scale, id);
   if (coef == nullptr) return;
@@ -75,31 +79,39 @@ __device__ void stage(
 // Decides d_ij ≤ h and δ_ij ≤ h for every pair of the tile, by the reference's own operations.
 template <class Engine>
 __device__ void classify(Tile<Engine>& tile, const Rows& rows, const Settings& settings, int serves) {
+  const bool positives = serves & kPositives, negatives = serves & kNegatives;
+  const bool all = settings.flags & kAllNegatives, rmse = settings.flags & kRmse;
+  const float h = settings.window;
   const int64_t L = rows.n_components;
-  const bool rmse = settings.flags & kRmse;
-#pragma unroll 1
-  for (int n = threadIdx.x; n < Engine::kRows * Engine::kCols; n += kThreads) {
-    const int i = n / Engine::kCols, j = n % Engine::kCols;
-    const int id_i = tile.i.id[i], id_j = tile.j.id[j];
-    float pair = 0.0f;
-    if (id_i >= 0 && id_j >= 0) {
-      const int64_t at_i = id_i * L, at_j = id_j * L;
-      const float d = L == 1 ? absolute_difference(tile.i.y[i], tile.j.y[j])
-                             : label_distance(rows.y + at_i, rows.y + at_j, L, rmse);
-      if (d <= settings.window) {
-        if ((serves & kPositives) && id_i != id_j) pair = kPositive;
-      } else if ((serves & kNegatives) && d > settings.window) {
-        bool confused = settings.flags & kAllNegatives;
-        if (!confused) {
-          const float delta = L == 1 ? absolute_difference(tile.i.p[i], tile.j.p[j])
-                                     : label_distance(rows.p + at_i, rows.p + at_j, L, rmse);
-          confused = delta <= settings.window;
-        }
-        if (confused) pair = d;
-      }
+  const int j = threadIdx.x % Engine::kCols;
+  const Label key = tile.j.label[j];
+#pragma unroll 4
+  for (int i = threadIdx.x / Engine::kCols; i < Engine::kRows; i += kThreads / Engine::kCols) {
+    const Label anchor = tile.i.label[i];
+    float d = absolute_difference(anchor.y, key.y), delta = absolute_difference(anchor.p, key.p);
+    if (L > 1 && anchor.id >= 0 && key.id >= 0) {
+      const int64_t at_i = anchor.id * L, at_j = key.id * L;
+      d = label_distance(rows.y + at_i, rows.y + at_j, L, rmse);
+      delta = d > h && negatives && !all ? label_distance(rows.p + at_i, rows.p + at_j, L, rmse) : 0;
     }
-    tile.pairs[i * Engine::kPairPitch + j] = pair;
+    const bool positive = positives && d <= h && anchor.id != key.id;
+    const bool negative = negatives && d > h && (all || delta <= h);
+    tile.pairs[i * Engine::kPairPitch + j] = positive ? kPositive : (negative ? d : 0.0f);
   }
+}
+
+// Whether all pairs of a tile are positives of different rows, so that nothing needs to be decided.
+template <class Engine>
+__device__ bool is_full(const Sweep& sweep, const Rows& rows, int64_t i0, int n_i, int64_t j0) {
+  const bool has_no_self = rows.n_anchors == rows.n_keys && // then both are in the same order
+      (j0 + Engine::kCols <= i0 || j0 >= i0 + Engine::kRows);
+  return sweep.serves == kPositives && rows.n_components == 1 && n_i == Engine::kRows &&
+      has_no_self && j0 >= sweep.full_first && j0 + Engine::kCols <= sweep.full_last;
+}
+
+template <class Engine>
+__device__ int depth_from(int64_t dim, int64_t d0) {
+  return dim - d0 < Engine::kDepth ? static_cast<int>(dim - d0) : Engine::kDepth;
 }
 
 // q_i·q_j of a tile, over all columns of q in pieces of kDepth.
@@ -110,11 +122,10 @@ __device__ void similarities(
   const auto* q = static_cast<const typename Engine::T*>(rows.q);
   for (int64_t d0 = 0; d0 < rows.dim; d0 += Engine::kDepth) {
     if (d0 > 0) __syncthreads();
-    if (!q_i_is_there) load_rows<Engine>(tile.q_i, q, tile.i.id, rows.dim, d0);
-    load_rows<Engine>(tile.q_j, q, tile.j.id, rows.dim, d0);
+    if (!q_i_is_there) load_rows<Engine>(tile.q_i, q, tile.i.label, rows.dim, d0);
+    load_rows<Engine>(tile.q_j, q, tile.j.label, rows.dim, d0);
     __syncthreads();
-    const int64_t left = rows.dim - d0;
-    Engine::product(s, tile.q_i, tile.q_j, left < Engine::kDepth ? static_cast<int>(left) : Engine::kDepth);
+    Engine::product(s, tile.q_i, tile.q_j, depth_from<Engine>(rows.dim, d0));
   }
 }
 
@@ -165,7 +176,6 @@ __global__ void __launch_bounds__(kThreads, 2) conr_forward_kernel(ForwardArgs a
   const A push = A(settings.push_scale * kLog2E);
   const bool one_piece = rows.dim <= Engine::kDepth;
 
-
   LogSum<A> E[kR], B[kR];
   Sum<A> s_sum[kR];
   int n[kR] = {}, m[kR] = {};
@@ -177,47 +187,58 @@ __global__ void __launch_bounds__(kThreads, 2) conr_forward_kernel(ForwardArgs a
     __syncthreads();
     stage_keys(tile, sweep, j0, rows, nullptr, shifted);
     __syncthreads();
-    classify(tile, rows, settings, sweep.serves);
+    const bool full = is_full<Engine>(sweep, rows, i0, n_i, j0);
+    if (!full) classify(tile, rows, settings, sweep.serves);
     A s[kR][kC] = {};
     similarities(s, tile, rows, one_piece && j0 > sweep.first);
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       const int i = Engine::row(r);
-      A top_E = E[r].shift, top_B = B[r].shift;
-      A pairs[kC];
+      const A* pairs = tile.pairs + i * Engine::kPairPitch;
 #pragma unroll
-      for (int c = 0; c < kC; ++c) {
-        const int j = Engine::col(c);
-        const A pair = tile.pairs[i * Engine::kPairPitch + j];
-        A t = s[r][c] * tile.i.scale[i] * tile.j.scale[j];
-        if (pair > A(0)) {
-          t = negative_exponent(t, pair, push, flags);
-          top_B = t > top_B ? t : top_B;
-        } else if (pair < A(0)) {
-          top_E = t > top_E ? t : top_E;
-        }
-        pairs[c] = pair;
-        s[r][c] = t;
-      }
-      if (shifted) {
-        E[r].raise(top_E);
-        B[r].raise(top_B);
-      }
-      A part_E = 0, part_B = 0, part_s = 0;
+      for (int c = 0; c < kC; ++c)
+        s[r][c] *= Engine::kRowsAreUnit ? tile.i.scale[i] : tile.i.scale[i] * tile.j.scale[Engine::col(c)];
+      const auto add_positives = [&](auto is_positive) {
+        if (shifted) {
+          A top = E[r].shift;
 #pragma unroll
-      for (int c = 0; c < kC; ++c) {
-        if (pairs[c] < A(0)) {
-          part_E += exp2_of(s[r][c] - E[r].shift);
-          part_s += s[r][c];
-          ++n[r];
-        } else if (pairs[c] > A(0)) {
-          part_B += phi(pairs[c], flags) * exp2_of(s[r][c] - B[r].shift);
-          ++m[r];
+          for (int c = 0; c < kC; ++c) top = is_positive(c) && s[r][c] > top ? s[r][c] : top;
+          E[r].raise(top);
         }
+        A part_E = 0, part_s = 0;
+#pragma unroll
+        for (int c = 0; c < kC; ++c) {
+          const bool positive = is_positive(c);
+          part_E += positive ? exp2_of(s[r][c] - E[r].shift) : A(0);
+          part_s += positive ? s[r][c] : A(0);
+          n[r] += positive;
+        }
+        E[r].sum.add(part_E);
+        s_sum[r].add(part_s);
+      };
+      if (full) {
+        add_positives([](int) { return true; });
+      } else if (sweep.serves & kPositives) {
+        add_positives([&](int c) { return pairs[Engine::col(c)] < A(0); });
       }
-      E[r].sum.add(part_E);
-      B[r].sum.add(part_B);
-      s_sum[r].add(part_s);
+      if (sweep.serves & kNegatives) {
+        A top = B[r].shift;
+#pragma unroll
+        for (int c = 0; c < kC; ++c) {
+          const A d = pairs[Engine::col(c)];
+          s[r][c] = negative_exponent(s[r][c], d, push, flags);
+          top = d > A(0) && s[r][c] > top ? s[r][c] : top;
+        }
+        if (shifted) B[r].raise(top);
+        A part_B = 0;
+#pragma unroll
+        for (int c = 0; c < kC; ++c) {
+          const A d = pairs[Engine::col(c)];
+          part_B += d > A(0) ? phi(d, flags) * exp2_of(s[r][c] - B[r].shift) : A(0);
+          m[r] += d > A(0);
+        }
+        B[r].sum.add(part_B);
+      }
     }
   }
 
@@ -235,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 2) conr_forward_kernel(ForwardArgs a
     const int n_all = row_sum(n[r], Engine::kLanes), m_all = row_sum(m[r], Engine::kLanes);
     const int i = Engine::row(r);
     if (threadIdx.x % Engine::kLanes != 0 || i >= n_i) continue;
-    const int64_t anchor = tile.i.id[i] - rows.self_offset;
+    const int64_t anchor = tile.i.label[i].id - rows.self_offset;
     A* sums = static_cast<A*>(args.out.sums) + anchor * 5;
     if (sweep.serves & kPositives) {
       sums[0] = E[r].shift;
@@ -323,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 2) conr_backward_kernel(BackwardArgs
     for (int r = 0; r < kR; ++r) {
       const int i = Engine::row(r);
       if (i >= n_i) continue;
-      A* G_i = static_cast<A*>(args.G) + (tile.i.id[i] - rows.self_offset) * rows.dim;
+      A* G_i = static_cast<A*>(args.G) + (tile.i.label[i].id - rows.self_offset) * rows.dim;
 #pragma unroll
       for (int g = 0; g < kG; ++g) {
         const int64_t d = d0 + Engine::depth(g);
@@ -338,20 +359,29 @@ __global__ void __launch_bounds__(kThreads, 2) conr_backward_kernel(BackwardArgs
     __syncthreads();
     stage_keys(tile, sweep, j0, rows, args.coef, flags & kShifted);
     __syncthreads();
-    classify(tile, rows, settings, sweep.serves);
+    const bool full = is_full<Engine>(sweep, rows, i0, n_i, j0);
+    if (!full) classify(tile, rows, settings, sweep.serves);
     A H[kR][kC] = {};
     similarities(H, tile, rows, one_piece && j0 > sweep.first);
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
       const int j = Engine::col(c);
+      const A scale_j = Engine::kRowsAreUnit ? A(1) : tile.j.scale[j];
+      const Coefficients<A> coef_j = tile.j.coefficients(j);
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         const int i = Engine::row(r);
-        const A pair = tile.pairs[i * Engine::kPairPitch + j];
-        const A t = H[r][c] * tile.i.scale[i] * tile.j.scale[j];
-        H[r][c] = tile.j.scale[j] *
-            pair_gradient(pair, t, tile.i.coefficients(i), tile.j.coefficients(j), push, flags);
-        if (Engine::kHIsShared) tile.pairs[i * Engine::kPairPitch + j] = H[r][c];
+        A* pair = tile.pairs + i * Engine::kPairPitch + j;
+        const Coefficients<A> coef_i = tile.i.coefficients(i);
+        const A t = H[r][c] * tile.i.scale[i] * scale_j;
+        A H_ij = 0;
+        if (full || *pair < A(0)) {
+          H_ij = positive_gradient(t, coef_i, coef_j, flags);
+        } else if (*pair > A(0)) {
+          H_ij = negative_gradient(t, *pair, coef_i, coef_j, push, flags);
+        }
+        H[r][c] = H_ij * scale_j;
+        if (Engine::kHIsShared) *pair = H[r][c];
       }
     }
     scaling.fit(H, G);
@@ -363,19 +393,19 @@ __global__ void __launch_bounds__(kThreads, 2) conr_backward_kernel(BackwardArgs
         if (d0 >= rows.dim) break;
         if (!one_piece) {
           __syncthreads();
-          load_rows<Engine>(tile.q_j, q, tile.j.id, rows.dim, d0);
+          load_rows<Engine>(tile.q_j, q, tile.j.label, rows.dim, d0);
           __syncthreads();
         }
-        Engine::apply(G[piece], H, tile.pairs, tile.q_j);
+        Engine::apply(G[piece], H, tile.pairs, tile.q_j, depth_from<Engine>(rows.dim, d0));
       }
     } else {
       for (int64_t d0 = 0; d0 < rows.dim; d0 += Engine::kDepth) {
         if (!one_piece) {
           __syncthreads();
-          load_rows<Engine>(tile.q_j, q, tile.j.id, rows.dim, d0);
+          load_rows<Engine>(tile.q_j, q, tile.j.label, rows.dim, d0);
           __syncthreads();
         }
-        Engine::apply(G[0], H, tile.pairs, tile.q_j);
+        Engine::apply(G[0], H, tile.pairs, tile.q_j, depth_from<Engine>(rows.dim, d0));
         store(0, d0);
       }
     }
@@ -511,6 +541,12 @@ void launch(
     cudaStream_t stream) {
   const int64_t blocks = (work + work_of_block - 1) / work_of_block;
   if (blocks == 0) return;
+  constexpr size_t kSharedByDefault = 48 * 1024;
+  if (shared_bytes > kSharedByDefault)
+    check(
+        cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "too little shared memory");
   void* arguments[] = {&args};
   check(
       cudaLaunchKernel(

@@ -59,7 +59,16 @@ CONR_HD float label_distance(const float* y_i, const float* y_j, int64_t n_compo
 #endif
 }
 
-CONR_HD float exp2_of(float t) { return exp2f(t); }
+// 2^t to 2 ulp; results below the normal range are 0.
+CONR_HD float exp2_of(float t) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
+  return result;
+#else
+  return exp2f(t);
+#endif
+}
 CONR_HD double exp2_of(double t) { return exp2(t); }
 
 // What one pair is to its anchor, as one number: 0 nothing, −1 a positive, d_ij > 0 a negative.
@@ -123,27 +132,23 @@ CONR_HD A shifted_term(A sign, A exponent) {
   return sign == A(0) ? A(0) : sign * exp2_of(exponent);
 }
 
-// H_ij: what pair (i, j) contributes to τ ∂L/∂q_i, as a multiple of q_j.
+// H_ij of a positive and of a negative: what the pair contributes to τ ∂L/∂q_i, as a multiple of q_j.
 template <class A>
-CONR_HD A pair_gradient(
-    A pair, A t, const Coefficients<A>& i, const Coefficients<A>& j, A push, int flags) {
-  if (pair < A(0)) {
-    const A linear = i.beta + j.beta;
-    if (flags & kShifted) {
-      return shifted_term(i.alpha, t + i.log_alpha) + shifted_term(j.alpha, t + j.log_alpha) - linear;
-    }
-    return exp2_of(t) * (i.alpha + j.alpha) - linear;
-  }
-  if (pair > A(0)) {
-    t = negative_exponent(t, pair, push, flags);
-    const A weight = phi(pair, flags);
-    if (flags & kShifted) {
-      return weight *
-          (shifted_term(i.gamma, t + i.log_gamma) + shifted_term(j.gamma, t + j.log_gamma));
-    }
-    return weight * exp2_of(t) * (i.gamma + j.gamma);
-  }
-  return A(0);
+CONR_HD A positive_gradient(A t, const Coefficients<A>& i, const Coefficients<A>& j, int flags) {
+  const A linear = i.beta + j.beta;
+  if (flags & kShifted)
+    return shifted_term(i.alpha, t + i.log_alpha) + shifted_term(j.alpha, t + j.log_alpha) - linear;
+  return exp2_of(t) * (i.alpha + j.alpha) - linear;
+}
+
+template <class A>
+CONR_HD A negative_gradient(
+    A t, A d, const Coefficients<A>& i, const Coefficients<A>& j, A push, int flags) {
+  t = negative_exponent(t, d, push, flags);
+  const A weight = phi(d, flags);
+  if (flags & kShifted)
+    return weight * (shifted_term(i.gamma, t + i.log_gamma) + shifted_term(j.gamma, t + j.log_gamma));
+  return weight * exp2_of(t) * (i.gamma + j.gamma);
 }
 
 // log(exp(a) + exp(b)), also for −∞.

@@ -36,6 +36,7 @@ struct ScalarEngine {
   static constexpr int kG = kDepth / 16;  // gradient columns of a thread
   static constexpr int kLanes = 16;
   static constexpr bool kHIsShared = true;  // H passes through shared memory
+  static constexpr bool kRowsAreUnit = true;  // scale_j = 1
 
   static __device__ int row(int r) { return static_cast<int>(threadIdx.x) / 16 + 8 * r; }
   static __device__ int col(int c) { return static_cast<int>(threadIdx.x) % 16 + 16 * c; }
@@ -58,7 +59,7 @@ struct ScalarEngine {
     }
   }
 
-  static __device__ void apply(A (&G)[kR][kG], const A (&)[kR][kC], const A* H, const T* q_j) {
+  static __device__ void apply(A (&G)[kR][kG], const A (&)[kR][kC], const A* H, const T* q_j, int) {
 #pragma unroll 1
     for (int j = 0; j < kCols; j += V::kSize) {
       V h[kR];
@@ -95,12 +96,13 @@ struct TensorEngine {
   static constexpr int kC = 16;
   static constexpr int kRows = 64;
   static constexpr int kCols = 64;
-  static constexpr int kDepth = 64;
+  static constexpr int kDepth = 128;
   static constexpr int kPitch = kDepth + V::kSize;
   static constexpr int kPairPitch = kCols + 16 / static_cast<int>(sizeof(A));
-  static constexpr int kG = 16;
+  static constexpr int kG = kDepth / 4;
   static constexpr int kLanes = 4;
   static constexpr bool kHIsShared = false;
+  static constexpr bool kRowsAreUnit = false;
 
   static __device__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   static __device__ int first_row() { return static_cast<int>(threadIdx.x) / 32 * 16; }
@@ -130,7 +132,7 @@ struct TensorEngine {
   }
 
   // The accumulators of H are, rounded to 16 bits, the left operand of the second product.
-  static __device__ void apply(A (&G)[kR][kG], const A (&H)[kR][kC], const A*, const T* q_j) {
+  static __device__ void apply(A (&G)[kR][kG], const A (&H)[kR][kC], const A*, const T* q_j, int depth) {
     const int l = lane();
     const T* b_row = q_j + l % 16 * kPitch + l / 16 * 8;
 #pragma unroll
@@ -140,6 +142,7 @@ struct TensorEngine {
           pack(T{}, H[0][4 * k + 2], H[0][4 * k + 3]), pack(T{}, H[1][4 * k + 2], H[1][4 * k + 3])};
 #pragma unroll
       for (int n = 0; n < kDepth / 16; ++n) {
+        if (n * 16 >= depth) break;
         uint32_t b[4];
         load_matrices_transposed(b, b_row + k * 16 * kPitch + n * 16);
 #pragma unroll
@@ -190,12 +193,16 @@ struct TensorEngine {
   };
 };
 
-// Labels, key ids, scales and coefficients of the rows or columns of a tile; id −1: no such row.
+// A row's key id and, for L = 1, its label and prediction; id −1 and NaN: no such row.
+struct alignas(16) Label {
+  float y, p;
+  int id;
+};
+
+// Labels, scales and coefficients of the rows or columns of a tile.
 template <class A, int kN>
 struct Side {
-  int id[kN];
-  float y[kN];  // of one component
-  float p[kN];
+  Label label[kN];
   A scale[kN];
   A coef[5][kN];
 
@@ -215,18 +222,20 @@ struct Tile {
   Side<A, Engine::kCols> j;
 };
 
-// Copies columns d0 … of q's rows `id` to shared memory; zeros where there is no row or column.
+// Copies columns d0 … of the rows of q to shared memory; zeros where there is no row or column.
 template <class Engine, int kN>
 __device__ void load_rows(
-    typename Engine::T* shared, const typename Engine::T* q, const int (&id)[kN], int64_t dim,
+    typename Engine::T* shared, const typename Engine::T* q, const Label (&label)[kN], int64_t dim,
     int64_t d0) {
   using V = typename Engine::V;
   constexpr int kVectors = Engine::kDepth / V::kSize;
   for (int n = threadIdx.x; n < kN * kVectors; n += kThreads) {
     const int row = n / kVectors, column = n % kVectors * V::kSize;
+    if (d0 + column >= (dim + 15) / 16 * 16) continue;
+    const int id = label[row].id;
     V value{};
-    if (id[row] >= 0 && d0 + column < dim)
-      value = *reinterpret_cast<const V*>(q + static_cast<int64_t>(id[row]) * dim + d0 + column);
+    if (id >= 0 && d0 + column < dim)
+      value = *reinterpret_cast<const V*>(q + static_cast<int64_t>(id) * dim + d0 + column);
     *reinterpret_cast<V*>(shared + row * Engine::kPitch + column) = value;
   }
 }

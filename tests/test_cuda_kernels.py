@@ -249,6 +249,25 @@ def test_dense_and_banded_are_chosen_on_the_device(shim, monkeypatch):
     assert_as_good_as_eager(batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_tiles_of_positives_only(shim, monkeypatch, dtype):
+    """Wide bands hold tiles in which no pair needs to be decided."""
+    monkeypatch.setattr(cuda_backend, "DENSE_PAIRS", 0)
+    monkeypatch.setattr(cuda_backend, "DENSE_SHARE", 2.0)
+    batch = make_batch(300, 24, dtype=dtype, spread=2.5)
+    layout = cuda_backend.forward(
+        batch.x, batch.y, batch.p, None, None, 0, Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+    )[2]
+    lo, hi = layout[2 + 600 : 2 + 1200].view(2, 300)
+    assert (hi[64] - lo[127] > 2 * 64) and lo[127] < 64 and hi[64] >= 192
+    for variant in ("paper", "released-age", "released-depth"):
+        actual = batch.run("cuda", variant=variant)
+        expected = batch.run("reference", torch.float64, variant=variant)
+        tolerance = 1e-12 if dtype == torch.float64 else 5e-3
+        assert rms(actual[0] - expected[0]) <= min(tolerance, 1e-6) * rms(expected[0])
+        assert rms(actual[1] - expected[1]) <= tolerance * rms(expected[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_same_bits_in_any_order_of_threads(shim, path, dtype):
     results = []
