@@ -1,5 +1,5 @@
-// The arithmetic of ConR, once for host and device: label distances and masks of a pair, the sums of a
-// row, and a row's loss and gradient coefficients from its sums. Symbols as in the README.
+// The arithmetic of ConR, once for host and device: label distances and masks of a pair, the sums
+// of a row, and a row's loss and gradient coefficients from its sums. Symbols as in the README.
 #pragma once
 
 #include <cmath>
@@ -14,17 +14,17 @@
 namespace conr {
 
 enum Flags : int {
-  kInside = 1,            // log="inside"
-  kAllNegatives = 2,      // negatives="all"
-  kUnitTerms = 4,         // unit_terms
-  kCountSelf = 8,         // count_self
-  kWeightedRows = 16,     // weighted_rows
-  kRmse = 32,             // distance="rmse"
-  kShifted = 64,          // sums relative to a running maximum, five statistics
-  kPhiIsDistance = 128,   // φ(d) = d
+  kInside = 1,         // log="inside"
+  kAllNegatives = 2,   // negatives="all"
+  kUnitTerms = 4,      // unit_terms
+  kCountSelf = 8,      // count_self
+  kWeightedRows = 16,  // weighted_rows
+  kRmse = 32,          // distance="rmse"
+  kShifted = 64,  // sums relative to a running maximum, five statistics; with kPhiIsExponential
+  kPhiIsDistance = 128,     // φ(d) = d
   kPhiIsExponential = 256,  // φ(d) = exp(e·d)
-  kRateIsWeighted = 512,  // r_i contains w_i
-  kRateIsScaled = 1024,   // r_i contains e
+  kRateIsWeighted = 512,    // r_i contains w_i
+  kRateIsScaled = 1024,     // r_i contains e
 };
 
 enum Serves : int { kPositives = 1, kNegatives = 2 };
@@ -41,11 +41,14 @@ CONR_HD float multiply_exactly_rounded(float a, float b) {
 #endif
 }
 
-CONR_HD float absolute_difference(float a, float b) { return fabsf(a - b); }
+CONR_HD float absolute_difference(float a, float b) {
+  return fabsf(a - b);
+}
 
 // d_ij of label rows with L > 1 components, added one after another in their order.
 CONR_HD float label_distance(const float* y_i, const float* y_j, int64_t n_components, bool rmse) {
   float total = 0.0f;
+#pragma unroll 1
   for (int64_t c = 0; c < n_components; ++c) {
     const float difference = absolute_difference(y_i[c], y_j[c]);
     total = total + (rmse ? multiply_exactly_rounded(difference, difference) : difference);
@@ -69,7 +72,9 @@ CONR_HD float exp2_of(float t) {
   return exp2f(t);
 #endif
 }
-CONR_HD double exp2_of(double t) { return exp2(t); }
+CONR_HD double exp2_of(double t) {
+  return exp2(t);
+}
 
 // What one pair is to its anchor, as one number: 0 nothing, −1 a positive, d_ij > 0 a negative.
 constexpr float kPositive = -1.0f;
@@ -132,22 +137,25 @@ CONR_HD A shifted_term(A sign, A exponent) {
   return sign == A(0) ? A(0) : sign * exp2_of(exponent);
 }
 
-// H_ij of a positive and of a negative: what the pair contributes to τ ∂L/∂q_i, as a multiple of q_j.
-template <class A>
-CONR_HD A positive_gradient(A t, const Coefficients<A>& i, const Coefficients<A>& j, int flags) {
+// H_ij of a positive and of a negative: what the pair contributes to τ ∂L/∂q_i, as a multiple of
+// q_j.
+template <bool kIsShifted, class A>
+CONR_HD A positive_gradient(A t, const Coefficients<A>& i, const Coefficients<A>& j) {
   const A linear = i.beta + j.beta;
-  if (flags & kShifted)
+  if (kIsShifted)
     return shifted_term(i.alpha, t + i.log_alpha) + shifted_term(j.alpha, t + j.log_alpha) - linear;
   return exp2_of(t) * (i.alpha + j.alpha) - linear;
 }
 
-template <class A>
-CONR_HD A negative_gradient(
-    A t, A d, const Coefficients<A>& i, const Coefficients<A>& j, A push, int flags) {
-  t = negative_exponent(t, d, push, flags);
+template <bool kIsShifted, class A>
+CONR_HD A negative_gradient(A t, A d, const Coefficients<A>& i, const Coefficients<A>& j, A push,
+                            int flags) {
   const A weight = phi(d, flags);
-  if (flags & kShifted)
-    return weight * (shifted_term(i.gamma, t + i.log_gamma) + shifted_term(j.gamma, t + j.log_gamma));
+  if (kIsShifted) {
+    t = negative_exponent(t, d, push, flags);
+    return weight *
+           (shifted_term(i.gamma, t + i.log_gamma) + shifted_term(j.gamma, t + j.log_gamma));
+  }
   return weight * exp2_of(t) * (i.gamma + j.gamma);
 }
 
@@ -167,9 +175,8 @@ struct RowSums {
 };
 
 // Loss and statistics of a row for an upstream gradient of 1, as signs and natural logarithms.
-CONR_HD void finish_row(
-    const RowSums& row, int64_t n_keys, double w, double rate, int flags, double* loss,
-    Coefficients<double>* stats) {
+CONR_HD void finish_row(const RowSums& row, int64_t n_keys, double w, double rate, int flags,
+                        double* loss, Coefficients<double>* stats) {
   *loss = 0.0;
   *stats = Coefficients<double>{0.0, 0.0, 0.0, 0.0, 0.0};
   if (row.n <= 0 || row.m <= 0) return;
@@ -199,8 +206,7 @@ CONR_HD void finish_row(
     *stats = Coefficients<double>{1.0, 1.0 / c, sign_r, log_alpha, log_alpha + log_r};
   } else {
     *loss = log(n) + excess;
-    *stats = Coefficients<double>{
-        -sign_T, 0.0, sign_r, log_T - log_Z - row.log_E, log_r - log_Z};
+    *stats = Coefficients<double>{-sign_T, 0.0, sign_r, log_T - log_Z - row.log_E, log_r - log_Z};
   }
   if (flags & kWeightedRows) {
     *loss *= w;

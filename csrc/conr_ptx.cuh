@@ -1,5 +1,5 @@
-// 16-bit storage and the warp-wide matrix instructions, one function each. The host shim of the tests
-// replaces this one file.
+// 16-bit storage and the warp-wide matrix instructions, one function each. The host shim of the
+// tests replaces this one file.
 #pragma once
 
 #include <cstdint>
@@ -41,9 +41,8 @@ __device__ __forceinline__ uint32_t pack(BFloat16, float first, float second) {
 }
 
 // c [16, 8] += a [16, 16] · b [16, 8] over a warp, in the fragment layouts of mma.m16n8k16.
-__device__ __forceinline__ void mma(
-    Half, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0,
-    uint32_t b1) {
+__device__ __forceinline__ void mma(Half, float& c0, float& c1, float& c2, float& c3,
+                                    const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -64,10 +63,10 @@ __device__ __forceinline__ void mma(
 #endif
 }
 
-// Below sm_80 bfloat16 rows are computed as float32 (cuda_backend.py), so that this is never reached.
-__device__ __forceinline__ void mma(
-    BFloat16, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0,
-    uint32_t b1) {
+// Below sm_80 bfloat16 rows are computed as float32 (cuda_backend.py), so that this is never
+// reached.
+__device__ __forceinline__ void mma(BFloat16, float& c0, float& c1, float& c2, float& c3,
+                                    const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -79,7 +78,8 @@ __device__ __forceinline__ void mma(
 #endif
 }
 
-// Four 8×8 matrices of 16-bit elements from shared memory; lane l points to row l % 8 of matrix l / 8.
+// Four 8×8 matrices of 16-bit elements from shared memory; lane l points to row l % 8 of matrix l
+// / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -1,5 +1,5 @@
-// Tiles of kRows anchors × kCols keys on a block of 128 threads: staging in shared memory and the two matrix
-// products of a tile, on CUDA cores (float32, float64) or tensor cores (16-bit).
+// Tiles of kRows anchors × kCols keys on a block of 128 threads: staging in shared memory and the
+// two matrix products of a tile, on CUDA cores (float32, float64) or tensor cores (16-bit).
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct ScalarEngine {
   static constexpr int kPairPitch = kCols + 16 / static_cast<int>(sizeof(A));
   static constexpr int kG = kDepth / 16;  // gradient columns of a thread
   static constexpr int kLanes = 16;
-  static constexpr bool kHIsShared = true;  // H passes through shared memory
+  static constexpr bool kHIsShared = true;    // H passes through shared memory
   static constexpr bool kRowsAreUnit = true;  // scale_j = 1
 
   static __device__ int row(int r) { return static_cast<int>(threadIdx.x) / 16 + 8 * r; }
@@ -86,7 +86,8 @@ struct ScalarEngine {
   };
 };
 
-// Tensor cores: a warp owns 16 rows, in the accumulator layout of mma.m16n8k16; 4 lanes share a row.
+// Tensor cores: a warp owns 16 rows, in the accumulator layout of mma.m16n8k16; 4 lanes share a
+// row.
 template <class T_>
 struct TensorEngine {
   using T = T_;
@@ -132,7 +133,8 @@ struct TensorEngine {
   }
 
   // The accumulators of H are, rounded to 16 bits, the left operand of the second product.
-  static __device__ void apply(A (&G)[kR][kG], const A (&H)[kR][kC], const A*, const T* q_j, int depth) {
+  static __device__ void apply(A (&G)[kR][kG], const A (&H)[kR][kC], const A*, const T* q_j,
+                               int depth) {
     const int l = lane();
     const T* b_row = q_j + l % 16 * kPitch + l / 16 * 8;
 #pragma unroll
@@ -154,8 +156,9 @@ struct TensorEngine {
     }
   }
 
-  // float16 has 5 bits of exponent, H any magnitude: each row of H is scaled by a power of two that brings its
-  // largest element so far below 2^15. bfloat16 has float32's exponents and needs nothing.
+  // float16 has 5 bits of exponent, H any magnitude: each row of H is scaled by a power of two that
+  // brings its largest element so far below 2^15. bfloat16 has float32's exponents and needs
+  // nothing.
   struct Scaling {
     static constexpr bool kNeeded = T::kExponentBits < 8;
     int exponent[kR];
@@ -199,6 +202,17 @@ struct alignas(16) Label {
   int id;
 };
 
+template <class T>
+__device__ T read(const void* p, int64_t n) {
+  return static_cast<const T*>(p)[n];
+}
+
+template <class T>
+__device__ T row_sum(T x, int lanes) {
+  for (int lane = 1; lane < lanes; lane *= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+  return x;
+}
+
 // Labels, scales and coefficients of the rows or columns of a tile.
 template <class A, int kN>
 struct Side {
@@ -224,18 +238,23 @@ struct Tile {
 
 // Copies columns d0 … of the rows of q to shared memory; zeros where there is no row or column.
 template <class Engine, int kN>
-__device__ void load_rows(
-    typename Engine::T* shared, const typename Engine::T* q, const Label (&label)[kN], int64_t dim,
-    int64_t d0) {
+__device__ void load_rows(typename Engine::T* shared, const typename Engine::T* q,
+                          const Label (&label)[kN], int64_t dim, int64_t d0) {
   using V = typename Engine::V;
   constexpr int kVectors = Engine::kDepth / V::kSize;
-  for (int n = threadIdx.x; n < kN * kVectors; n += kThreads) {
-    const int row = n / kVectors, column = n % kVectors * V::kSize;
-    if (d0 + column >= (dim + 15) / 16 * 16) continue;
+  constexpr int kStep = kThreads / kVectors;
+  const int first = threadIdx.x / kVectors, column = threadIdx.x % kVectors * V::kSize;
+  const int64_t d = d0 + column;
+  if (d >= (dim + 15) / 16 * 16) return;  // beyond what the products read
+  const bool is_column = d < dim;
+  const int width =
+      static_cast<int>(dim);  // one 32-bit multiplication with a 64-bit result per row
+#pragma unroll 4
+  for (int row = first; row < kN; row += kStep) {
     const int id = label[row].id;
     V value{};
-    if (id >= 0 && d0 + column < dim)
-      value = *reinterpret_cast<const V*>(q + static_cast<int64_t>(id) * dim + d0 + column);
+    if (is_column && id >= 0)
+      value = *reinterpret_cast<const V*>(q + static_cast<int64_t>(id) * width + d);
     *reinterpret_cast<V*>(shared + row * Engine::kPitch + column) = value;
   }
 }

@@ -144,6 +144,16 @@ def test_tensor_cores(shim, path, dtype, of_gradient):
             assert rms(gradient - expected_gradient) <= of_gradient * rms(expected_gradient)
 
 
+def test_bfloat16_without_tensor_cores(shim, path, monkeypatch):
+    """Before sm_80 bfloat16 rows are unit rows in float32; only the gradient is rounded to 16 bits."""
+    monkeypatch.setattr(cuda_backend, "_computes_in_float32", lambda x: x.dtype == torch.bfloat16)
+    batch = make_batch(97, 40, dtype=torch.bfloat16)
+    loss, gradient = batch.run("cuda", variant="released-age")
+    expected_loss, expected = batch.run("reference", torch.float64, variant="released-age")
+    assert rms(loss - expected_loss) <= 1e-6 * rms(expected_loss)
+    assert rms(gradient - expected) <= 2.0**-9 * rms(expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_gradient_spans_the_exponents_of_its_dtype(shim, dtype):
     """No upstream gradient makes H, which 16-bit products round, over- or underflow."""

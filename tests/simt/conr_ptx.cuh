@@ -22,7 +22,9 @@ inline float to_float(Half x) {
   return static_cast<float>(value);
 }
 
-inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(BFloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
 
 inline Half to_half(float f) {
   const auto value = static_cast<_Float16>(f);
@@ -53,8 +55,8 @@ struct Fragments {
 };
 
 template <class T>
-void mma(
-    T, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma(T, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0,
+         uint32_t b1) {
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   const auto lanes = simt::exchange(&mine, sizeof(mine), "mma");
   const unsigned lane = threadIdx.x % 32;

@@ -1,5 +1,5 @@
-// Host stand-in for the CUDA runtime: enough of it to compile csrc/ with a C++ compiler and run a block's
-// threads as fibers (simt.cpp).
+// Host stand-in for the CUDA runtime: enough of it to compile csrc/ with a C++ compiler and run a
+// block's threads as fibers (simt.cpp).
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,8 @@ namespace simt {
 
 extern dim3 thread, block;
 
-void launch(unsigned n_blocks, unsigned n_threads, std::size_t shared_size, const std::function<void()>& body);
+void launch(unsigned n_blocks, unsigned n_threads, std::size_t shared_size,
+            const std::function<void()>& body);
 void block_barrier(int line);
 void warp_barrier(const char* operation);
 unsigned char* shared_bytes();
@@ -70,10 +71,18 @@ using std::max;
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline const char* cudaGetErrorString(cudaError_t) { return "a host stand-in's error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "a host stand-in's error";
+}
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  return *device = 0, cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 template <class Kernel>
@@ -82,8 +91,8 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 }
 
 template <class Args>
-cudaError_t cudaLaunchKernel(
-    void (*kernel)(Args), dim3 grid, dim3 threads, void** args, std::size_t shared_size, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 threads, void** args,
+                             std::size_t shared_size, cudaStream_t) {
   simt::launch(grid.x, threads.x, shared_size, [&] { kernel(*static_cast<Args*>(args[0])); });
   return cudaSuccess;
 }

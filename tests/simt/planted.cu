@@ -36,7 +36,8 @@ extern "C" const char* run_planted(const float* x, float* reversed, int n, int f
   void* arguments[] = {&args};
   try {
     const unsigned n_blocks = static_cast<unsigned>(n + 63) / 64;
-    cudaLaunchKernel(reverse_kernel, dim3(n_blocks), dim3(64), arguments, 64 * sizeof(float), nullptr);
+    cudaLaunchKernel(reverse_kernel, dim3(n_blocks), dim3(64), arguments, 64 * sizeof(float),
+                     nullptr);
   } catch (const std::exception& error) {
     std::snprintf(message, sizeof(message), "%s", error.what());
   }

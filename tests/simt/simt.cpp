@@ -1,5 +1,6 @@
-// Runs the threads of a block as fibers, one after another between barriers, and watches them: every barrier must be
-// reached by all threads of the block (or warp) at the same place, no thread may touch memory outside its buffers.
+// Runs the threads of a block as fibers, one after another between barriers, and watches them:
+// every barrier must be reached by all threads of the block (or warp) at the same place, no thread
+// may touch memory outside its buffers.
 #include <cuda_runtime.h>
 
 #include <csetjmp>
@@ -120,21 +121,26 @@ void on_fault(int signal, siginfo_t* info, void*) {
   _longjmp(scheduler, 1);
 }
 
-std::string where(unsigned t) { return "thread " + std::to_string(t) + " at " + fibers[t].place; }
+std::string where(unsigned t) {
+  return "thread " + std::to_string(t) + " at " + fibers[t].place;
+}
 
-// Lets threads [first, last) pass if all of them wait at one place; false where none waits or some do not.
+// Lets threads [first, last) pass if all of them wait at one place; false where none waits or some
+// do not.
 bool release(unsigned first, unsigned last, State state) {
   for (unsigned t = first; t < last; ++t)
     if (fibers[t].state != state) return false;
   for (unsigned t = first; t < last; ++t) {
     if (fibers[t].place != fibers[first].place)
-      throw std::runtime_error("threads wait at different barriers: " + where(first) + ", " + where(t));
+      throw std::runtime_error("threads wait at different barriers: " + where(first) + ", " +
+                               where(t));
     fibers[t].state = State::kReady;
   }
   return true;
 }
 
-// Each warp runs as far as it can before the next one starts: the greatest skew that barriers allow.
+// Each warp runs as far as it can before the next one starts: the greatest skew that barriers
+// allow.
 void run_block(const std::vector<unsigned>& warps, const std::vector<unsigned>& lanes) {
   do {
     for (const unsigned warp : warps) {
@@ -144,22 +150,24 @@ void run_block(const std::vector<unsigned>& warps, const std::vector<unsigned>& 
           const unsigned t = first + lane;
           if (fibers[t].state == State::kReady) resume(t);
           if (!fault.empty())
-            throw std::runtime_error(
-                fault + " (block " + std::to_string(block.x) + ", thread " + std::to_string(t) + ")");
+            throw std::runtime_error(fault + " (block " + std::to_string(block.x) + ", thread " +
+                                     std::to_string(t) + ")");
         }
       } while (release(first, first + kWarpSize, State::kAtWarpBarrier));
     }
   } while (release(0, n_threads, State::kAtBlockBarrier));
   for (unsigned t = 1; t < n_threads; ++t)
     if (fibers[t].place != fibers[0].place)
-      throw std::runtime_error("a barrier is not reached by all threads: " + where(0) + ", " + where(t));
+      throw std::runtime_error("a barrier is not reached by all threads: " + where(0) + ", " +
+                               where(t));
 }
 
 std::vector<unsigned> permutation(unsigned n) {
   std::vector<unsigned> order(n);
   std::iota(order.begin(), order.end(), 0u);
   if (order_of_threads == 1) std::reverse(order.begin(), order.end());
-  if (order_of_threads > 1) std::shuffle(order.begin(), order.end(), std::mt19937(order_of_threads));
+  if (order_of_threads > 1)
+    std::shuffle(order.begin(), order.end(), std::mt19937(order_of_threads));
   return order;
 }
 
@@ -178,14 +186,15 @@ void start_block(unsigned index) {
 
 }  // namespace
 
-void launch(unsigned n_blocks, unsigned threads, std::size_t shared_size, const std::function<void()>& kernel) {
+void launch(unsigned n_blocks, unsigned threads, std::size_t shared_size,
+            const std::function<void()>& kernel) {
   if (threads % kWarpSize != 0) throw std::runtime_error("simt: whole warps only");
   body = &kernel;
   n_threads = threads;
   fibers.resize(threads);
   const auto warps = permutation(threads / kWarpSize), lanes = permutation(kWarpSize);
 
-  struct sigaction action {}, segv, bus;
+  struct sigaction action{}, segv, bus;
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
   sigaction(SIGSEGV, &action, &segv);
@@ -212,12 +221,17 @@ void launch(unsigned n_blocks, unsigned threads, std::size_t shared_size, const 
 
 void block_barrier(int line) {
   ++barrier_lines[line];
-  if (line != skipped_line) yield(State::kAtBlockBarrier, "the barrier of line " + std::to_string(line));
+  if (line != skipped_line)
+    yield(State::kAtBlockBarrier, "the barrier of line " + std::to_string(line));
 }
 
-void warp_barrier(const char* operation) { yield(State::kAtWarpBarrier, operation); }
+void warp_barrier(const char* operation) {
+  yield(State::kAtWarpBarrier, operation);
+}
 
-unsigned char* shared_bytes() { return shared->data(); }
+unsigned char* shared_bytes() {
+  return shared->data();
+}
 
 const unsigned char* const* exchange(const void* value, std::size_t size, const char* operation) {
   Fiber& fiber = fibers[current];
@@ -227,7 +241,8 @@ const unsigned char* const* exchange(const void* value, std::size_t size, const 
   warp_barrier(operation);
   static const unsigned char* lanes[kWarpSize];
   const unsigned first = current / kWarpSize * kWarpSize;
-  for (unsigned lane = 0; lane < kWarpSize; ++lane) lanes[lane] = fibers[first + lane].slots[parity];
+  for (unsigned lane = 0; lane < kWarpSize; ++lane)
+    lanes[lane] = fibers[first + lane].slots[parity];
   return lanes;
 }
 
@@ -235,7 +250,8 @@ const unsigned char* const* exchange(const void* value, std::size_t size, const 
 
 extern "C" {
 
-// Order in which threads run: 0 ascending, 1 descending, else a seed; the line whose barrier is ignored, or −1.
+// Order in which threads run: 0 ascending, 1 descending, else a seed; the line whose barrier is
+// ignored, or −1.
 void simt_configure(int order, int skipped_line) {
   simt::order_of_threads = order;
   simt::skipped_line = skipped_line;
