@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference, validation
-from .ops import BACKENDS, RowLosses
+from .ops import BACKENDS, row_losses
 from .plan import make_plan
 from .variants import DISTANCES, Settings, Variant, resolve_variant
 
@@ -98,13 +98,13 @@ def conr_loss(
             rows = reference.row_losses(features.to(dtype), y, p, w, all_keys, 0, settings)
     else:
         scalars = (settings.window, settings.temperature, settings.push_scale)
-        rows, _, _ = RowLosses.apply(
+        rows = row_losses(
             features, y, p, w, *(all_keys or (None,) * 3), 0,
             *scalars, settings.variant.code, distance, plan.backend,
         )  # fmt: skip
     if reduction == "none":
         return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(rows.shape[0], 1)
+    return rows.mean() if reduction == "mean" and rows.shape[0] > 0 else rows.sum()
 
 
 class ConRLoss(nn.Module):

@@ -11,5 +11,5 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return 'this version has no cuda kernels yet; use backend="auto" or "torch"'
 
 
-def layout_size(n_anchors: int, n_keys: int, settings: Settings) -> int:
+def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
     return 0

@@ -4,7 +4,8 @@
 backend module. Every backend module provides
 
 - ``unavailable(device, dtype) -> str | None``: why it cannot run there and what to do;
-- ``layout_size(n_anchors, n_keys, settings) -> int``: length of the int32 layout it keeps for backward;
+- ``layout_size(n_anchors, n_keys, dtype, settings) -> int``: length of the int32 layout that it
+  keeps for backward; dtype is the accumulation dtype;
 - ``forward(x, y, p, w, keys, self_offset, settings) -> (loss [N], stats [N, 3 or 5], layout)``;
 - ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``.
 
@@ -87,7 +88,7 @@ def _forward_fake(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
     settings = _settings(*scalars)
     N, K = x.shape[0], (x if key_x is None else key_x).shape[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    size = backend_module(backend).layout_size(N, K, settings)
+    size = backend_module(backend).layout_size(N, K, dtype, settings)
     return (
         x.new_empty((N,), dtype=dtype),
         x.new_empty((N, 3 if settings.exponent_is_small else 5), dtype=dtype),
@@ -105,47 +106,106 @@ torch.library.register_fake("conr_kernels::forward", _forward_fake, lib=_library
 torch.library.register_fake("conr_kernels::backward", _backward_fake, lib=_library)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-
-torch.library.register_autograd("conr_kernels::backward", _no_second_derivative, lib=_library)
-
-
 class RowLosses(torch.autograd.Function):
-    """``ℓ_i`` [N] of the anchors, differentiable once in their features."""
+    """``ℓ_i`` [N] of the anchors, differentiable once in their features.
+
+    Takes the arguments of ``conr_kernels::forward``. This form goes through the operators, as compilers,
+    function transforms and tracers need it.
+    """
 
     @staticmethod
-    def forward(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
-        return torch.ops.conr_kernels.forward(
-            x, y, p, w, key_x, key_y, key_p, self_offset, *scalars
-        )
+    def forward(*args):
+        return torch.ops.conr_kernels.forward(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
-        _, stats, layout = output
-        ctx.mark_non_differentiable(stats, layout)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
+        _save(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, g, *_):
-        no_grads = (None,) * (7 + len(ctx.scalars) - 1)
-        if g is None:
-            return None, *no_grads
-        stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
-        coef_i = scale_statistics(stats, g)
-        coef_j = None
-        if key_x is not None:  # keys that are no anchors have no row loss
-            offset = ctx.scalars[0]
-            coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
-            coef_j[offset : offset + x.shape[0]] = coef_i
-        gradient = torch.ops.conr_kernels.backward(
-            coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
-        )
-        return gradient, *no_grads
+        return _gradient_and_nones(ctx, g, torch.ops.conr_kernels.backward)
 
     @staticmethod
     def vmap(info, in_dims, *args):
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def jvp(ctx, *args):
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+class EagerRowLosses(torch.autograd.Function):
+    """The same for plain tensors in plain eager mode: the backend is called directly.
+
+    Signature binding and two operator boundaries would take as long as the work on a small batch.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        output = _forward(*args)
+        _save(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        return _gradient_and_nones(ctx, g, _backward)
+
+
+def row_losses(x: Tensor, *args: Any) -> Tensor:
+    """``ℓ_i`` [N]; the arguments of ``conr_kernels::forward``."""
+    is_plain = (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+    return (EagerRowLosses if is_plain else RowLosses).apply(x, *args)[0]
+
+
+def _save(ctx, inputs, output) -> None:
+    x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
+    _, stats, layout = output
+    ctx.mark_non_differentiable(stats, layout)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
+
+
+def _gradient_and_nones(ctx, g, backward_operator):
+    gradient = None
+    if g is not None:
+        function = _GradientOnce.apply if torch.is_grad_enabled() else _gradient
+        gradient = function(backward_operator, g, *ctx.saved_tensors, *ctx.scalars)
+    return gradient, *(None,) * (6 + len(ctx.scalars))
+
+
+def _gradient(
+    backward_operator, g, stats, layout, x, y, p, key_x, key_y, key_p, self_offset, *scalars
+):
+    coef_i = scale_statistics(stats, g)
+    coef_j = None
+    if key_x is not None:  # keys that are no anchors have no row loss
+        coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
+        coef_j[self_offset : self_offset + x.shape[0]] = coef_i
+    return backward_operator(
+        coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, self_offset, *scalars
+    )
+
+
+class _GradientOnce(torch.autograd.Function):
+    """The gradient where a graph of it is asked for: it has no derivative of its own."""
+
+    @staticmethod
+    def forward(*args):
+        return _gradient(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def backward(ctx, *_):
         raise RuntimeError(NO_SECOND_DERIVATIVE)

@@ -8,6 +8,7 @@ and the search is exact, ties and rounding included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class Sweep:
         self_key: int64 [N]: where each sorted anchor stands among the sorted keys.
         is_exact: every pair inside the band satisfies the predicate.
         is_symmetric: anchors are the keys, so that ``s_ij = s_ji`` may be used.
-        n_keys: K.
+        n_anchors, n_keys: N, K.
     """
 
     serves: str
@@ -38,17 +39,19 @@ class Sweep:
     self_key: Tensor
     is_exact: bool
     is_symmetric: bool
+    n_anchors: int
     n_keys: int
 
 
-def dense_sweep(n_anchors: int, n_keys: int | None, self_offset: int, device) -> Sweep:
+def dense_sweep(
+    n_anchors: int, n_keys: int | None, self_offset: int, device: torch.device
+) -> Sweep:
     """All pairs in the given order; ``n_keys=None``: the anchors are the keys."""
     is_symmetric = n_keys is None
     n_keys = n_anchors if n_keys is None else n_keys
     self_key = torch.arange(n_anchors, device=device) + self_offset
-    lo = torch.zeros_like(self_key)
-    hi = torch.full_like(lo, n_keys)
-    return Sweep("both", None, None, lo, hi, self_key, False, is_symmetric, n_keys)
+    lo, hi = torch.zeros_like(self_key), torch.full_like(self_key, n_keys)
+    return Sweep("both", None, None, lo, hi, self_key, False, is_symmetric, n_anchors, n_keys)
 
 
 def banded_sweep(
@@ -82,8 +85,18 @@ def banded_sweep(
         position[key_order] = torch.arange(len(y_j), device=y_j.device)
         self_key = position[anchor_order + self_offset]
     lo, hi = bands(sorted_i, sorted_j, reach)
+    is_exact = n_components == 1
     return Sweep(
-        serves, anchor_order, key_order, lo, hi, self_key, n_components == 1, is_symmetric, len(y_j)
+        serves,
+        anchor_order,
+        key_order,
+        lo,
+        hi,
+        self_key,
+        is_exact,
+        is_symmetric,
+        n_anchors=len(y_i),
+        n_keys=len(y_j),
     )
 
 
@@ -92,15 +105,39 @@ def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Ten
 
     ``lo_i = min { j : y_i − y_j ≤ reach }``, ``hi_i = min { j : not y_j − y_i ≤ reach }``.
     """
+
+    def reaches_back(j: Tensor) -> Tensor:
+        return sorted_i - sorted_j[j] <= reach
+
+    def is_beyond(j: Tensor) -> Tensor:
+        return ~(sorted_j[j] - sorted_i <= reach)
+
     n_keys = len(sorted_j)
-    lo = _first(n_keys, sorted_i, lambda mid: sorted_i - sorted_j[mid] <= reach)
-    hi = _first(n_keys, sorted_i, lambda mid: ~(sorted_j[mid] - sorted_i <= reach))
+    lo = hi = None
+    if sorted_i.device.type == "cpu" and n_keys > 0:
+        # A guess by rounded addition, right except at ties; taken only where the predicate confirms it.
+        wide_i, wide_j = sorted_i.double(), sorted_j.double()
+        margin = float(torch.tensor(reach, dtype=sorted_i.dtype))
+        lo = _confirmed(torch.searchsorted(wide_j, wide_i - margin), reaches_back, n_keys)
+        hi = _confirmed(torch.searchsorted(wide_j, wide_i + margin, right=True), is_beyond, n_keys)
+    lo = _first(n_keys, len(sorted_i), sorted_i.device, reaches_back) if lo is None else lo
+    hi = _first(n_keys, len(sorted_i), sorted_i.device, is_beyond) if hi is None else hi
     return lo, torch.maximum(lo, hi)
 
 
-def _first(n_keys: int, like: Tensor, holds) -> Tensor:
-    """Smallest j in [0, n_keys] at which a predicate monotone in j holds, for every row at once."""
-    low = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+Predicate = Callable[[Tensor], Tensor]
+
+
+def _confirmed(guess: Tensor, holds: Predicate, n_keys: int) -> Tensor | None:
+    """The guess if it is the first index at which the predicate holds, for every row; else None."""
+    holds_there = holds(guess.clamp(max=n_keys - 1)) | (guess == n_keys)
+    fails_before = ~holds((guess - 1).clamp(min=0)) | (guess == 0)
+    return guess if bool((holds_there & fails_before).all()) else None
+
+
+def _first(n_keys: int, n_rows: int, device: torch.device, holds: Predicate) -> Tensor:
+    """Smallest index at which a monotone predicate holds (n_keys where none), for every row."""
+    low = torch.zeros(n_rows, dtype=torch.int64, device=device)
     high = torch.full_like(low, n_keys)
     for _ in range(n_keys.bit_length()):
         mid = (low + high) // 2
