@@ -1,9 +1,15 @@
-"""Rows as a table and as the few sentences that matter."""
+"""Rows as a table and as the few sentences that matter.
+
+``python -m benchmarks.report FILE.csv`` prints the README's table.
+"""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from .providers import BASELINE
-from .rows import Row
+from .rows import Row, read
 
 Key = tuple[str, int, str]
 
@@ -76,3 +82,34 @@ def summary(rows: list[Row], features: int = 128) -> str:
         if notes:
             lines.append(f"  {provider}, {kernel}, N = {size:,}: {'; '.join(notes)}")
     return "\n".join(lines)
+
+
+def markdown(rows: list[Row]) -> str:
+    """Eager against each fused backend, one line per N and backend."""
+    cases = by_case(rows)
+    lines = [
+        "| labels, N | eager | | conr_kernels | | faster | less memory |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (kernel, size, provider), metrics in cases.items():
+        if not provider.startswith("conr_kernels"):
+            continue
+        base = cases.get((kernel, size, BASELINE))
+        eager, ratios = ["", ""], ["", ""]
+        if base:
+            eager = [seconds_text(base["time"]), bytes_text(base["memory"])]
+            ratios = [
+                ratio_text(base[t] / metrics[t]) if metrics[t] else "" for t in ("time", "memory")
+            ]
+        backend = provider.removeprefix("conr_kernels ").strip("()")
+        ours = [f"{seconds_text(metrics['time'])} ({backend})", bytes_text(metrics["memory"])]
+        label = kernel.removeprefix("conr paper, ").replace("constant p", "constant predictions")
+        lines.append("| " + " | ".join([f"{label}, {size:,}", *eager, *ours, *ratios]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    found = read(Path(sys.argv[1]))
+    print(markdown(found))
+    print()
+    print(summary(found))
