@@ -1,4 +1,4 @@
-"""The two registered operators and the ``autograd.Function`` around them.
+"""The two registered operators: schemas, fakes, derivatives, and the choice of backend.
 
 ``conr_kernels::forward`` and ``conr_kernels::backward`` are opaque to compilers: each dispatches once to a
 backend module. Every backend module provides
@@ -106,47 +106,54 @@ torch.library.register_fake("conr_kernels::forward", _forward_fake, lib=_library
 torch.library.register_fake("conr_kernels::backward", _backward_fake, lib=_library)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
+    _, stats, layout = output
+    ctx.mark_non_differentiable(stats, layout)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
+
+
+def _differentiate(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    no_grads = (None,) * (6 + len(ctx.scalars))
+    if g is None:
+        return None, *no_grads
+    stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
+    coef_i = scale_statistics(stats, g)
+    coef_j = None
+    if key_x is not None:  # keys that are no anchors have no row loss
+        offset = ctx.scalars[0]
+        coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
+        coef_j[offset : offset + x.shape[0]] = coef_i
+    gradient = torch.ops.conr_kernels.backward(
+        coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
+    )
+    return gradient, *no_grads
+
+
+def _refuse(*_: Any) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-torch.library.register_autograd("conr_kernels::backward", _no_second_derivative, lib=_library)
+torch.library.register_autograd(
+    "conr_kernels::forward", _differentiate, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("conr_kernels::backward", _refuse, lib=_library)
+for _name in ("forward", "backward"):
+    torch.library.register_vmap(f"conr_kernels::{_name}", _refuse, lib=_library)
 
 
-class RowLosses(torch.autograd.Function):
-    """``ℓ_i`` [N] of the anchors, differentiable once in their features."""
-
-    @staticmethod
-    def forward(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
-        return torch.ops.conr_kernels.forward(
-            x, y, p, w, key_x, key_y, key_p, self_offset, *scalars
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
-        _, stats, layout = output
-        ctx.mark_non_differentiable(stats, layout)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        no_grads = (None,) * (7 + len(ctx.scalars) - 1)
-        if g is None:
-            return None, *no_grads
-        stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
-        coef_i = scale_statistics(stats, g)
-        coef_j = None
-        if key_x is not None:  # keys that are no anchors have no row loss
-            offset = ctx.scalars[0]
-            coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
-            coef_j[offset : offset + x.shape[0]] = coef_i
-        gradient = torch.ops.conr_kernels.backward(
-            coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
-        )
-        return gradient, *no_grads
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+def row_losses(
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    keys: tuple[Tensor, Tensor, Tensor] | None,
+    self_offset: int,
+    settings: Settings,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward operator: ``ℓ_i`` [N] of the anchors, differentiable once in x; stats; layout."""
+    return torch.ops.conr_kernels.forward(
+        x, y, p, w, *(keys or (None,) * 3), self_offset, *settings.scalars, backend
+    )

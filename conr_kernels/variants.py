@@ -95,6 +95,13 @@ class Settings:
     SAFE_EXPONENT = 64.0
 
     @property
+    def scalars(self) -> tuple[float, float, float, str, str]:
+        """The settings as the operators' schemas carry them."""
+        return (
+            self.window, self.temperature, self.push_scale, self.variant.code, self.distance
+        )  # fmt: skip
+
+    @property
     def exponent_is_small(self) -> bool:
         """True where ``exp(s_ij)`` needs no shift: ``|s_ij| ≤ 1/τ`` and no exponential pushing."""
         return 2 / self.temperature <= self.SAFE_EXPONENT and self.variant.pushing != "exponential"
