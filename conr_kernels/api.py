@@ -94,7 +94,7 @@ def conr_loss(
     rows = batches.row_losses(batch, batch.all_keys())
     if reduction == "none":
         return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(rows.shape[0], 1)
+    return rows.mean() if reduction == "mean" and rows.shape[0] > 0 else rows.sum()
 
 
 class ConRLoss(nn.Module):

@@ -25,11 +25,11 @@ def pair_distance(y_i: Tensor, y_j: Tensor, distance: str) -> Tensor:
     all of them round, and therefore decide ``d_ij ≤ h``, alike.
     """
     n_components = y_i.shape[1]
+    if n_components == 1:
+        return (y_i - y_j.T).abs_()
     total: Tensor | None = None
     for c in range(n_components):
         difference = (y_i[:, c, None] - y_j[None, :, c]).abs_()
-        if n_components == 1:
-            return difference
         term = difference if distance == "mae" else difference * difference
         total = term if total is None else total + term
     mean = total / n_components

@@ -38,25 +38,26 @@ def collapse_statistics(stats: Tensor) -> Tensor:
     return torch.stack([alpha * log_alpha.exp(), beta, gamma * log_gamma.exp()], dim=1)
 
 
-def pushing_rate(w: Tensor | None, settings: Settings) -> Tensor | float:
-    """``r_i``, the anchor's own part of the pushing weight ``S_ij = r_i · φ(d_ij)``."""
+def pushing_rate(w: Tensor | None, settings: Settings) -> Tensor | float | None:
+    """``r_i``, the anchor's own part of the pushing weight ``S_ij = r_i · φ(d_ij)``; None for 1."""
     e, pushing = settings.push_scale, settings.variant.pushing
-    weight = 1.0 if w is None else w
-    return {"linear": e * weight, "exponential": weight, "weight": e * weight}.get(
-        pushing, e if pushing == "distance" else 1.0
-    )
+    if pushing == "none":
+        return None
+    if pushing == "exponential":
+        return w
+    return e if w is None or pushing == "distance" else w * e
 
 
 def finish_rows(
     E: Tensor,
     B: Tensor,
-    s_sum: Tensor | None,
     n: Tensor,
     m: Tensor,
     n_keys: int,
     w: Tensor | None,
     poison: Tensor,
     settings: Settings,
+    s_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses [N] and statistics [N, 3] from ``E_i = Σ_P exp s``, ``B_i = Σ_M φ exp s`` and counts.
 
@@ -70,40 +71,43 @@ def finish_rows(
         scale = scale * w
     n = n.clamp(min=1)
     E = E.clamp(min=TINY)
-    other = B * r
+    other = B if r is None else B * r
     if variant.unit_terms:
-        other += n_keys - n
+        other = other + (n_keys - n)
     Z = E + other
-    excess = torch.log1p(other / E)  # log Z − log E, without forming Z − E
+    ratio = other / E
+    excess = torch.log1p(ratio)  # log Z − log E, without forming Z − E
     if variant.log == "outside":
-        loss = n.log().add_(excess)
-        alpha, beta, gamma = other.neg().div_(Z * E), torch.zeros_like(E), r / Z
+        loss = n.log_().add_(excess)
+        alpha, beta, gamma = ratio.div_(Z).neg_(), poison, Z.reciprocal_()
     else:
         c = n + variant.count_self
-        loss = (n * (E.log() + excess) - s_sum) / c
-        alpha, beta = n / (c * Z), 1 / c
-        gamma = alpha * r
+        loss = (E.log_().add_(excess).mul_(n) - s_sum) / c
+        alpha, beta = n / (c * Z), c.reciprocal_()
+        gamma = alpha
+    gamma = gamma if r is None else gamma * r
     stats = torch.stack([alpha, beta, gamma], dim=1)
     return loss.mul_(scale), stats.mul_(scale[:, None])
 
 
 def finish_log_rows(
-    log_E: Tensor,
-    log_B: Tensor,
-    s_sum: Tensor | None,
+    E: Tensor,
+    B: Tensor,
     n: Tensor,
     m: Tensor,
     n_keys: int,
     w: Tensor | None,
     poison: Tensor,
     settings: Settings,
+    s_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same from ``log E_i`` and ``log B_i``: losses [N] and statistics [N, 5]."""
+    """The same where E and B are ``log E_i`` and ``log B_i``: losses [N] and statistics [N, 5]."""
     variant = settings.variant
-    r = torch.as_tensor(pushing_rate(w, settings), dtype=log_E.dtype, device=log_E.device)
+    r = pushing_rate(w, settings)
+    r = torch.as_tensor(1.0 if r is None else r, dtype=E.dtype, device=E.device)
     is_anchor = (n > 0) & (m > 0)
-    log_E = torch.where(is_anchor, log_E, 0.0)
-    log_B = torch.where(is_anchor, log_B, 0.0)
+    log_E = torch.where(is_anchor, E, 0.0)
+    log_B = torch.where(is_anchor, B, 0.0)
     n = torch.where(is_anchor, n, 1).to(log_E.dtype)
     log_r, sign_r = r.abs().log(), r.sign()
     log_T, sign_T = log_r + log_B, sign_r.expand_as(log_B)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .reference import pair_distance
 from .reference import poison as not_finite
 from .rows import (
     collapse_statistics,
@@ -36,8 +37,8 @@ from .torch_tiles import (
 )
 from .variants import Settings
 
-#: Up to this many pairs one tile is computed, and kept (its bound on memory) for backward.
-KEPT_PAIRS = 512 * 512
+#: Up to this many rows one tile holds all pairs and is kept for backward.
+KEPT_ROWS = 512
 #: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
 DENSE_SHARE = 0.7
 #: Rows of the gradient that are finished at a time.
@@ -54,8 +55,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
     """int32 words kept for backward: the weighted pairs of both masks, for small batches only."""
-    n_pairs = n_anchors * n_keys
-    return 2 * n_pairs * dtype.itemsize // 4 if n_pairs <= KEPT_PAIRS else 0
+    if n_keys != n_anchors or n_anchors > KEPT_ROWS:
+        return 0
+    return 2 * n_anchors * n_keys * dtype.itemsize // 4
 
 
 def forward(
@@ -70,27 +72,23 @@ def forward(
     """Row losses [N], row statistics (rows.py) and the layout (see ``layout_size``)."""
     is_shifted = _is_shifted(y, keys, settings)
     norm = row_norms(x)
-    sums, kept = row_sums(x, y, p, keys, self_offset, settings, norm, is_shifted)
+    if _is_one_tile(x, keys):
+        rows = take_rows(x, _inverse(norm), y, p, None, None)
+        sums, layout = one_tile_sums(rows, settings, is_shifted)
+    else:
+        sums = row_sums(x, y, p, keys, self_offset, settings, norm, is_shifted)
+        layout = norm.new_empty(0)
     # Weights up to 1e30 meet sums up to 1e30 in the rows; there are only N of each.
-    wide = sums["m"].dtype
+    wide = torch.float64 if x.device.type != "mps" else torch.float32
+    sums = {name: total.to(wide) for name, total in sums.items()}
+    n_keys = len(x) if keys is None else len(keys[0])
     poison = _poison(norm, y, p, w, keys).to(wide)
+    w = None if w is None else w.to(wide)
     finish = finish_log_rows if is_shifted else finish_rows
-    loss, stats = finish(
-        sums["E"].to(wide),
-        sums["B"].to(wide),
-        sums["s_sum"].to(wide) if "s_sum" in sums else None,
-        sums["n"],
-        sums["m"],
-        len(x) if keys is None else len(keys[0]),
-        None if w is None else w.to(wide),
-        poison,
-        settings,
-    )
+    loss, stats = finish(**sums, n_keys=n_keys, w=w, poison=poison, settings=settings)
     if not is_shifted and not settings.exponent_is_small:
         stats = to_log_statistics(stats)
-    if kept is None:
-        kept = norm.new_empty(0)
-    return loss.to(norm.dtype), stats.to(norm.dtype), kept.view(-1).view(torch.int32)
+    return loss.to(norm.dtype), stats.to(norm.dtype), layout.view(-1).view(torch.int32)
 
 
 def row_sums(
@@ -102,21 +100,16 @@ def row_sums(
     settings: Settings,
     norm: Tensor,
     is_shifted: bool,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``, ``m``.
-
-    And the pairs kept for backward [2, N, K], or None.
-    """
+) -> dict[str, Tensor]:
+    """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``, ``m``."""
     sums: dict[str, Tensor] = {}
     for sweep, rows_i, rows_j in _sorted_rows(x, norm, y, p, keys, self_offset, settings):
-        if sweep is None:
-            return _forward_one_tile(rows_i, rows_j, keys, self_offset, settings, is_shifted)
         for name, total in _forward_sweep(sweep, rows_i, rows_j, settings, is_shifted).items():
             order = sweep.anchor_order
             if order is not None:
                 total = torch.empty_like(total).index_copy_(0, order, total)
             sums[name] = total
-    return sums, None
+    return sums
 
 
 def backward(
@@ -135,14 +128,14 @@ def backward(
         coef_i = collapse_statistics(coef_i)
         coef_j = None if coef_j is None else collapse_statistics(coef_j)
     norm = row_norms(x)
+    if _is_one_tile(x, keys):
+        q = x * _inverse(norm)
+        G = _one_tile_gradient(layout.view(norm.dtype), q, coef_i, settings)
+        return _project(G, q, _inverse(norm), settings.temperature).to(x.dtype)
     G = G_sorted = None
     for sweep, rows_i, rows_j in _sorted_rows(
         x, norm, y, p, keys, self_offset, settings, coef_i, coef_j
     ):
-        if sweep is None:
-            kept = layout.view(norm.dtype).view(2, len(rows_i.q), len(rows_j.q))
-            G = _backward_one_tile(kept, rows_i, rows_j, settings)
-            break
         G_sorted = torch.zeros_like(rows_i.q) if G_sorted is None else G_sorted.zero_()
         _backward_sweep(G_sorted, sweep, rows_i, rows_j, settings)
         if sweep.anchor_order is None:
@@ -151,7 +144,17 @@ def backward(
             G = torch.empty_like(G_sorted).index_copy_(0, sweep.anchor_order, G_sorted)
         else:
             G.index_add_(0, sweep.anchor_order, G_sorted)
-    return _project(G, x, norm, coef_i, settings.temperature)
+    inverse = _inverse(norm)
+    poison = (coef_i[:, :3] * 0).sum(dim=1, keepdim=True)
+    for start in range(0, len(x), PROJECTED_ROWS):
+        rows = slice(start, start + PROJECTED_ROWS)
+        q = x[rows] * inverse[rows]
+        _project(G[rows], q, inverse[rows], settings.temperature).add_(poison[rows])
+    return G.to(x.dtype)
+
+
+def _is_one_tile(x: Tensor, keys: Keys | None) -> bool:
+    return keys is None and len(x) <= KEPT_ROWS
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -165,17 +168,10 @@ def _inverse(norm: Tensor) -> Tensor:
     return norm.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
 
 
-def _project(G: Tensor, x: Tensor, norm: Tensor, coef_i: Tensor, temperature: float) -> Tensor:
-    """``∂L/∂x_i = (∂L/∂q_i − q_i (q_i·∂L/∂q_i)) / ‖x_i‖`` with ``∂L/∂q_i = G_i/τ``; overwrites G."""
-    inverse = _inverse(norm)
-    scale = inverse / temperature
-    poison = (coef_i[:, :3] * 0).sum(dim=1, keepdim=True)
-    for start in range(0, len(x), PROJECTED_ROWS):
-        rows = slice(start, start + PROJECTED_ROWS)
-        q, G_i = x[rows] * inverse[rows], G[rows]
-        radial = (q * G_i).sum(dim=1, keepdim=True)
-        G_i.addcmul_(q, radial, value=-1).mul_(scale[rows]).add_(poison[rows])
-    return G.to(x.dtype)
+def _project(G: Tensor, q: Tensor, inverse: Tensor, temperature: float) -> Tensor:
+    """``∂L/∂x_i = (∂L/∂q_i − q_i (q_i·∂L/∂q_i)) / ‖x_i‖`` with ``∂L/∂q_i = G_i/τ``; in place."""
+    radial = (q * G).sum(dim=1, keepdim=True)
+    return G.addcmul_(q, radial, value=-1).mul_(inverse / temperature)
 
 
 def _poison(norm: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | None) -> Tensor:
@@ -202,14 +198,9 @@ def _is_shifted(y: Tensor, keys: Keys | None, settings: Settings) -> bool:
 
 def _sweeps(
     y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, settings: Settings
-) -> list[Sweep | None]:
-    """Two banded sweeps, one over all pairs, or None for one tile.
-
-    Bands are read on the host: on the CPU only.
-    """
+) -> list[Sweep]:
+    """Two banded sweeps, or one over all pairs. Bands are read on the host: on the CPU only."""
     N, K = len(y), len(y) if keys is None else len(keys[0])
-    if N * K <= KEPT_PAIRS:
-        return [None]
     if y.device.type == "cpu" and settings.variant.negatives != "all":
         key_y, key_p = (None, None) if keys is None else keys[1:]
         h, distance = settings.window, settings.distance
@@ -233,7 +224,7 @@ def _sorted_rows(
     settings: Settings,
     coef_i: Tensor | None = None,
     coef_j: Tensor | None = None,
-) -> Iterator[tuple[Sweep | None, Rows, Rows]]:
+) -> Iterator[tuple[Sweep, Rows, Rows]]:
     """Every sweep with its anchors and keys in its order; valid until the next is asked for."""
     anchors = (x, _inverse(norm), y, p, coef_i)
     q_i = q_j = None
@@ -241,52 +232,52 @@ def _sorted_rows(
         key_x, key_y, key_p = keys
         all_keys = (key_x, _inverse(row_norms(key_x)), key_y, key_p, coef_j)
     for sweep in _sweeps(y, p, keys, self_offset, settings):
-        rows_i = rows_j = take_rows(*anchors, sweep and sweep.anchor_order, q_i)
+        rows_i = rows_j = take_rows(*anchors, sweep.anchor_order, q_i)
         if keys is not None:
-            rows_j = take_rows(*all_keys, sweep and sweep.key_order, q_j)
+            rows_j = take_rows(*all_keys, sweep.key_order, q_j)
         q_i, q_j = rows_i.q, rows_j.q
         yield sweep, rows_i, rows_j
 
 
-def _forward_one_tile(
-    rows_i: Rows,
-    rows_j: Rows,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-    is_shifted: bool,
+def one_tile_sums(
+    rows: Rows, settings: Settings, is_shifted: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    N, K, dtype = len(rows_i.q), len(rows_j.q), rows_i.q.dtype
-    s_ij = similarities(rows_i.q, rows_j.q, settings)
-    positive = window_mask(rows_i.y, rows_j.y, settings, dtype)
-    self_pairs = positive if keys is None else positive[:, self_offset : self_offset + N]
-    self_pairs.fill_diagonal_(0.0)
-    weight, log_phi = negative_weight(rows_i, rows_j, EVERY, settings)
-    wide = torch.float64 if s_ij.device.type != "mps" else torch.float32
-    sums = {"n": positive.sum(1, dtype=wide), "m": weight.sign().sum(1, dtype=wide)}
+    """The sums of ``row_sums`` from one tile, and the tile's weighted pairs [2, N, N]."""
+    N = len(rows.q)
+    s_ij = similarities(rows.q, rows.q, settings)
+    d_ij = pair_distance(rows.y, rows.y, settings.distance)
+    positive = window_mask(d_ij.clone(), settings, s_ij.dtype).fill_diagonal_(0.0)
+    weight, log_phi = negative_weight(d_ij, rows, rows, EVERY, settings)
+    # Counts up to 2²⁴ are exact in float32; a sum that converts its terms is several times slower.
+    sums = {"n": positive.sum(1), "m": weight.sign().sum(1)}
     if settings.variant.log == "inside":
-        sums["s_sum"] = (s_ij * positive).sum(1, dtype=wide)
-    kept = s_ij.new_empty(2, N, K)
+        sums["s_sum"] = (s_ij * positive).sum(1)
+    kept = s_ij.new_empty(2, N, N)
+    kept_positive, kept_negative = kept.unbind()
     if is_shifted:
-        torch.add(s_ij, positive.log_(), out=kept[0])
-        torch.add(push(s_ij, log_phi, True), weight.log_(), out=kept[1])
-        sums["E"], sums["B"] = torch.logsumexp(kept, dim=2)
+        torch.add(s_ij, positive.log_(), out=kept_positive)
+        torch.add(push(s_ij, log_phi, True), weight.log_(), out=kept_negative)
+        sums["E"], sums["B"] = kept.logsumexp(2).unbind()
     else:
-        torch.mul(s_ij.exp_(), positive, out=kept[0])
-        torch.mul(push(s_ij, log_phi, False), weight, out=kept[1])
-        sums["E"], sums["B"] = kept.sum(2, dtype=wide)
+        torch.mul(s_ij.exp_(), positive, out=kept_positive)
+        torch.mul(push(s_ij, log_phi, False), weight, out=kept_negative)
+        sums["E"], sums["B"] = kept.sum(2).unbind()
     return sums, kept
 
 
-def _backward_one_tile(kept: Tensor, rows_i: Rows, rows_j: Rows, settings: Settings) -> Tensor:
-    """``τ ∂L/∂q_i`` [N, D] from the kept pairs."""
-    coef_i, coef_j = rows_i.coef, rows_j.coef
-    H_ij = times_coefficients(kept[0], coef_i[:, 0::3], coef_j[:, 0::3])
-    H_ij += times_coefficients(kept[1], coef_i[:, 2::2], coef_j[:, 2::2])
+def _one_tile_gradient(kept: Tensor, q: Tensor, coef: Tensor, settings: Settings) -> Tensor:
+    """``τ ∂L/∂q_i`` [N, D] from the kept pairs: with ``H_ij = K_ij + K_ji``, K holds row i's part."""
+    positive, negative = kept.view(2, len(q), len(q)).unbind()
+    if coef.shape[1] == 3:
+        K_ij = (positive * coef[:, :1]).addcmul_(negative, coef[:, 2:])
+        is_positive = positive.sign
+    else:
+        K_ij = (positive + coef[:, 3:4]).exp_().mul_(coef[:, :1])
+        K_ij += (negative + coef[:, 4:]).exp_().mul_(coef[:, 2:3])
+        is_positive = positive.exp().sign
     if settings.variant.log == "inside":
-        is_positive = kept[0] != (0.0 if coef_i.shape[1] == 3 else -torch.inf)
-        H_ij -= (coef_i[:, 1:2] + coef_j[:, 1]) * is_positive
-    return H_ij @ rows_j.q
+        K_ij -= is_positive() * coef[:, 1:2]
+    return (K_ij + K_ij.T) @ q
 
 
 def _forward_sweep(
@@ -315,7 +306,8 @@ def _forward_sweep(
             drop_self(value, tile, -torch.inf if is_shifted else 0.0)
             totals.add("E", tile, value, dtype, is_shifted)
         if negatives:
-            weight, log_phi = negative_weight(i, j, tile.edges, settings)
+            d_ij = pair_distance(i.y, j.y, settings.distance)
+            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
             totals.add("m", tile, weight.sign(), wide)
             value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
             totals.add("B", tile, value, dtype, is_shifted)
@@ -341,7 +333,8 @@ def _backward_sweep(
                 H_ij -= _apply(i.coef[:, 1:2] + j.coef[:, 1], masks, False)
             drop_self(H_ij, tile, 0.0)
         if negatives:
-            weight, log_phi = negative_weight(i, j, tile.edges, settings)
+            d_ij = pair_distance(i.y, j.y, settings.distance)
+            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
             value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
             value = times_coefficients(value, i.coef[:, 2::2], j.coef[:, 2::2])
             H_ij = value if H_ij is None else H_ij.add_(value)
@@ -357,7 +350,10 @@ Masks = list[tuple[slice, Tensor]]
 
 def _positive_masks(tile: Tile, i: Rows, j: Rows, settings: Settings, is_exact: bool) -> Masks:
     dtype = i.q.dtype
-    masks = [(columns, window_mask(i.y, j.y[columns], settings, dtype)) for columns in tile.edges]
+    masks = []
+    for columns in tile.edges:
+        d_ij = pair_distance(i.y, j.y[columns], settings.distance)
+        masks.append((columns, window_mask(d_ij, settings, dtype)))
     if not is_exact:  # one mask of all columns, which also counts
         drop_self(masks[0][1], tile, 0.0)
     return masks

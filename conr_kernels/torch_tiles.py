@@ -147,20 +147,19 @@ def similarities(q_i: Tensor, q_j: Tensor, settings: Settings) -> Tensor:
     return s_ij.addmm_(q_i, q_j.T, beta=0, alpha=1 / settings.temperature)
 
 
-def window_mask(y_i: Tensor, y_j: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
-    """``[d_ij ≤ h]``."""
-    return pair_distance(y_i, y_j, settings.distance).le_(settings.window).to(dtype)
+def window_mask(d_ij: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """``[d_ij ≤ h]``; overwrites ``d_ij``."""
+    return d_ij.le_(settings.window).to(dtype)
 
 
 def negative_weight(
-    rows_i: Rows, rows_j: Rows, edges: tuple[slice, ...], settings: Settings
+    d_ij: Tensor, rows_i: Rows, rows_j: Rows, edges: tuple[slice, ...], settings: Settings
 ) -> tuple[Tensor, Tensor | None]:
     """``[j ∈ M_i]``, times ``d_ij`` where ``φ(d) = d``; and ``e·d_ij`` where that is ``log φ``.
 
-    Predictions are compared on the columns ``edges``.
+    Predictions are compared on the columns ``edges``. Overwrites ``d_ij``.
     """
     dtype = rows_i.q.dtype
-    d_ij = pair_distance(rows_i.y, rows_j.y, settings.distance)
     is_exponential = settings.variant.pushing == "exponential"
     log_phi = d_ij.to(dtype) * settings.push_scale if is_exponential else None
     h = settings.window
@@ -168,7 +167,8 @@ def negative_weight(
     weight = weight.to(dtype)
     if settings.variant.negatives == "confused":
         for columns in edges:
-            weight[:, columns].mul_(window_mask(rows_i.p, rows_j.p[columns], settings, dtype))
+            delta_ij = pair_distance(rows_i.p, rows_j.p[columns], settings.distance)
+            weight[:, columns].mul_(window_mask(delta_ij, settings, dtype))
     return weight, log_phi
 
 

@@ -48,7 +48,7 @@ class Variant:
         check_choice("negatives", self.negatives, NEGATIVES)
         check_variant_combination(self.log, self.count_self)
 
-    @property
+    @functools.cached_property
     def code(self) -> str:
         """The variant as one string, the form in which operator schemas carry it."""
         *names, unit_terms, count_self, weighted_rows = astuple(self)
