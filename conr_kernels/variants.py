@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from .validation import check_choice, check_variant_combination
 
@@ -48,11 +48,11 @@ class Variant:
         check_choice("negatives", self.negatives, NEGATIVES)
         check_variant_combination(self.log, self.count_self)
 
-    @functools.cached_property
+    @property
     def code(self) -> str:
         """The variant as one string, the form in which operator schemas carry it."""
-        *names, unit_terms, count_self, weighted_rows = astuple(self)
-        return ",".join([*names, f"{unit_terms:d}{count_self:d}{weighted_rows:d}"])
+        flags = f"{self.unit_terms:d}{self.count_self:d}{self.weighted_rows:d}"
+        return f"{self.log},{self.pushing},{self.negatives},{flags}"
 
     @staticmethod
     @functools.cache
