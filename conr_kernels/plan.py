@@ -24,6 +24,22 @@ def backend_status(
     return {name: backend_module(name).unavailable(device, dtype) for name in BACKENDS}
 
 
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Which backends work on a device, and why the others do not.
+
+    Args:
+        device: where the features would be; None: the GPU if there is one, else the CPU.
+
+    Returns:
+        ``{"triton": …, "cuda": …, "torch": …, "reference": None}`` in the order in which ``"auto"``
+        prefers them: None for a backend that works there (with float32 features), else the reason
+        and what to do.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {**backend_status(torch.device(device)), "reference": None}
+
+
 def make_plan(backend: str, device: torch.device, dtype: torch.dtype) -> Plan:
     """The plan for ``backend``, ``"auto"`` included.
 
