@@ -1,6 +1,6 @@
 """Rows as a table and as the few sentences that matter.
 
-``python -m benchmarks.report FILE.csv`` prints the README's table.
+``python -m benchmarks.report FILE.csv [README.md]`` prints the README's table, or writes it there.
 """
 
 from __future__ import annotations
@@ -113,3 +113,10 @@ if __name__ == "__main__":
     print(markdown(found))
     print()
     print(summary(found))
+    for name in sys.argv[2:]:
+        readme = Path(name)
+        text = readme.read_text(encoding="utf-8")
+        start, end = text.index("<!-- figures"), text.index("<!-- end of figures")
+        start = text.index("-->", start) + len("-->")
+        filled = f"{text[:start]}\n\n{markdown(found)}\n\n{text[end:]}"
+        readme.write_text(filled, encoding="utf-8")
