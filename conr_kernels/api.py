@@ -1,16 +1,16 @@
-"""``conr_loss`` and ``ConRLoss``: check, plan, compute the row losses, reduce."""
+"""``conr_loss`` and ``ConRLoss``: the contract; the work is done by batch.py and distributed.py."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import reference, validation
-from .ops import BACKENDS, row_losses
-from .plan import make_plan
-from .variants import DISTANCES, Settings, Variant, resolve_variant
+from . import batch as batches
+from . import distributed, validation
+from .ops import BACKENDS
+from .variants import DISTANCES, Variant, resolve_variant
 
 
 def conr_loss(
@@ -57,7 +57,12 @@ def conr_loss(
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
         keys: ``(features, targets, predictions)`` of further rows (a memory bank): positives and negatives of
             the batch's rows, no anchors, no gradient.
-        group: a ``torch.distributed`` process group: the batch is the union of all ranks' rows.
+        group: a ``torch.distributed`` process group: the batch is the union of all ranks' rows (any number
+            on each, also none) and, with ``keys``, of all ranks' keys. ``"mean"`` and ``"sum"`` give the union's
+            value on every rank, ``"none"`` this rank's rows. The gradient is the union's, for this rank's
+            features, times the number of ranks: ``DistributedDataParallel`` divides by that number, so
+            W processes train as one with the union batch, beside a locally averaged regression loss. Every rank
+            of the group has to make the call, and the backward pass. Not traced by ``torch.compile``.
 
     Returns:
         The loss: float32, float64 for float64 features, also under autocast. Differentiable once in
@@ -68,40 +73,25 @@ def conr_loss(
         TypeError, ValueError: bad input; the message names the argument, what was expected and what was got.
         RuntimeError: an explicit backend that cannot run here, or a second derivative of a fused backend.
     """
-    validation.check_scalars(window, temperature, push_scale)
-    validation.check_choice("distance", distance, DISTANCES)
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    validation.check_choice("backend", backend, ("auto", *BACKENDS, "reference"))
-    settings = Settings(
-        float(window), float(temperature), float(push_scale), resolve_variant(variant), distance
+    prepare = functools.partial(
+        batches.prepare,
+        features,
+        targets,
+        predictions,
+        weights,
+        keys,
+        window=window,
+        temperature=temperature,
+        push_scale=push_scale,
+        variant=variant,
+        distance=distance,
+        reduction=reduction,
+        backend=backend,
     )
-    validation.check_tensors(features, targets, predictions, weights, keys)
-    plan = make_plan(backend, features.device, features.dtype)
-
-    y, p = _labels(targets), _labels(predictions)
-    w = _weights(weights, features)
-    all_keys = None
-    if keys is not None:
-        key_x, key_y, key_p = keys
-        all_keys = (
-            torch.cat(
-                [features if plan.backend == "reference" else features.detach(), key_x.detach()]
-            ),
-            torch.cat([y, _labels(key_y).to(y.dtype)]),
-            torch.cat([p, _labels(key_p).to(p.dtype)]),
-        )
-    if plan.backend == "reference":
-        dtype = accumulation_dtype(features)
-        with torch.autocast(features.device.type, enabled=False):
-            if all_keys is not None:
-                all_keys = (all_keys[0].to(dtype), *all_keys[1:])
-            rows = reference.row_losses(features.to(dtype), y, p, w, all_keys, 0, settings)
-    else:
-        scalars = (settings.window, settings.temperature, settings.push_scale)
-        rows = row_losses(
-            features, y, p, w, *(all_keys or (None,) * 3), 0,
-            *scalars, settings.variant.code, distance, plan.backend,
-        )  # fmt: skip
+    if group is not None:
+        return distributed.union_loss(group, prepare)
+    batch = prepare()
+    rows = batches.row_losses(batch, batch.all_keys())
     if reduction == "none":
         return rows
     return rows.mean() if reduction == "mean" and rows.shape[0] > 0 else rows.sum()
@@ -153,21 +143,3 @@ class ConRLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _labels(y: Tensor) -> Tensor:
-    """Labels as a contiguous [N, L] in the dtype in which they are compared."""
-    is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
-    y = y.detach().to(torch.float64 if is_wide else torch.float32)
-    return (y[:, None] if y.dim() == 1 else y).contiguous()
-
-
-def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
-    if w is None:
-        return None
-    w = torch.as_tensor(w).detach().to(device=x.device, dtype=accumulation_dtype(x))
-    return w.reshape(-1).expand(x.shape[0]).contiguous()

@@ -1,4 +1,4 @@
-"""The two registered operators and the ``autograd.Function`` around them.
+"""The two registered operators: schemas, fakes, derivatives, and the choice of backend.
 
 ``conr_kernels::forward`` and ``conr_kernels::backward`` are opaque to compilers: each dispatches once to a
 backend module. Every backend module provides
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,8 @@ NO_SECOND_DERIVATIVE = (
     "conr_loss has no second derivative and no vmap rule in its fused backends; "
     'use backend="reference", which supports both'
 )
+
+Keys = tuple[Tensor, Tensor, Tensor]
 
 _SETTINGS = "int self_offset, float window, float temperature, float push_scale, str variant, str distance, str backend"
 _ROWS = "Tensor x, Tensor y, Tensor p"
@@ -58,7 +61,7 @@ def _settings(*scalars: Any) -> Settings:
     return Settings(window, temperature, push_scale, Variant.from_code(variant), distance)
 
 
-def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None):
+def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None) -> Keys | None:
     return None if key_x is None else (key_x, key_y, key_p)
 
 
@@ -106,63 +109,47 @@ torch.library.register_fake("conr_kernels::forward", _forward_fake, lib=_library
 torch.library.register_fake("conr_kernels::backward", _backward_fake, lib=_library)
 
 
-class RowLosses(torch.autograd.Function):
-    """``ℓ_i`` [N] of the anchors, differentiable once in their features.
-
-    Takes the arguments of ``conr_kernels::forward``. This form goes through the operators, as compilers,
-    function transforms and tracers need it.
-    """
-
-    @staticmethod
-    def forward(*args):
-        return torch.ops.conr_kernels.forward(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        return _gradient_and_nones(ctx, g, torch.ops.conr_kernels.backward)
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-    @staticmethod
-    def jvp(ctx, *args):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-
-class EagerRowLosses(torch.autograd.Function):
-    """The same for plain tensors in plain eager mode: the backend is called directly.
-
-    Signature binding and two operator boundaries would take as long as the work on a small batch.
-    """
-
-    @staticmethod
-    def forward(ctx, *args):
-        output = _forward(*args)
-        _save(ctx, args, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        return _gradient_and_nones(ctx, g, _backward)
-
-
-def row_losses(x: Tensor, *args: Any) -> Tensor:
-    """``ℓ_i`` [N]; the arguments of ``conr_kernels::forward``."""
+def row_losses(
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    keys: Keys | None,
+    self_offset: int,
+    settings: Settings,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
     is_plain = (
         type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
-    return (EagerRowLosses if is_plain else RowLosses).apply(x, *args)[0]
+    function = _EagerRowLosses.apply if is_plain else torch.ops.conr_kernels.forward
+    return function(x, y, p, w, *(keys or (None,) * 3), self_offset, *settings.scalars, backend)
 
 
-def _save(ctx, inputs, output) -> None:
+class _EagerRowLosses(torch.autograd.Function):
+    """The forward operator for plain tensors in plain eager mode: the backend is called directly.
+
+    Signature binding and two operator boundaries would take as long as the work on a small batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(*args)
+        _save(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        # A graph of the gradient goes through the operator, which refuses to be differentiated.
+        operator = torch.ops.conr_kernels.backward if torch.is_grad_enabled() else _backward
+        return _differentiate(ctx, g, operator)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
     _, stats, layout = output
     ctx.mark_non_differentiable(stats, layout)
@@ -170,42 +157,34 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
 
 
-def _gradient_and_nones(ctx, g, backward_operator):
-    gradient = None
-    if g is not None:
-        function = _GradientOnce.apply if torch.is_grad_enabled() else _gradient
-        gradient = function(backward_operator, g, *ctx.saved_tensors, *ctx.scalars)
-    return gradient, *(None,) * (6 + len(ctx.scalars))
-
-
-def _gradient(
-    backward_operator, g, stats, layout, x, y, p, key_x, key_y, key_p, self_offset, *scalars
-):
+def _differentiate(
+    ctx: Any, g: Tensor | None, backward_operator: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    no_grads = (None,) * (6 + len(ctx.scalars))
+    if g is None:
+        return None, *no_grads
+    stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
     coef_i = scale_statistics(stats, g)
     coef_j = None
     if key_x is not None:  # keys that are no anchors have no row loss
+        offset = ctx.scalars[0]
         coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
-        coef_j[self_offset : self_offset + x.shape[0]] = coef_i
-    return backward_operator(
-        coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, self_offset, *scalars
-    )
+        coef_j[offset : offset + x.shape[0]] = coef_i
+    gradient = backward_operator(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars)
+    return gradient, *no_grads
 
 
-class _GradientOnce(torch.autograd.Function):
-    """The gradient where a graph of it is asked for: it has no derivative of its own."""
+def _differentiate_operator(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _differentiate(ctx, g, torch.ops.conr_kernels.backward)
 
-    @staticmethod
-    def forward(*args):
-        return _gradient(*args)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
+def _refuse(*_: Any) -> None:
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+torch.library.register_autograd(
+    "conr_kernels::forward", _differentiate_operator, setup_context=_save, lib=_library
+)
+torch.library.register_autograd("conr_kernels::backward", _refuse, lib=_library)
+for _name in ("forward", "backward"):
+    torch.library.register_vmap(f"conr_kernels::{_name}", _refuse, lib=_library)

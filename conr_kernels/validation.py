@@ -177,3 +177,31 @@ def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
                 f"{name} must have N = {n_rows} rows as {n_rows_of} has, got shapes "
                 f"{tuple(t.shape)} and {tuple(named[n_rows_of].shape)}"
             )
+
+
+def check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+        if count < 1:
+            raise ValueError(f"{name} must be ≥ 1, got {count}")
+
+
+def check_inputs(named: dict[str, Any]) -> int:
+    """The number of rows that all of an encoder's inputs have."""
+    for name, t in named.items():
+        if not isinstance(t, Tensor) or t.dim() == 0:
+            got = "a 0-d Tensor" if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a Tensor with rows, got {got}")
+    sizes = {name: len(t) for name, t in named.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"the inputs must have one number of rows, got {sizes}")
+    return next(iter(sizes.values()))
+
+
+def check_encoded(features: Tensor, predictions: Tensor, n_rows: int) -> None:
+    if len(features) != n_rows or len(predictions) != n_rows:
+        raise ValueError(
+            f"the encoder must return features and predictions with one row for each of the {n_rows} "
+            f"inputs, got {tuple(features.shape)} and {tuple(predictions.shape)}"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from .validation import check_choice, check_variant_combination
 
@@ -48,11 +48,11 @@ class Variant:
         check_choice("negatives", self.negatives, NEGATIVES)
         check_variant_combination(self.log, self.count_self)
 
-    @functools.cached_property
+    @property
     def code(self) -> str:
         """The variant as one string, the form in which operator schemas carry it."""
-        *names, unit_terms, count_self, weighted_rows = astuple(self)
-        return ",".join([*names, f"{unit_terms:d}{count_self:d}{weighted_rows:d}"])
+        flags = f"{self.unit_terms:d}{self.count_self:d}{self.weighted_rows:d}"
+        return f"{self.log},{self.pushing},{self.negatives},{flags}"
 
     @staticmethod
     @functools.cache
@@ -93,6 +93,13 @@ class Settings:
     #: Largest exponent that the unshifted sums may meet: ``exp(±64)`` leaves float32 room for
     #: sums over 10⁹ rows and for a gradient scaler's 2¹⁶.
     SAFE_EXPONENT = 64.0
+
+    @property
+    def scalars(self) -> tuple[float, float, float, str, str]:
+        """The settings as the operators' schemas carry them."""
+        return (
+            self.window, self.temperature, self.push_scale, self.variant.code, self.distance
+        )  # fmt: skip
 
     @property
     def exponent_is_small(self) -> bool:
