@@ -35,7 +35,7 @@ class Step:
     def prepare(self) -> Callable[[], object]:
         batch = make_batch(self.n, labels=self.labels, device=self.device)
         if self.provider == "q @ q.T":
-            return lambda: product(batch)
+            return product(batch)
         (provider,) = [t for t in providers(self.device) if t.name == self.provider]
         return lambda: provider.step(batch)
 

@@ -16,11 +16,9 @@ from . import report, rows  # noqa: E402
 from .providers import BASELINE  # noqa: E402
 
 GREY, DARK = "#8a8f98", "#30343b"
-COLORS = {BASELINE: "#c8553d", "eager, row loop": "#e6a57e", "q @ q.T": GREY}
+COLORS = {BASELINE: "#c8553d", "eager, row loop": "#e6a57e", report.PRODUCT: GREY}
 FUSED_COLORS = ("#1f6f8b", "#3a9d6e", "#7b4ea3")
 KERNEL = "conr paper, AgeDB"
-#: Smaller growth is not drawn: it depends on what the allocator happens to have left over.
-SMALLEST_MEMORY = 2**20
 
 
 def picture(found: list[rows.Row], path: Path) -> None:
@@ -45,7 +43,7 @@ def picture(found: list[rows.Row], path: Path) -> None:
         figure.text(
             0.01,
             -0.035,
-            f"{first.device}, {first.threads} threads, torch {first.torch}",
+            f"{first.device}, {first.threads} thread(s), torch {first.torch}",
             color=GREY,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +54,9 @@ def picture(found: list[rows.Row], path: Path) -> None:
 def _panel(axes: Axes, found: list[rows.Row], metric: str, title: str, colors: dict) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in found:
-        if metric == "memory" and (row.provider == "q @ q.T" or row.value < SMALLEST_MEMORY):
+        if metric == "memory" and (
+            row.provider == report.PRODUCT or row.value < report.SMALLEST_MEMORY
+        ):
             continue
         if row.metric == metric:
             lines.setdefault(row.provider, []).append((row.size, row.value))
@@ -68,10 +68,10 @@ def _panel(axes: Axes, found: list[rows.Row], metric: str, title: str, colors: d
             values,
             color=colors[provider],
             linewidth=3 if is_fused else 2,
-            linestyle="none" if provider == "q @ q.T" else "-",
-            marker="D" if provider == "q @ q.T" else "o",
+            linestyle="none" if provider == report.PRODUCT else "-",
+            marker="D" if provider == report.PRODUCT else "o",
             markersize=5.5,
-            label=f"{provider} (forward only)" if provider == "q @ q.T" else provider,
+            label=f"{provider} (forward only)" if provider == report.PRODUCT else provider,
             zorder=3 if is_fused else 2,
         )
     _annotate(axes, lines, metric)
@@ -88,7 +88,7 @@ def _panel(axes: Axes, found: list[rows.Row], metric: str, title: str, colors: d
         top = max((value for points in lines.values() for _, value in points), default=2**30)
         ticks = [2.0**k for k in range(20, 41, 2) if 2**k <= 2 * top]
         axes.set_yticks(ticks)
-        axes.set_ylim(bottom=SMALLEST_MEMORY)
+        axes.set_ylim(bottom=report.SMALLEST_MEMORY)
     axes.set_xlabel("rows in the batch, N")
     axes.set_title(title, loc="left", fontsize=13)
     axes.grid(True, color="#e4e6ea", linewidth=0.8)
