@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     print(report.table(found))
     print(
-        "\ntime: median of one forward+backward step; memory: peak above what was there before it;\n"
+        "\ntime: median of one forward+backward step; memory: its peak above what was there;\n"
         "speed, saving: eager's time, memory over this; difference: largest error\n"
         "of a row loss against the float64 reference, over the largest row loss\n"
     )
