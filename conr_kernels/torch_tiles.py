@@ -65,8 +65,6 @@ class Tile:
 
     Attributes:
         edges: columns that may hold pairs outside the window; all others are inside.
-        self_column: int64 [rows, 1], each anchor's own column (also outside the tile), or None where
-            it is the diagonal or there is none.
         has_diagonal: the anchors' own pairs are the diagonal.
         mirrored: keys and columns of the part that stands for the transposed tile too, or None.
     """
@@ -74,7 +72,6 @@ class Tile:
     i: slice
     j: slice
     edges: tuple[slice, ...]
-    self_column: Tensor | None
     has_diagonal: bool
     mirrored: tuple[slice, slice] | None
 
@@ -104,7 +101,6 @@ def make_tiles(sweep: Sweep) -> Iterator[Tile]:
                 slice(i0, i1),
                 slice(c0, c1),
                 _outside(c1 - c0, full0 - c0, full1 - c0),
-                None if sweep.is_symmetric else sweep.self_key[i0:i1, None] - c0,
                 sweep.is_symmetric and c0 == i0,
                 (slice(max(mirror, c0), c1), slice(max(mirror, c0) - c0, None))
                 if mirror < c1
@@ -194,10 +190,4 @@ def times_coefficients(t_ij: Tensor, coef_i: Tensor, coef_j: Tensor) -> Tensor:
 
 def drop_self(t_ij: Tensor, tile: Tile, fill: float) -> Tensor:
     """Sets the pair of each anchor with itself to ``fill``; in place."""
-    if tile.has_diagonal:
-        return t_ij.fill_diagonal_(fill)
-    if tile.self_column is None:
-        return t_ij
-    column = tile.self_column.clamp(0, t_ij.shape[1] - 1)
-    kept = t_ij.gather(1, column)
-    return t_ij.scatter_(1, column, torch.where(column == tile.self_column, fill, kept))
+    return t_ij.fill_diagonal_(fill) if tile.has_diagonal else t_ij
