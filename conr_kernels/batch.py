@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     def all_keys(self) -> Keys | None:
         """The batch's rows and then the further keys; None where there are none of these."""
-        if self.keys is None:
+        if self.keys is None or len(self.keys[0]) == 0:
             return None
         x = self.x if self.backend == "reference" else self.x.detach()
         key_x, key_y, key_p = self.keys

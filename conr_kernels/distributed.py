@@ -69,7 +69,7 @@ class Union:
         mine = _bytes(t.detach())
         if len(set(sizes)) == 1:
             if sizes[0] > 0:
-                dist.all_gather_into_tensor(_bytes(out), mine, group=self.group)
+                _all_gather(_bytes(out), mine, self.group)
             return out
         pending = []
         for rank, stop in enumerate(accumulate(sizes)):
@@ -180,6 +180,12 @@ def _bytes(t: Tensor) -> Tensor:
     return t.contiguous().view(-1).view(torch.uint8)
 
 
+def _all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
+    # The newer name, where this PyTorch has it.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, mine, group=group)
+
+
 def _agree(group: Any, prepare: Callable[[], Batch]) -> tuple[Batch, Union]:
     """This rank's batch and everybody's sizes, after all ranks have agreed on everything else."""
     if not dist.is_available() or not dist.is_initialized():
@@ -247,7 +253,7 @@ def _exchange(numbers: list[int], text: str, group: Any, device: torch.device) -
     words = torch.frombuffer(bytearray(encoded), dtype=torch.int64)
     mine = torch.cat([torch.tensor(numbers), words]).to(device)
     headers = mine.new_empty(dist.get_world_size(group), len(mine))
-    dist.all_gather_into_tensor(headers, mine, group=group)
+    _all_gather(headers.view(-1), mine, group)
     return headers.cpu()
 
 
