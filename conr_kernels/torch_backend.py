@@ -38,7 +38,7 @@ from .torch_tiles import (
 from .variants import Settings
 
 #: Up to this many rows one tile holds all pairs and is kept for backward.
-KEPT_ROWS = 512
+KEPT_ROWS = 384
 #: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
 DENSE_SHARE = 0.7
 #: Rows of the gradient that are finished at a time.
@@ -244,14 +244,12 @@ def _sorted_rows(
     if keys is None or len(keys[0]) == len(x):
         return
     behind = self_offset + len(x)
-    key_x, key_y, key_p, coef_j = (
-        None
-        if t is None
-        else torch.cat([t[:self_offset], t[behind:]])
-        if self_offset
-        else t[behind:]
-        for t in (*keys, coef_j)
-    )
+
+    def others_of(t: Tensor) -> Tensor:
+        return torch.cat([t[:self_offset], t[behind:]]) if self_offset else t[behind:]
+
+    key_x, key_y, key_p = map(others_of, keys)
+    coef_j = None if coef_j is None else others_of(coef_j)
     others = (key_x, _inverse(row_norms(key_x)), key_y, key_p, coef_j)
     for sweep in _sweeps(y, p, key_y, key_p, settings):
         rows_i = take_rows(*anchors, sweep.anchor_order, q_i)
@@ -265,7 +263,7 @@ def one_tile_sums(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The sums of ``row_sums`` from one tile, and the tile's weighted pairs [2, N, N]."""
     N = len(rows.q)
-    s_ij = similarities(rows.q, rows.q, settings)
+    s_ij = similarities(rows.q[None], rows.q[None], settings)[0]
     d_ij = pair_distance(rows.y, rows.y, settings.distance)
     positive = window_mask(d_ij.clone(), settings, s_ij.dtype).fill_diagonal_(0.0)
     weight, log_phi = negative_weight(d_ij, rows, rows, EVERY, settings)
@@ -287,18 +285,14 @@ def one_tile_sums(
 
 
 def _one_tile_gradient(kept: Tensor, q: Tensor, coef: Tensor, settings: Settings) -> Tensor:
-    """``τ ∂L/∂q_i`` [N, D] from the kept pairs: with ``H_ij = K_ij + K_ji``, K holds row i's part."""
+    """``τ ∂L/∂q_i`` [N, D] from the kept pairs."""
     positive, negative = kept.view(2, len(q), len(q)).unbind()
-    if coef.shape[1] == 3:
-        K_ij = (positive * coef[:, :1]).addcmul_(negative, coef[:, 2:])
-        is_positive = positive.sign
-    else:
-        K_ij = (positive + coef[:, 3:4]).exp_().mul_(coef[:, :1])
-        K_ij += (negative + coef[:, 4:]).exp_().mul_(coef[:, 2:3])
-        is_positive = positive.exp().sign
+    H_ij = times_coefficients(positive, coef[:, 0::3], coef[:, 0::3])
+    H_ij += times_coefficients(negative, coef[:, 2::2], coef[:, 2::2])
     if settings.variant.log == "inside":
-        K_ij -= is_positive() * coef[:, 1:2]
-    return (K_ij + K_ij.T) @ q
+        mask = positive if coef.shape[1] == 3 else positive.exp()
+        H_ij -= mask.sign().mul_(coef[:, 1:2] + coef[:, 1])
+    return H_ij @ q
 
 
 def _forward_sweep(
@@ -312,7 +306,7 @@ def _forward_sweep(
     if positives and sweep.is_exact:
         totals["n"] = (sweep.hi - sweep.lo - int(sweep.is_symmetric)).to(wide)
     for tile in make_tiles(sweep):
-        i, j = rows_i[tile.i], rows_j[tile.j]
+        i, j = tile.of(rows_i, rows_j)
         s_ij = similarities(i.q, j.q, settings)
         if positives:
             masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
@@ -342,27 +336,26 @@ def _backward_sweep(
     positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
     is_shifted = rows_i.coef.shape[1] == 5
     for tile in make_tiles(sweep):
-        i, j = rows_i[tile.i], rows_j[tile.j]
+        i, j = tile.of(rows_i, rows_j)
         s_ij = similarities(i.q, j.q, settings)
         t_ij = s_ij if is_shifted else s_ij.exp_()
         H_ij = None
         if positives:
             masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
             value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
-            H_ij = times_coefficients(value, i.coef[:, 0::3], j.coef[:, 0::3])
+            H_ij = times_coefficients(value, i.coef[..., 0::3], j.coef[..., 0::3])
             if settings.variant.log == "inside":
-                H_ij -= _apply(i.coef[:, 1:2] + j.coef[:, 1], masks, False)
+                H_ij -= _apply(i.coef[..., 1:2] + j.coef[..., 1:2].mT, masks, False)
             drop_self(H_ij, tile, 0.0)
         if negatives:
             d_ij = pair_distance(i.y, j.y, settings.distance)
             weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
             value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
-            value = times_coefficients(value, i.coef[:, 2::2], j.coef[:, 2::2])
+            value = times_coefficients(value, i.coef[..., 2::2], j.coef[..., 2::2])
             H_ij = value if H_ij is None else H_ij.add_(value)
-        G[tile.i].addmm_(H_ij, j.q)
-        if tile.mirrored:
-            keys, columns = tile.mirrored
-            G[keys].addmm_(H_ij[:, columns].T, i.q)
+        G[tile.anchors].view(i.q.shape).baddbmm_(H_ij, j.q)
+        for k, keys in tile.mirrored:
+            G[keys].addmm_(H_ij[k, :, tile.mirror :].T, i.q[k])
 
 
 #: (columns, mask) of a tile; the other columns are positives.
@@ -373,7 +366,7 @@ def _positive_masks(tile: Tile, i: Rows, j: Rows, settings: Settings, is_exact: 
     dtype = i.q.dtype
     masks = []
     for columns in tile.edges:
-        d_ij = pair_distance(i.y, j.y[columns], settings.distance)
+        d_ij = pair_distance(i.y, j.y[:, columns], settings.distance)
         masks.append((columns, window_mask(d_ij, settings, dtype)))
     if not is_exact:  # one mask of all columns, which also counts
         drop_self(masks[0][1], tile, 0.0)
@@ -382,5 +375,5 @@ def _positive_masks(tile: Tile, i: Rows, j: Rows, settings: Settings, is_exact: 
 
 def _apply(t_ij: Tensor, masks: Masks, is_log: bool) -> Tensor:
     for columns, mask in masks:
-        weigh(t_ij[:, columns], mask, is_log)
+        weigh(t_ij[..., columns], mask, is_log)
     return t_ij

@@ -16,23 +16,37 @@ from .reference import pair_distance
 from .sweep import Sweep
 from .variants import Settings
 
-#: Rows of a tile, and the most pairs in one.
-BLOCK_I = 256
+#: Rows of a block, and the most pairs in one tile. Small blocks waste few pairs at the bands' ends;
+#: a tile takes as many blocks as fit, in one batched product.
+BLOCK_I = 64
 TILE_PAIRS = 2**18
+#: Blocks of one tile share the widest one's width, up to this share of pairs in excess.
+EXCESS = 1.2
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Unit features [N, D], labels, predictions [N, L] and gradient coefficients in one order."""
+    """Unit features [..., N, D], labels, predictions [..., N, L], gradient coefficients."""
 
     q: Tensor
     y: Tensor
     p: Tensor
     coef: Tensor | None
 
-    def __getitem__(self, rows: slice) -> Rows:
-        coef = None if self.coef is None else self.coef[rows]
-        return Rows(self.q[rows], self.y[rows], self.p[rows], coef)
+    def windows(self, start: int, count: int, step: int, width: int) -> Rows:
+        """Views [count, width, …] of the rows from ``start + k·step`` on, k < count."""
+        stop = start + (count - 1) * step + width
+
+        def cut(t: Tensor) -> Tensor:
+            return (
+                t[start:stop].unfold(0, width, step).mT
+                if width
+                else t.new_empty(count, 0, t.shape[1])
+            )
+
+        return Rows(
+            cut(self.q), cut(self.y), cut(self.p), None if self.coef is None else cut(self.coef)
+        )
 
 
 def take_rows(
@@ -61,51 +75,99 @@ def take_rows(
 
 @dataclass(frozen=True)
 class Tile:
-    """Sorted anchors ``i`` against sorted keys ``j``.
+    """``count`` blocks of ``rows`` sorted anchors each, block k against its own ``width`` sorted keys.
 
     Attributes:
+        i0, j0: the first anchor and key of the first block; both move on by ``rows`` from block to block.
         edges: columns that may hold pairs outside the window; all others are inside.
-        has_diagonal: the anchors' own pairs are the diagonal.
-        mirrored: keys and columns of the part that stands for the transposed tile too, or None.
+        has_diagonal: the anchors' own pairs are the blocks' diagonals.
+        mirror: columns from here on stand for the transposed tile too.
     """
 
-    i: slice
-    j: slice
+    i0: int
+    j0: int
+    count: int
+    rows: int
+    width: int
     edges: tuple[slice, ...]
     has_diagonal: bool
-    mirrored: tuple[slice, slice] | None
+    mirror: int
+
+    @property
+    def anchors(self) -> slice:
+        return slice(self.i0, self.i0 + self.count * self.rows)
+
+    def of(self, rows_i: Rows, rows_j: Rows) -> tuple[Rows, Rows]:
+        """The tile's anchors [count, rows, …] and keys [count, width, …]."""
+        return (
+            rows_i.windows(self.i0, self.count, self.rows, self.rows),
+            rows_j.windows(self.j0, self.count, self.rows, self.width),
+        )
+
+    @property
+    def mirrored(self) -> Iterator[tuple[int, slice]]:
+        """Blocks, and the keys of their columns from ``mirror`` on."""
+        if self.mirror < self.width:
+            for k in range(self.count):
+                start = self.j0 + k * self.rows
+                yield k, slice(start + self.mirror, start + self.width)
 
 
 def make_tiles(sweep: Sweep) -> Iterator[Tile]:
     """The tiles of a sweep's bands; of the upper triangle only where the anchors are the keys."""
     N, K = sweep.n_anchors, sweep.n_keys
-    blocks = range(0, N, BLOCK_I)
+    rows = BLOCK_I if sweep.serves != "both" and sweep.is_symmetric else 4 * BLOCK_I
     if sweep.serves == "both":
-        bounds = [[0, K, 0, 0]] * len(blocks)
+        bounds = [[0, K, 0, 0]] * len(range(0, N, rows))
     else:
-        first = torch.arange(0, N, BLOCK_I)
-        last = (first + BLOCK_I - 1).clamp(max=N - 1)
+        first = torch.arange(0, N, rows)
+        last = (first + rows - 1).clamp(max=N - 1)
         of_blocks = (sweep.lo[first], sweep.hi[last], sweep.lo[last], sweep.hi[first])
         bounds = torch.stack(of_blocks, dim=1).tolist()
-    for i0, (j0, j1, full0, full1) in zip(blocks, bounds, strict=True):
-        i1, mirror = min(i0 + BLOCK_I, N), K
-        if sweep.is_symmetric:
-            # j in [i0, hi of i0) is in every band only if the last anchor is in i0's band too.
-            j0, full0, mirror = i0, i0 if full1 >= i1 else full1, i1
-        if not sweep.is_exact:
-            full1 = full0
-        width = TILE_PAIRS // (i1 - i0)
-        for c0 in range(j0, j1, width):
-            c1 = min(c0 + width, j1)
-            yield Tile(
-                slice(i0, i1),
-                slice(c0, c1),
-                _outside(c1 - c0, full0 - c0, full1 - c0),
-                sweep.is_symmetric and c0 == i0,
-                (slice(max(mirror, c0), c1), slice(max(mirror, c0) - c0, None))
-                if mirror < c1
-                else None,
-            )
+    if sweep.is_symmetric:
+        yield from _symmetric_tiles(sweep, rows, bounds)
+        return
+    for i0, (j0, j1, full0, full1) in zip(range(0, N, rows), bounds, strict=True):
+        i1 = min(i0 + rows, N)
+        full1 = full1 if sweep.is_exact else full0
+        for c0, width in _chunks(j0, j1, i1 - i0):
+            edges = _outside(width, full0 - c0, full1 - c0)
+            yield Tile(i0, c0, 1, i1 - i0, width, edges, False, width)
+
+
+def _symmetric_tiles(sweep: Sweep, rows: int, bounds: list[list[int]]) -> Iterator[Tile]:
+    """Block k's keys begin with its own anchors; blocks of about the same width go together."""
+    N = sweep.n_anchors
+    widths, fulls = [], []
+    for k, (_, hi_last, _, hi_first) in enumerate(bounds):
+        start, stop = k * rows, min((k + 1) * rows, N)
+        widths.append(max(hi_last, stop) - start)
+        # A key is in all bands only from the first anchor's band, if the last anchor is in there too.
+        fulls.append(hi_first - start if sweep.is_exact and hi_first >= stop else 0)
+    k = 0
+    while k < len(bounds):
+        i0, n_rows = k * rows, min(rows, N - k * rows)
+        end, widest, total = k + 1, widths[k], widths[k]
+        while end < len(bounds) and (end + 1) * rows <= N:
+            wider = max(widest, widths[end])
+            count = end + 1 - k
+            fits = count * rows * wider <= TILE_PAIRS and end * rows + wider <= N
+            if not fits or count * wider > EXCESS * (total + widths[end]):
+                break
+            widest, total, end = wider, total + widths[end], end + 1
+        full = min(fulls[k:end])
+        for c0, width in _chunks(i0, i0 + widest, (end - k) * n_rows):
+            edges = _outside(width, i0 - c0, i0 + full - c0)
+            mirror = max(n_rows + i0 - c0, 0)
+            yield Tile(i0, c0, end - k, n_rows, width, edges, c0 == i0, mirror)
+        k = end
+
+
+def _chunks(j0: int, j1: int, n_rows: int) -> Iterator[tuple[int, int]]:
+    """Starts and widths of the column ranges into which a wide tile is cut."""
+    step = max(TILE_PAIRS // n_rows, n_rows)
+    for start in range(j0, j1, step):
+        yield start, min(step, j1 - start)
 
 
 def _outside(n_columns: int, full0: int, full1: int) -> tuple[slice, ...]:
@@ -127,20 +189,27 @@ class Totals(dict[str, Tensor]):
     ) -> None:
         """Adds ``Σ_j t_ij``, or ``log Σ_j exp(t_ij)`` to a sum kept as its logarithm."""
         reduce = torch.logsumexp if is_log else torch.sum
-        combine = torch.logaddexp if is_log else torch.add
         if name not in self:
             start = -torch.inf if is_log else 0.0
             self[name] = t_ij.new_full((self.n_anchors,), start, dtype=dtype)
-        total = self[name]
-        total[tile.i] = combine(total[tile.i], reduce(t_ij, dim=1))
-        if tile.mirrored:
-            keys, columns = tile.mirrored
-            total[keys] = combine(total[keys], reduce(t_ij[:, columns], dim=0))
+        self._combine(self[name][tile.anchors], reduce(t_ij, dim=2).view(-1), is_log)
+        if tile.mirror < tile.width:
+            of_keys = reduce(t_ij[:, :, tile.mirror :], dim=1)
+            for k, keys in tile.mirrored:
+                self._combine(self[name][keys], of_keys[k], is_log)
+
+    @staticmethod
+    def _combine(total: Tensor, part: Tensor, is_log: bool) -> None:
+        if is_log:
+            torch.logaddexp(total, part, out=total)
+        else:
+            total.add_(part)
 
 
 def similarities(q_i: Tensor, q_j: Tensor, settings: Settings) -> Tensor:
-    s_ij = q_i.new_empty(len(q_i), len(q_j))
-    return s_ij.addmm_(q_i, q_j.T, beta=0, alpha=1 / settings.temperature)
+    """``s_ij`` of unit features [count, N, D] and [count, K, D]."""
+    s_ij = q_i.new_empty(q_i.shape[0], q_i.shape[1], q_j.shape[1])
+    return s_ij.baddbmm_(q_i, q_j.mT, beta=0, alpha=1 / settings.temperature)
 
 
 def window_mask(d_ij: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
@@ -163,8 +232,8 @@ def negative_weight(
     weight = weight.to(dtype)
     if settings.variant.negatives == "confused":
         for columns in edges:
-            delta_ij = pair_distance(rows_i.p, rows_j.p[columns], settings.distance)
-            weight[:, columns].mul_(window_mask(delta_ij, settings, dtype))
+            delta_ij = pair_distance(rows_i.p, rows_j.p[..., columns, :], settings.distance)
+            weight[..., columns].mul_(window_mask(delta_ij, settings, dtype))
     return weight, log_phi
 
 
@@ -180,14 +249,16 @@ def weigh(t_ij: Tensor, weight: Tensor, is_log: bool) -> Tensor:
 
 
 def times_coefficients(t_ij: Tensor, coef_i: Tensor, coef_j: Tensor) -> Tensor:
-    """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c as sign and logarithm [N, 2]."""
-    if coef_i.shape[1] == 1:
-        return (coef_i + coef_j.T).mul_(t_ij)
-    of_i = (t_ij + coef_i[:, 1:]).exp_().mul_(coef_i[:, :1])
-    of_j = (t_ij + coef_j[:, 1]).exp_().mul_(coef_j[:, 0])
+    """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c as sign and logarithm [..., N, 2]."""
+    if coef_i.shape[-1] == 1:
+        return (coef_i + coef_j.mT).mul_(t_ij)
+    of_i = (t_ij + coef_i[..., 1:]).exp_().mul_(coef_i[..., :1])
+    of_j = (t_ij + coef_j[..., 1:].mT).exp_().mul_(coef_j[..., :1].mT)
     return of_i.add_(of_j)
 
 
 def drop_self(t_ij: Tensor, tile: Tile, fill: float) -> Tensor:
     """Sets the pair of each anchor with itself to ``fill``; in place."""
-    return t_ij.fill_diagonal_(fill) if tile.has_diagonal else t_ij
+    if tile.has_diagonal:
+        t_ij.diagonal(dim1=1, dim2=2).fill_(fill)
+    return t_ij

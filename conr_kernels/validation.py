@@ -140,6 +140,45 @@ def check_tensors(features: Any, targets: Any, predictions: Any, weights: Any, k
     check_devices(named)
 
 
+def check_density(targets: Any, bin_width: Any, kernel_size: Any, sigma: Any) -> None:
+    if isinstance(targets, Tensor) and targets.dim() == 0:
+        raise ValueError("targets must have shape (N,), (N, 1) or (N, L), got ()")
+    n_rows = targets.shape[0] if isinstance(targets, Tensor) else 0
+    check_labels("targets", targets, n_rows, "targets")
+    for name, value in (("bin_width", bin_width), ("sigma", sigma)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be finite and > 0, got {value}")
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
+        raise TypeError(f"kernel_size must be an int, got {type(kernel_size).__name__}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and ≥ 1, got {kernel_size}")
+
+
+def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
+    """Tensors of any rank ≥ 1 with one row per sample, as many as the one named ``n_rows_of``."""
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if t.is_nested or t.layout != torch.strided:
+            kind = "nested" if t.is_nested else str(t.layout)
+            raise TypeError(f"{name} must be a dense (strided) Tensor, got a {kind} one")
+        if t.dtype == torch.bool or t.dtype.is_complex:
+            raise TypeError(f"{name} must have a floating or integer dtype, got {t.dtype}")
+        if t.dim() == 0 or 0 in t.shape[1:]:
+            raise ValueError(
+                f"{name} must have shape (N, …), nothing of it empty, got {tuple(t.shape)}"
+            )
+    n_rows = named[n_rows_of].shape[0]
+    for name, t in named.items():
+        if t.shape[0] != n_rows:
+            raise ValueError(
+                f"{name} must have N = {n_rows} rows as {n_rows_of} has, got shapes "
+                f"{tuple(t.shape)} and {tuple(named[n_rows_of].shape)}"
+            )
+
+
 def check_counts(**counts: Any) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int):

@@ -22,9 +22,7 @@ def fused_backends(device: str) -> list[str]:
     return [b for b in BACKENDS if backend_module(b).unavailable(where, torch.float32) is None]
 
 
-ON_DEVICES = [
-    pytest.param(d, b, id=f"{d}-{b}") for d in DEVICES for b in fused_backends(d)
-]
+ON_DEVICES = [pytest.param(d, b, id=f"{d}-{b}") for d in DEVICES for b in fused_backends(d)]
 
 
 def make_rows(n_rows: int, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +134,8 @@ def test_inductor() -> None:
 def test_compiled_group_says_why_it_is_not_traced() -> None:
     torch._dynamo.reset()
     x, y, p = make_rows(5)
-    step = torch.compile(lambda: conr_loss(x, y, p, group=object()), backend="eager", fullgraph=True)
+    loss = ConRLoss(group="a group")
+    step = torch.compile(lambda: loss(x, y, p), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="exchanges sizes between processes"):
         step()
 
@@ -156,7 +155,9 @@ def test_second_derivative_names_the_reference_which_has_one() -> None:
     with pytest.raises(RuntimeError, match='backend="reference"'):
         grad.sum().backward()
     with pytest.raises(RuntimeError, match='backend="reference"'):
-        torch.func.grad(lambda x: torch.func.grad(lambda x: conr_loss(x, y, p))(x).sum())(x.detach())
+        torch.func.grad(lambda x: torch.func.grad(lambda x: conr_loss(x, y, p))(x).sum())(
+            x.detach()
+        )
     loss = conr_loss(x.double(), y, p, backend="reference")
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), x)
