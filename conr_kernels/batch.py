@@ -55,7 +55,10 @@ def prepare(
 ) -> Batch:
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     if torch.compiler.is_compiling():
-        window, temperature, push_scale = map(_constant, (window, temperature, push_scale))
+        from . import tracing
+
+        scalars = (window, temperature, push_scale)
+        window, temperature, push_scale = map(tracing.constant, scalars)
     validation.check_scalars(window, temperature, push_scale)
     validation.check_choice("distance", distance, DISTANCES)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
@@ -94,13 +97,6 @@ def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: in
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _constant(value: float) -> float:
-    """A number that compilation may have made symbolic, as a constant with a guard."""
-    from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-    return guard_scalar(value)
 
 
 def _labels(y: Tensor) -> Tensor:

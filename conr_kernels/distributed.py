@@ -24,7 +24,6 @@ HEADER_NUMBERS = 3
 TEXT_BYTES = 1000
 
 
-@torch.compiler.disable(reason="group= exchanges sizes between processes before it computes")
 def union_loss(group: Any, prepare: Callable[[], Batch]) -> Tensor:
     """The loss of the union of the batches that the ranks of the group prepare.
 

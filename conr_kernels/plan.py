@@ -40,9 +40,12 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     return {**backend_status(torch.device(device)), "reference": None}
 
 
-@torch.compiler.assume_constant_result
 def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend cannot run there. Compilers take the answer and do not trace the import."""
+    """Why the backend cannot run there."""
+    if torch.compiler.is_compiling():
+        from . import tracing
+
+        return tracing.unavailable(backend, device, dtype)
     return backend_module(backend).unavailable(device, dtype)
 
 
