@@ -30,49 +30,59 @@ def conr_loss(
     keys: tuple[Tensor, Tensor, Tensor] | None = None,
     group: Any = None,
 ) -> Tensor:
-    r"""ConR: contrastive regularization for deep imbalanced regression (Keramati, Meng, Evans, ICLR 2024).
+    r"""ConR: contrastive regularization for deep imbalanced regression (Keramati, Meng, Evans,
+    ICLR 2024).
 
-    With unit features ``q_i = x_i/‖x_i‖``, similarities ``s_ij = q_i·q_j/τ``, label distance ``d_ij``,
-    prediction distance ``δ_ij``, positives ``P_i = {j ≠ i: d_ij ≤ h}`` (``n_i`` of them), negatives
-    ``M_i = {j: d_ij > h, δ_ij ≤ h}`` and pushing weights ``S_ij = e·w_i·d_ij`` (Eq. 1–3 and A.4)::
+    With unit features ``q_i = x_i/‖x_i‖``, similarities ``s_ij = q_i·q_j/τ``, label distance
+    ``d_ij``, prediction distance ``δ_ij``, positives ``P_i = {j ≠ i: d_ij ≤ h}`` (``n_i`` of
+    them), negatives ``M_i = {j: d_ij > h, δ_ij ≤ h}`` and pushing weights ``S_ij = e·w_i·d_ij``
+    (Eq. 1–3 and A.4)::
 
         Z_i = Σ_{j∈P_i} exp(s_ij) + Σ_{j∈M_i} S_ij exp(s_ij)
         ℓ_i = −log( (1/n_i) Σ_{j∈P_i} exp(s_ij) / Z_i )   if P_i and M_i have members, else 0
         L   = (1/N) Σ_i ℓ_i
 
-    The total objective of the paper is ``α·regression + β·L`` (Eq. 4). Pairs exist only inside the window
-    ``h``, so the fused backends visit two narrow bands of the N×N pairs, exactly, in O(N·D) memory.
+    The total objective of the paper is ``α·regression + β·L`` (Eq. 4). Pairs exist only inside the
+    window ``h``, so the fused backends visit two narrow bands of the N×N pairs, exactly, in O(N·D)
+    memory.
 
     Args:
         features: ``x`` [N, D], float16, bfloat16, float32 or float64, any strides.
         targets: labels ``y`` [N], [N, 1] or [N, L], real; in the units of ``window``.
         predictions: ``p``, like targets. Used for the masks only.
-        weights: density weights ``w`` [N], [N, 1], a scalar, or None for 1 (see ``density_weights``).
-        window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the paper).
+        weights: density weights ``w`` [N], [N, 1], a scalar, or None for 1 (see
+            ``density_weights``).
+        window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the
+            paper).
         temperature: ``τ > 0``.
         push_scale: ``e``, the constant of ``η_j = e·w_j``.
-        variant: a preset name (``"paper"``, ``"released-age"``, ``"released-depth"``, ``"no-pushing"``,
-            ``"no-weight"``, ``"no-similarity"``, ``"contrastive"``) or a ``Variant``.
-        distance: over the L components: ``"mae"`` mean absolute, ``"rmse"`` root mean square difference.
+        variant: a preset name (``"paper"``, ``"released-age"``, ``"released-depth"``,
+            ``"no-pushing"``, ``"no-weight"``, ``"no-similarity"``, ``"contrastive"``) or a
+            ``Variant``.
+        distance: over the L components: ``"mae"`` mean absolute, ``"rmse"`` root mean square
+            difference.
         reduction: ``"mean"`` over the N rows, ``"sum"``, or ``"none"``: the row losses [N].
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
-        keys: ``(features, targets, predictions)`` of further rows (a memory bank): positives and negatives of
-            the batch's rows, no anchors, no gradient.
-        group: a ``torch.distributed`` process group: the batch is the union of all ranks' rows (any number
-            on each, also none) and, with ``keys``, of all ranks' keys. ``"mean"`` and ``"sum"`` give the union's
-            value on every rank, ``"none"`` this rank's rows. The gradient is the union's, for this rank's
-            features, times the number of ranks: ``DistributedDataParallel`` divides by that number, so
-            W processes train as one with the union batch, beside a locally averaged regression loss. Every rank
-            of the group has to make the call, and the backward pass. Not traced by ``torch.compile``.
+        keys: ``(features, targets, predictions)`` of further rows (a memory bank): positives and
+            negatives of the batch's rows, no anchors, no gradient.
+        group: a ``torch.distributed`` process group: the batch is the union of all ranks' rows
+            (any number on each, also none) and, with ``keys``, of all ranks' keys. ``"mean"`` and
+            ``"sum"`` give the union's value on every rank, ``"none"`` this rank's rows. The
+            gradient is the union's, for this rank's features, times the number of ranks:
+            ``DistributedDataParallel`` divides by that number, so W processes train as one with
+            the union batch, beside a locally averaged regression loss. Every rank of the group has
+            to make the call, and the backward pass. Not traced by ``torch.compile``.
 
     Returns:
         The loss: float32, float64 for float64 features, also under autocast. Differentiable once in
-        ``features`` alone (any number of times with ``backend="reference"``). Label distances are compared in
-        float32 (in float64 for float64 labels on the CPU).
+        ``features`` alone (any number of times with ``backend="reference"``). Label distances are
+        compared in float32 (in float64 for float64 labels on the CPU).
 
     Raises:
-        TypeError, ValueError: bad input; the message names the argument, what was expected and what was got.
-        RuntimeError: an explicit backend that cannot run here, or a second derivative of a fused backend.
+        TypeError, ValueError: bad input; the message names the argument, what was expected and
+            what was got.
+        RuntimeError: an explicit backend that cannot run here, or a second derivative of a fused
+            backend.
     """
     prepare = functools.partial(
         batches.prepare,

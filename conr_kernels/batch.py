@@ -1,4 +1,6 @@
-"""One call's input, checked and in the form the backends take; and its row losses, fused or in reference."""
+"""One call's input, checked and in the form the backends take; and its row losses, fused or in
+reference.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ Keys = tuple[Tensor, Tensor, Tensor]
 
 
 class Batch(NamedTuple):
-    """Features x [N, D] as given; y, p [N, L] in the dtype in which labels are compared; w [N] or None.
+    """Features x [N, D] as given; y, p [N, L] in the dtype in which labels are compared; w [N] or
+    None.
 
     ``keys`` are the caller's further rows [K, …] in the same form, or None.
     """

@@ -1,7 +1,8 @@
-"""The loss of the union of all ranks' rows, by ``torch.distributed``: each rank's rows against everybody's.
+"""The loss of the union of all ranks' rows, by ``torch.distributed``: each rank's rows against
+everybody's.
 
-A rank sends its features and labels forward and 3 (at most 5) floats per row backward, from which every
-rank computes the complete gradient of its own rows: no N×D gradient is ever reduced.
+A rank sends its features and labels forward and 3 (at most 5) floats per row backward, from which
+every rank computes the complete gradient of its own rows: no N×D gradient is ever reduced.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from . import ops
 from .batch import Batch, Keys, reference_losses
 from .rows import scale_statistics
 
-#: What a rank tells the others before any data moves: flag, rows, keys, and text of this many bytes.
+#: What a rank tells the others before any data moves: flag, rows, keys, and text of this many
+#: bytes.
 HEADER_NUMBERS = 3
 TEXT_BYTES = 1000
 
@@ -62,7 +64,9 @@ class Union:
         return sum(self.sizes[: self.rank])
 
     def gather(self, t: Tensor, sizes: list[int], out: Tensor | None = None) -> Tensor:
-        """Rows [n_r, C] of every rank, in the ranks' order: [Σ n_r, C], written to ``out`` if given."""
+        """Rows [n_r, C] of every rank, in the ranks' order: [Σ n_r, C], written to ``out`` if
+        given.
+        """
         if out is None:
             out = t.new_empty(sum(sizes), *t.shape[1:])
         mine = _bytes(t.detach())
@@ -83,7 +87,9 @@ class Union:
         return out
 
     def gather_keys(self, batch: Batch) -> Keys | None:
-        """All ranks' rows, then all ranks' further keys; differentiable in the reference backend."""
+        """All ranks' rows, then all ranks' further keys; differentiable in the reference
+        backend.
+        """
         if self.n_ranks == 1:
             return batch.all_keys()
         is_reference = batch.backend == "reference"
@@ -107,7 +113,9 @@ class Union:
 
 
 class _RowLosses(torch.autograd.Function):
-    """``ℓ_i`` of this rank's rows; backward gathers the other ranks' statistics, scaled upstream."""
+    """``ℓ_i`` of this rank's rows; backward gathers the other ranks' statistics, scaled
+    upstream.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: Batch, keys: Keys | None, union: Union) -> Tensor:
@@ -189,7 +197,8 @@ def _agree(group: Any, prepare: Callable[[], Batch]) -> tuple[Batch, Union]:
     """This rank's batch and everybody's sizes, after all ranks have agreed on everything else."""
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
-            "group= needs an initialised process group: call torch.distributed.init_process_group first"
+            "group= needs an initialised process group: call "
+            "torch.distributed.init_process_group first"
         )
     rank = dist.get_rank(group)
     if rank < 0:

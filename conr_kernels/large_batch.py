@@ -1,10 +1,11 @@
-"""Batches beyond memory: a bank of earlier rows as keys, and gradients through an encoder in chunks."""
+"""Batches beyond memory: a bank of earlier rows as keys, and gradients through an encoder in
+chunks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ class MemoryBank(nn.Module):
     """The last ``size`` rows that were pushed, to serve as ``keys`` of ``conr_loss``.
 
     The rows are buffers: they move with the module and are part of its state dict. Labels and
-    predictions keep their own dtype when the module changes dtype, since a window decides on them. ::
+    predictions keep their own dtype when the module changes dtype, since a window decides on them.
+    ::
 
         loss = conr(features, targets, predictions, keys=bank.keys(features.dtype))
         bank.push(features, targets, predictions)
@@ -52,7 +54,8 @@ class MemoryBank(nn.Module):
         return min(self.n_pushed, len(self.features))
 
     def keys(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, in ``dtype`` if given, targets and predictions of the rows held, without gradient.
+        """Features, in ``dtype`` if given, targets and predictions of the rows held, without
+        gradient.
 
         They share the bank's memory: use them before the next ``push``.
         """
@@ -61,7 +64,9 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, features: Tensor, targets: Tensor, predictions: Tensor) -> None:
-        """Appends rows [N, …] and drops the oldest; of more than ``size`` rows the last are kept."""
+        """Appends rows [N, …] and drops the oldest; of more than ``size`` rows the last are
+        kept.
+        """
         validation.check_tensors(features, targets, predictions, None, None)
         size, D = self.features.shape
         N, L = len(features), self.targets.shape[1]
@@ -111,13 +116,16 @@ def gradient_cache(
     chunk_size: int,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    r"""One step's gradients of a loss over all rows, with an encoder that sees ``chunk_size`` rows at a time.
+    r"""One step's gradients of a loss over all rows, with an encoder that sees ``chunk_size`` rows
+    at a time.
 
-    Encodes in chunks without a graph, differentiates the loss over all N rows with respect to features and
-    predictions, then encodes each chunk again with a graph and backpropagates its rows' gradient (Gao,
-    Zhang, Han, Callan: *Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup*, 2021).
-    Gradients are accumulated in ``.grad`` and equal those of ``loss(*encoder(inputs)).backward()`` to
-    rounding, for the memory of one chunk's activations and one more forward pass. ::
+    Encodes in chunks without a graph, differentiates the loss over all N rows with respect to
+    features and predictions, then encodes each chunk again with a graph and backpropagates its
+    rows' gradient (Gao,
+    Zhang, Han, Callan: *Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup*,
+    2021). Gradients are accumulated in ``.grad`` and equal those of
+    ``loss(*encoder(inputs)).backward()`` to rounding, for the memory of one chunk's activations
+    and one more forward pass. ::
 
         def loss(features, predictions):
             regression = mse_loss(predictions, targets)
@@ -128,12 +136,14 @@ def gradient_cache(
 
     The second encoding sees the first one's random numbers (dropout) and buffers, so that running
     statistics count each row once; batch normalisation normalises within a chunk. Call it inside
-    ``torch.autocast`` for mixed precision. A ``DistributedDataParallel`` encoder reduces its gradients once,
-    with the last chunk; give the ConR loss ``group=`` there and the regression loss the local mean.
+    ``torch.autocast`` for mixed precision. A ``DistributedDataParallel`` encoder reduces its
+    gradients once, with the last chunk; give the ConR loss ``group=`` there and the regression
+    loss the local mean.
 
     Args:
         encoder: maps a chunk of the inputs to features [n, D] and predictions [n] or [n, L].
-        inputs: data [N, …]: a Tensor, several (``encoder(*chunk)``) or named ones (``encoder(**chunk)``).
+        inputs: data [N, …]: a Tensor, several (``encoder(*chunk)``) or named ones
+            (``encoder(**chunk)``).
         loss: maps features [N, D] and predictions of all rows to a scalar.
         chunk_size: rows encoded at a time.
         scaler: scales the gradients, as in ``scaler.scale(loss).backward()``.

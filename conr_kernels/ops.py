@@ -1,7 +1,7 @@
 """The two registered operators: schemas, fakes, derivatives, and the choice of backend.
 
-``conr_kernels::forward`` and ``conr_kernels::backward`` are opaque to compilers: each dispatches once to a
-backend module. Every backend module provides
+``conr_kernels::forward`` and ``conr_kernels::backward`` are opaque to compilers: each dispatches
+once to a backend module. Every backend module provides
 
 - ``unavailable(device, dtype) -> str | None``: why it cannot run there and what to do;
 - ``layout_size(n_anchors, n_keys, dtype, settings) -> int``: length of the int32 layout that it
@@ -9,9 +9,10 @@ backend module. Every backend module provides
 - ``forward(x, y, p, w, keys, self_offset, settings) -> (loss [N], stats [N, 3 or 5], layout)``;
 - ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``.
 
-Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y, key_p)`` are
-all rows that can be positives or negatives, anchor i being key ``self_offset + i``, or None where the
-anchors are the keys. ``stats`` is rows.py's; ``coef`` is stats times the upstream gradient.
+Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y,
+key_p)`` are all rows that can be positives or negatives, anchor i being key ``self_offset + i``,
+or None where the anchors are the keys. ``stats`` is rows.py's; ``coef`` is stats times the
+upstream gradient.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ NO_SECOND_DERIVATIVE = (
 
 Keys = tuple[Tensor, Tensor, Tensor]
 
-_SETTINGS = "int self_offset, float window, float temperature, float push_scale, str variant, str distance, str backend"
+_SETTINGS = (
+    "int self_offset, float window, float temperature, float push_scale, "
+    "str variant, str distance, str backend"
+)
 _ROWS = "Tensor x, Tensor y, Tensor p"
 _KEYS = "Tensor? key_x, Tensor? key_y, Tensor? key_p"
 _library = torch.library.Library("conr_kernels", "DEF")
@@ -45,7 +49,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
-    f"backward(Tensor coef_i, Tensor? coef_j, Tensor layout, {_ROWS}, {_KEYS}, {_SETTINGS}) -> Tensor",
+    "backward(Tensor coef_i, Tensor? coef_j, Tensor layout, "
+    f"{_ROWS}, {_KEYS}, {_SETTINGS}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 

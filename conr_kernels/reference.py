@@ -19,7 +19,8 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def pair_distance(y_i: Tensor, y_j: Tensor, distance: str) -> Tensor:
-    """``d_ij`` [..., N, K] of label rows [..., N, L] and [..., K, L]: mean absolute or root mean square.
+    """``d_ij`` [..., N, K] of label rows [..., N, L] and [..., K, L]: mean absolute or root mean
+    square.
 
     The components are added one after another, in their order: every backend does the same, so that
     all of them round, and therefore decide ``d_ij ≤ h``, alike.

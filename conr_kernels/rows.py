@@ -3,8 +3,9 @@
 A row's *statistics* are what the backward pass needs, for an upstream gradient of 1:
 
 - where no exponent can be large, three columns ``(α_i, β_i, γ_i)``;
-- otherwise five columns ``(±1, β_i, ±1, log|α_i|, log|γ_i|)``: the first three carry the sign and are
-  multiplied by the upstream gradient, so that nothing over- or underflows before it meets ``exp(s_ij)``.
+- otherwise five columns ``(±1, β_i, ±1, log|α_i|, log|γ_i|)``: the first three carry the sign
+  and are multiplied by the upstream gradient, so that nothing over- or underflows before it meets
+  ``exp(s_ij)``.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def finish_rows(
 ) -> tuple[Tensor, Tensor]:
     """Losses [N] and statistics [N, 3] from ``E_i = Σ_P exp s``, ``B_i = Σ_M φ exp s`` and counts.
 
-    Runs in the dtype of its inputs, float64 where the device has it: weights up to 1e30 meet sums up
-    to 1e30 here. ``poison`` [N] is 0, or NaN where an input of the row is not finite.
+    Runs in the dtype of its inputs, float64 where the device has it: weights up to 1e30 meet sums
+    up to 1e30 here. ``poison`` [N] is 0, or NaN where an input of the row is not finite.
     """
     variant = settings.variant
     r = pushing_rate(w, settings)

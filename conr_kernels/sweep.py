@@ -1,7 +1,7 @@
 """Orders and exact bands: pure tensors in, tensors out.
 
-Rows sorted by a label have all rows within the window in one contiguous band. The bands are found by
-binary search on the very predicate ``|y_i − y_j| ≤ h`` that the reference evaluates; because a
+Rows sorted by a label have all rows within the window in one contiguous band. The bands are found
+by binary search on the very predicate ``|y_i − y_j| ≤ h`` that the reference evaluates; because a
 floating-point subtraction is monotone in each operand, the predicate is monotone along the order
 and the search is exact, ties and rounding included.
 """
@@ -23,8 +23,8 @@ class Sweep:
         serves: ``"positives"``, ``"negatives"`` or ``"both"``.
         anchor_order, key_order: int64 [N], [K], or None for the given order; the same tensor where
             the anchors are the keys.
-        lo, hi: int64 [N], non-decreasing: keys ``lo_i … hi_i − 1`` of the sorted keys are the band of
-            sorted anchor i. Exact for one component; a superset for several.
+        lo, hi: int64 [N], non-decreasing: keys ``lo_i … hi_i − 1`` of the sorted keys are the band
+            of sorted anchor i. Exact for one component; a superset for several.
         is_exact: every pair inside the band satisfies the predicate.
         is_symmetric: the anchors are the keys, so that ``s_ij = s_ji`` may be used; otherwise no
             anchor is among the keys.
@@ -106,7 +106,8 @@ def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Ten
     n_keys = len(sorted_j)
     lo = hi = None
     if sorted_i.device.type == "cpu" and n_keys > 0:
-        # A guess by rounded addition, right except at ties; taken only where the predicate confirms it.
+        # A guess by rounded addition, right except at ties; taken only where the predicate
+        # confirms it.
         wide_i, wide_j = sorted_i.double(), sorted_j.double()
         margin = float(torch.tensor(reach, dtype=sorted_i.dtype))
         lo = _confirmed(torch.searchsorted(wide_j, wide_i - margin), reaches_back, n_keys)

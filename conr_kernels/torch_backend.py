@@ -101,7 +101,9 @@ def row_sums(
     norm: Tensor,
     is_shifted: bool,
 ) -> dict[str, Tensor]:
-    """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``, ``m``."""
+    """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``,
+    ``m``.
+    """
     sums: dict[str, Tensor] = {}
     for sweep, rows_i, rows_j in _sorted_rows(x, norm, y, p, keys, self_offset, settings):
         for name, total in _forward_sweep(sweep, rows_i, rows_j, settings, is_shifted).items():

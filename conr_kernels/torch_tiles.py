@@ -75,10 +75,12 @@ def take_rows(
 
 @dataclass(frozen=True)
 class Tile:
-    """``count`` blocks of ``rows`` sorted anchors each, block k against its own ``width`` sorted keys.
+    """``count`` blocks of ``rows`` sorted anchors each, block k against its own ``width`` sorted
+    keys.
 
     Attributes:
-        i0, j0: the first anchor and key of the first block; both move on by ``rows`` from block to block.
+        i0, j0: the first anchor and key of the first block; both move on by ``rows`` from block to
+            block.
         edges: columns that may hold pairs outside the window; all others are inside.
         has_diagonal: the anchors' own pairs are the blocks' diagonals.
         mirror: columns from here on stand for the transposed tile too.
@@ -142,7 +144,8 @@ def _symmetric_tiles(sweep: Sweep, rows: int, bounds: list[list[int]]) -> Iterat
     for k, (_, hi_last, _, hi_first) in enumerate(bounds):
         start, stop = k * rows, min((k + 1) * rows, N)
         widths.append(max(hi_last, stop) - start)
-        # A key is in all bands only from the first anchor's band, if the last anchor is in there too.
+        # A key is in all bands only from the first anchor's band, if the last anchor is in there
+        # too.
         fulls.append(hi_first - start if sweep.is_exact and hi_first >= stop else 0)
     k = 0
     while k < len(bounds):
@@ -249,7 +252,9 @@ def weigh(t_ij: Tensor, weight: Tensor, is_log: bool) -> Tensor:
 
 
 def times_coefficients(t_ij: Tensor, coef_i: Tensor, coef_j: Tensor) -> Tensor:
-    """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c as sign and logarithm [..., N, 2]."""
+    """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c as sign and logarithm [..., N,
+    2].
+    """
     if coef_i.shape[-1] == 1:
         return (coef_i + coef_j.mT).mul_(t_ij)
     of_i = (t_ij + coef_i[..., 1:]).exp_().mul_(coef_i[..., :1])

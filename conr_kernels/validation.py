@@ -202,6 +202,6 @@ def check_inputs(named: dict[str, Any]) -> int:
 def check_encoded(features: Tensor, predictions: Tensor, n_rows: int) -> None:
     if len(features) != n_rows or len(predictions) != n_rows:
         raise ValueError(
-            f"the encoder must return features and predictions with one row for each of the {n_rows} "
-            f"inputs, got {tuple(features.shape)} and {tuple(predictions.shape)}"
+            "the encoder must return features and predictions with one row for each of the "
+            f"{n_rows} inputs, got {tuple(features.shape)} and {tuple(predictions.shape)}"
         )

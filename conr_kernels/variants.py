@@ -27,7 +27,8 @@ class Variant:
             ``w_i·exp(e·d_ij)``, ``"weight"`` ``e·w_i``, ``"distance"`` ``e·d_ij``, ``"none"`` 1.
         negatives: ``"confused"``: different labels and similar predictions; ``"all"``:
             every row with a different label.
-        unit_terms: add ``N − n_i`` to ``Z_i`` (one ``exp(0)`` for each non-positive, self included).
+        unit_terms: add ``N − n_i`` to ``Z_i`` (one ``exp(0)`` for each non-positive, self
+            included).
         count_self: divide by ``n_i + 1`` instead of ``n_i`` (only with ``log="inside"``).
         weighted_rows: multiply ``ℓ_i`` by ``w_i``.
 
@@ -82,7 +83,9 @@ def resolve_variant(variant: str | Variant) -> Variant:
 
 @dataclass(frozen=True)
 class Settings:
-    """The scalars of one call: window ``h``, temperature ``τ``, push scale ``e``, and what to compute."""
+    """The scalars of one call: window ``h``, temperature ``τ``, push scale ``e``, and what to
+    compute.
+    """
 
     window: float
     temperature: float
