@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .batch import Batch, Keys, reference_losses
-from .rows import scale_statistics
+from .rows import no_statistics, scale_statistics
 
 #: What a rank tells the others before any data moves: flag, rows, keys, and text of this many
 #: bytes.
@@ -134,7 +134,7 @@ class _RowLosses(torch.autograd.Function):
         union = ctx.union
         coef_i, coef_j = scale_statistics(stats, g), None
         if key_x is not None:
-            coef_j = stats.new_zeros(len(key_x), stats.shape[1])
+            coef_j = no_statistics(len(key_x), stats)
             union.gather(coef_i, union.sizes, out=coef_j[: union.n_rows])
         gradient = torch.ops.conr_kernels.backward(
             coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars

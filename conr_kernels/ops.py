@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import scale_statistics
+from .rows import no_statistics, scale_statistics
 from .variants import Settings, Variant
 
 BACKENDS = ("triton", "cuda", "torch")
@@ -222,7 +222,7 @@ def _differentiate(
     coef_j = None
     if key_x is not None:  # keys that are no anchors have no row loss
         offset = ctx.scalars[0]
-        coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
+        coef_j = no_statistics(key_x.shape[0], coef_i)
         coef_j[offset : offset + x.shape[0]] = coef_i
     gradient = backward_operator(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars)
     return gradient, *no_grads

@@ -182,3 +182,22 @@ def test_import_neither_compiles_nor_starts_anything() -> None:
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True)
+
+
+@pytest.mark.parametrize("n_rows, n_keys", [(700, 0), (65, 900)])
+@pytest.mark.parametrize("variant", ["paper", "released-age"])
+def test_rows_without_loss_add_nothing_where_exponents_are_large(
+    n_rows: int, n_keys: int, variant: str
+) -> None:
+    """``exp(s_ij)`` of a row that is no anchor may overflow; it meets a coefficient of nothing."""
+    x, *rest = make_rows(n_rows)
+    key_x, *key_rest = make_rows(n_keys, seed=1)
+    options = dict(variant=variant, temperature=0.01)
+    _, gradient = value_and_gradient(x, *rest, keys=(key_x, *key_rest), **options)
+    wide_keys = (key_x.double(), *key_rest)
+    _, expected = value_and_gradient(
+        x.double(), *rest, keys=wide_keys, backend="reference", **options
+    )
+    assert gradient.isfinite().all()
+    bound = 1e-3 * float(expected.abs().max())
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=bound)
