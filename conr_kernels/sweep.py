@@ -86,7 +86,9 @@ def banded_sweep(
 
 
 def sort_reach(y_j: Tensor, window: float, distance: str) -> tuple[Tensor, float]:
-    """The component to sort by, int64 [1] on the labels' device, and how far a band reaches in it."""
+    """The component to sort by, int64 [1] on the labels' device, and how far a band reaches in
+    it.
+    """
     n_components = y_j.shape[1]
     component = torch.zeros(1, dtype=torch.int64, device=y_j.device)
     if n_components == 1 or len(y_j) == 0:

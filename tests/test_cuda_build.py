@@ -83,7 +83,9 @@ def test_nvcc_compiles_without_a_warning(build):
 
 @needs_nvcc
 def test_no_kernel_spills(build):
-    """As many reports as kernels, at least the 11 sweeps for each architecture, all of them clean."""
+    """As many reports as kernels, at least the 11 sweeps for each architecture, all of them
+    clean.
+    """
     spills = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes"
     reports = re.findall(spills, build.log)
     sweeps = re.findall(r"Compiling entry function '.*conr_(?:for|back)ward_kernel", build.log)
@@ -112,7 +114,9 @@ def test_the_library_loads_and_registers_its_operators(build):
 
 @needs_nvcc
 def test_only_the_stable_abi_is_linked(build):
-    """Every symbol asked of PyTorch is a C function of its stable ABI; Python is not linked at all."""
+    """Every symbol asked of PyTorch is a C function of its stable ABI; Python is not linked at
+    all.
+    """
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     listing = subprocess.run(

@@ -145,7 +145,9 @@ def test_tensor_cores(shim, path, dtype, of_gradient):
 
 
 def test_bfloat16_without_tensor_cores(shim, path, monkeypatch):
-    """Before sm_80 bfloat16 rows are unit rows in float32; only the gradient is rounded to 16 bits."""
+    """Before sm_80 bfloat16 rows are unit rows in float32; only the gradient is rounded to 16
+    bits.
+    """
     monkeypatch.setattr(cuda_backend, "_computes_in_float32", lambda x: x.dtype == torch.bfloat16)
     batch = make_batch(97, 40, dtype=torch.bfloat16)
     loss, gradient = batch.run("cuda", variant="released-age")

@@ -57,7 +57,9 @@ def pair_loop_losses(x, y, p, w, settings):
     return torch.tensor(losses, dtype=torch.float64), n_pairs
 
 
-@pytest.mark.parametrize("case", list(structured_cases(70, max_size=33)), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", list(structured_cases(70, max_size=33)), ids=lambda case: case.name
+)
 def test_row_losses_equal_the_definition_evaluated_pair_by_pair(case):
     x, y, p, w = case.inputs
     # Float64 labels on a binary grid, where it and Python's arithmetic decide alike.

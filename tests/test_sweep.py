@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conr_kernels.reference import pair_distance
 from conr_kernels.sweep import banded_sweep, bands
 
 
@@ -64,19 +65,20 @@ def test_bands_of_labels_that_are_not_finite_stay_in_range():
 @pytest.mark.parametrize("distance", ["mae", "rmse"])
 @pytest.mark.parametrize("n_components", [1, 2, 5])
 def test_a_sweep_holds_every_pair_in_the_window(distance, n_components):
-    from conr_kernels.reference import pair_distance
-
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
         n = int(torch.randint(1, 80, (), generator=generator))
         y = torch.randint(0, 12, (n, n_components), generator=generator).float() / 10
-        self_offset, n_anchors = n // 4, n - n // 2
-        anchors = y[self_offset : self_offset + n_anchors]
-        sweep = banded_sweep("positives", anchors, y, self_offset, 0.2, distance)
-        d_ij = pair_distance(anchors[sweep.anchor_order], y[sweep.key_order], distance)
-        j = torch.arange(n)
-        in_band = (sweep.lo[:, None] <= j) & (j < sweep.hi[:, None])
-        assert not ((d_ij <= 0.2) & ~in_band).any()
-        if n_components == 1:
-            assert torch.equal(in_band, d_ij <= 0.2)
-        assert torch.equal(sweep.key_order[sweep.self_key], sweep.anchor_order + self_offset)
+        first, last = n // 4, n - n // 4
+        anchors, keys = y[first:last], torch.cat([y[:first], y[last:]])
+        for sweep in (
+            banded_sweep("positives", anchors, None, 0.2, distance),
+            banded_sweep("positives", anchors, keys, 0.2, distance),
+        ):
+            y_j = anchors if sweep.is_symmetric else keys
+            d_ij = pair_distance(anchors[sweep.anchor_order], y_j[sweep.key_order], distance)
+            j = torch.arange(len(y_j))
+            in_band = (sweep.lo[:, None] <= j) & (j < sweep.hi[:, None])
+            assert not ((d_ij <= 0.2) & ~in_band).any()
+            if n_components == 1:
+                assert torch.equal(in_band, d_ij <= 0.2)
