@@ -6,15 +6,15 @@ import ctypes
 import re
 from dataclasses import dataclass
 
-import cuda_shim
 import pytest
 import torch
 from torch import Tensor
 
-from conr_kernels import conr_loss, cuda_backend
-from conr_kernels.ops import RowLosses
+from conr_kernels import conr_loss, cuda_backend, ops
 from conr_kernels.reference import row_losses
 from conr_kernels.variants import PRESETS, Settings, Variant
+
+from . import cuda_shim
 
 SIZES = (1, 2, 3, 31, 33, 64, 65, 97, 127, 129, 200, 257, 300)
 
@@ -179,10 +179,8 @@ def test_anchors_among_more_keys(shim, path):
         settings = Settings(1.0, 0.2, 0.01, PRESETS[variant])
         x = keys.x[here].clone().requires_grad_()
         all_keys = (keys.x, keys.y, keys.p)
-        rows, _, _ = RowLosses.apply(
-            x, keys.y[here], keys.p[here], keys.w[here], *all_keys, offset,
-            1.0, 0.2, 0.01, settings.variant.code, "mae", "cuda",
-        )  # fmt: skip
+        labels = keys.y[here], keys.p[here], keys.w[here]
+        rows, _, _ = ops.row_losses(x, *labels, all_keys, offset, settings, "cuda")
         rows.backward(keys.upstream[here])
         anchors = keys.x[here].double().requires_grad_()
         fixed = keys.x.double()
