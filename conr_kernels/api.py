@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import batch as batches
@@ -99,6 +100,10 @@ def conr_loss(
         backend=backend,
     )
     if group is not None:
+        if torch.compiler.is_compiling():
+            from . import tracing
+
+            return tracing.union_loss(group, prepare)
         return distributed.union_loss(group, prepare)
     batch = prepare()
     rows = batches.row_losses(batch, batch.all_keys())

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
     def all_keys(self) -> Keys | None:
         """The batch's rows and then the further keys; None where there are none of these."""
-        if self.keys is None:
+        if self.keys is None or len(self.keys[0]) == 0:
             return None
         x = self.x if self.backend == "reference" else self.x.detach()
         key_x, key_y, key_p = self.keys
@@ -58,7 +58,10 @@ def prepare(
 ) -> Batch:
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     if torch.compiler.is_compiling():
-        window, temperature, push_scale = map(_constant, (window, temperature, push_scale))
+        from . import tracing
+
+        scalars = (window, temperature, push_scale)
+        window, temperature, push_scale = map(tracing.constant, scalars)
     validation.check_scalars(window, temperature, push_scale)
     validation.check_choice("distance", distance, DISTANCES)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
@@ -97,13 +100,6 @@ def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: in
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _constant(value: float) -> float:
-    """A number that compilation may have made symbolic, as a constant with a guard."""
-    from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-    return guard_scalar(value)
 
 
 def _labels(y: Tensor) -> Tensor:

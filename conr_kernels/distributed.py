@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .batch import Batch, Keys, reference_losses
-from .rows import scale_statistics
+from .rows import no_statistics, scale_statistics
 
 #: What a rank tells the others before any data moves: flag, rows, keys, and text of this many
 #: bytes.
@@ -26,7 +26,6 @@ HEADER_NUMBERS = 3
 TEXT_BYTES = 1000
 
 
-@torch.compiler.disable(reason="group= exchanges sizes between processes before it computes")
 def union_loss(group: Any, prepare: Callable[[], Batch]) -> Tensor:
     """The loss of the union of the batches that the ranks of the group prepare.
 
@@ -73,7 +72,7 @@ class Union:
         mine = _bytes(t.detach())
         if len(set(sizes)) == 1:
             if sizes[0] > 0:
-                dist.all_gather_into_tensor(_bytes(out), mine, group=self.group)
+                _all_gather(_bytes(out), mine, self.group)
             return out
         pending = []
         for rank, stop in enumerate(accumulate(sizes)):
@@ -135,7 +134,7 @@ class _RowLosses(torch.autograd.Function):
         union = ctx.union
         coef_i, coef_j = scale_statistics(stats, g), None
         if key_x is not None:
-            coef_j = stats.new_zeros(len(key_x), stats.shape[1])
+            coef_j = no_statistics(len(key_x), stats)
             union.gather(coef_i, union.sizes, out=coef_j[: union.n_rows])
         gradient = torch.ops.conr_kernels.backward(
             coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
@@ -186,6 +185,12 @@ class _Total(torch.autograd.Function):
 def _bytes(t: Tensor) -> Tensor:
     """The memory of a tensor as uint8: any dtype in any process-group backend."""
     return t.contiguous().view(-1).view(torch.uint8)
+
+
+def _all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
+    # The newer name, where this PyTorch has it.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, mine, group=group)
 
 
 def _agree(group: Any, prepare: Callable[[], Batch]) -> tuple[Batch, Union]:
@@ -256,7 +261,7 @@ def _exchange(numbers: list[int], text: str, group: Any, device: torch.device) -
     words = torch.frombuffer(bytearray(encoded), dtype=torch.int64)
     mine = torch.cat([torch.tensor(numbers), words]).to(device)
     headers = mine.new_empty(dist.get_world_size(group), len(mine))
-    dist.all_gather_into_tensor(headers, mine, group=group)
+    _all_gather(headers.view(-1), mine, group)
     return headers.cpu()
 
 

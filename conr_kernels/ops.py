@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import scale_statistics
+from .rows import no_statistics, scale_statistics
 from .variants import Settings, Variant
 
 BACKENDS = ("triton", "cuda", "torch")
@@ -125,17 +125,18 @@ def row_losses(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
-    is_plain = (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-    function = _EagerRowLosses.apply if is_plain else torch.ops.conr_kernels.forward
+    if torch.compiler.is_compiling():
+        function = torch.ops.conr_kernels.forward
+    elif torch._C._are_functorch_transforms_active():
+        function = _TransformedForward.apply
+    elif type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0:
+        function = _EagerForward.apply
+    else:
+        function = torch.ops.conr_kernels.forward
     return function(x, y, p, w, *(keys or (None,) * 3), self_offset, *settings.scalars, backend)
 
 
-class _EagerRowLosses(torch.autograd.Function):
+class _EagerForward(torch.autograd.Function):
     """The forward operator for plain tensors in plain eager mode: the backend is called directly.
 
     Signature binding and two operator boundaries would take as long as the work on a small batch.
@@ -152,6 +153,54 @@ class _EagerRowLosses(torch.autograd.Function):
         # A graph of the gradient goes through the operator, which refuses to be differentiated.
         operator = torch.ops.conr_kernels.backward if torch.is_grad_enabled() else _backward
         return _differentiate(ctx, g, operator)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        _refuse()
+
+
+class _TransformedForward(torch.autograd.Function):
+    """The forward operator under ``torch.func``, which takes derivatives from a Function only."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.conr_kernels.forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, g, _TransformedBackward.apply)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        _refuse()
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        _refuse()
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The backward operator under ``torch.func``: it has no derivative of its own."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return torch.ops.conr_kernels.backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        _refuse()
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        _refuse()
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -173,7 +222,7 @@ def _differentiate(
     coef_j = None
     if key_x is not None:  # keys that are no anchors have no row loss
         offset = ctx.scalars[0]
-        coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
+        coef_j = no_statistics(key_x.shape[0], coef_i)
         coef_j[offset : offset + x.shape[0]] = coef_i
     gradient = backward_operator(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars)
     return gradient, *no_grads

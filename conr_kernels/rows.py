@@ -5,7 +5,7 @@ A row's *statistics* are what the backward pass needs, for an upstream gradient 
 - where no exponent can be large, three columns ``(α_i, β_i, γ_i)``;
 - otherwise five columns ``(±1, β_i, ±1, log|α_i|, log|γ_i|)``: the first three carry the sign
   and are multiplied by the upstream gradient, so that nothing over- or underflows before it meets
-  ``exp(s_ij)``.
+  ``exp(s_ij)``. The logarithm of nothing is ``−inf``: ``exp(s_ij)`` alone may be infinite.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ def scale_statistics(stats: Tensor, g: Tensor) -> Tensor:
 def to_log_statistics(stats: Tensor) -> Tensor:
     """Three columns as five."""
     alpha, beta, gamma = stats.unbind(1)
-    log_alpha, log_gamma = (torch.where(t == 0, 0.0, t.abs().log()) for t in (alpha, gamma))
+    log_alpha, log_gamma = alpha.abs().log(), gamma.abs().log()
     return torch.stack([alpha.sign(), beta, gamma.sign(), log_alpha, log_gamma], dim=1)
+
+
+def no_statistics(n_rows: int, like: Tensor) -> Tensor:
+    """The statistics of rows that have no loss."""
+    stats = like.new_zeros(n_rows, like.shape[1])
+    stats[:, 3:] = -torch.inf
+    return stats
 
 
 def collapse_statistics(stats: Tensor) -> Tensor:
@@ -129,7 +136,7 @@ def finish_log_rows(
         sign_alpha, log_alpha = one, (n / c).log() - log_Z
         beta, log_gamma = 1 / c, log_alpha + log_r
     stats = torch.stack([sign_alpha, beta, sign_r * one, log_alpha, log_gamma], dim=1)
-    stats = torch.where(is_anchor[:, None], stats, 0.0)
+    stats = torch.where(is_anchor[:, None], stats, no_statistics(1, stats))
     scale = poison + 1 if w is None or not variant.weighted_rows else w + poison
     return torch.where(is_anchor, loss, 0.0) * scale, scale_statistics(stats, scale)
 

@@ -25,9 +25,9 @@ class Sweep:
             the anchors are the keys.
         lo, hi: int64 [N], non-decreasing: keys ``lo_i … hi_i − 1`` of the sorted keys are the band
             of sorted anchor i. Exact for one component; a superset for several.
-        self_key: int64 [N]: where each sorted anchor stands among the sorted keys.
         is_exact: every pair inside the band satisfies the predicate.
-        is_symmetric: anchors are the keys, so that ``s_ij = s_ji`` may be used.
+        is_symmetric: the anchors are the keys, so that ``s_ij = s_ji`` may be used; otherwise no
+            anchor is among the keys.
         n_anchors, n_keys: N, K.
     """
 
@@ -36,29 +36,25 @@ class Sweep:
     key_order: Tensor | None
     lo: Tensor
     hi: Tensor
-    self_key: Tensor
     is_exact: bool
     is_symmetric: bool
     n_anchors: int
     n_keys: int
 
 
-def dense_sweep(
-    n_anchors: int, n_keys: int | None, self_offset: int, device: torch.device
-) -> Sweep:
+def dense_sweep(n_anchors: int, n_keys: int | None, device: torch.device) -> Sweep:
     """All pairs in the given order; ``n_keys=None``: the anchors are the keys."""
     is_symmetric = n_keys is None
     n_keys = n_anchors if n_keys is None else n_keys
-    self_key = torch.arange(n_anchors, device=device) + self_offset
-    lo, hi = torch.zeros_like(self_key), torch.full_like(self_key, n_keys)
-    return Sweep("both", None, None, lo, hi, self_key, False, is_symmetric, n_anchors, n_keys)
+    lo = torch.zeros(n_anchors, dtype=torch.int64, device=device)
+    hi = torch.full_like(lo, n_keys)
+    return Sweep("both", None, None, lo, hi, False, is_symmetric, n_anchors, n_keys)
 
 
 def banded_sweep(
     serves: str,
     y_i: Tensor,
     y_j: Tensor | None,
-    self_offset: int,
     window: float,
     distance: str,
 ) -> Sweep:
@@ -72,12 +68,8 @@ def banded_sweep(
     sorted_j, key_order = y_j.index_select(1, component)[:, 0].sort(stable=True)
     if is_symmetric:
         anchor_order, sorted_i = key_order, sorted_j
-        self_key = torch.arange(len(y_i), device=y_i.device)
     else:
         sorted_i, anchor_order = y_i.index_select(1, component)[:, 0].sort(stable=True)
-        position = torch.empty_like(key_order)
-        position[key_order] = torch.arange(len(y_j), device=y_j.device)
-        self_key = position[anchor_order + self_offset]
     lo, hi = bands(sorted_i, sorted_j, reach)
     is_exact = y_i.shape[1] == 1
     return Sweep(
@@ -86,7 +78,6 @@ def banded_sweep(
         key_order,
         lo,
         hi,
-        self_key,
         is_exact,
         is_symmetric,
         n_anchors=len(y_i),
@@ -95,7 +86,9 @@ def banded_sweep(
 
 
 def sort_reach(y_j: Tensor, window: float, distance: str) -> tuple[Tensor, float]:
-    """The component to sort by, int64 [1] on the labels' device, and how far bands reach in it."""
+    """The component to sort by, int64 [1] on the labels' device, and how far a band reaches in
+    it.
+    """
     n_components = y_j.shape[1]
     component = torch.zeros(1, dtype=torch.int64, device=y_j.device)
     if n_components == 1 or len(y_j) == 0:

@@ -110,7 +110,13 @@ def row_sums(
             order = sweep.anchor_order
             if order is not None:
                 total = torch.empty_like(total).index_copy_(0, order, total)
+            if name in sums:
+                combine = torch.logaddexp if is_shifted and name in ("E", "B") else torch.add
+                total = combine(sums[name], total)
             sums[name] = total
+    if len(x) == 0:
+        names = ("E", "B", "n", "m", *["s_sum"] * (settings.variant.log == "inside"))
+        return {name: norm.new_zeros(0) for name in names}
     return sums
 
 
@@ -141,7 +147,7 @@ def backward(
         G_sorted = torch.zeros_like(rows_i.q) if G_sorted is None else G_sorted.zero_()
         _backward_sweep(G_sorted, sweep, rows_i, rows_j, settings)
         if sweep.anchor_order is None:
-            G = G_sorted
+            G, G_sorted = G_sorted if G is None else G.add_(G_sorted), None
         elif G is None:
             G = torch.empty_like(G_sorted).index_copy_(0, sweep.anchor_order, G_sorted)
         else:
@@ -199,21 +205,20 @@ def _is_shifted(y: Tensor, keys: Keys | None, settings: Settings) -> bool:
 
 
 def _sweeps(
-    y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, settings: Settings
+    y: Tensor, p: Tensor, y_j: Tensor | None, p_j: Tensor | None, settings: Settings
 ) -> list[Sweep]:
     """Two banded sweeps, or one over all pairs. Bands are read on the host: on the CPU only."""
-    N, K = len(y), len(y) if keys is None else len(keys[0])
+    N, K = len(y), len(y) if y_j is None else len(y_j)
     if y.device.type == "cpu" and settings.variant.negatives != "all":
-        key_y, key_p = (None, None) if keys is None else keys[1:]
         h, distance = settings.window, settings.distance
         sweeps = [
-            banded_sweep("positives", y, key_y, self_offset, h, distance),
-            banded_sweep("negatives", p, key_p, self_offset, h, distance),
+            banded_sweep("positives", y, y_j, h, distance),
+            banded_sweep("negatives", p, p_j, h, distance),
         ]
         banded_pairs = sum(int((sweep.hi - sweep.lo).sum()) for sweep in sweeps)
         if banded_pairs <= DENSE_SHARE * N * K:
             return sweeps
-    return [dense_sweep(N, None if keys is None else K, self_offset, y.device)]
+    return [dense_sweep(N, None if y_j is None else K, y.device)]
 
 
 def _sorted_rows(
@@ -227,16 +232,30 @@ def _sorted_rows(
     coef_i: Tensor | None = None,
     coef_j: Tensor | None = None,
 ) -> Iterator[tuple[Sweep, Rows, Rows]]:
-    """Every sweep with its anchors and keys in its order; valid until the next is asked for."""
+    """Every sweep with its anchors and keys in its order; valid until the next is asked for.
+
+    First the anchors among themselves, where ``s_ij = s_ji`` saves half of the pairs, then the
+    anchors against the other keys.
+    """
     anchors = (x, _inverse(norm), y, p, coef_i)
     q_i = q_j = None
-    if keys is not None:
-        key_x, key_y, key_p = keys
-        all_keys = (key_x, _inverse(row_norms(key_x)), key_y, key_p, coef_j)
-    for sweep in _sweeps(y, p, keys, self_offset, settings):
-        rows_i = rows_j = take_rows(*anchors, sweep.anchor_order, q_i)
-        if keys is not None:
-            rows_j = take_rows(*all_keys, sweep.key_order, q_j)
+    for sweep in _sweeps(y, p, None, None, settings):
+        rows = take_rows(*anchors, sweep.anchor_order, q_i)
+        q_i = rows.q
+        yield sweep, rows, rows
+    if keys is None or len(keys[0]) == len(x):
+        return
+    behind = self_offset + len(x)
+
+    def others_of(t: Tensor) -> Tensor:
+        return torch.cat([t[:self_offset], t[behind:]]) if self_offset else t[behind:]
+
+    key_x, key_y, key_p = map(others_of, keys)
+    coef_j = None if coef_j is None else others_of(coef_j)
+    others = (key_x, _inverse(row_norms(key_x)), key_y, key_p, coef_j)
+    for sweep in _sweeps(y, p, key_y, key_p, settings):
+        rows_i = take_rows(*anchors, sweep.anchor_order, q_i)
+        rows_j = take_rows(*others, sweep.key_order, q_j)
         q_i, q_j = rows_i.q, rows_j.q
         yield sweep, rows_i, rows_j
 
@@ -287,7 +306,7 @@ def _forward_sweep(
     wide = torch.float64 if device.type != "mps" else torch.float32
     totals = Totals(sweep.n_anchors)
     if positives and sweep.is_exact:
-        totals["n"] = (sweep.hi - sweep.lo - 1).to(wide)
+        totals["n"] = (sweep.hi - sweep.lo - int(sweep.is_symmetric)).to(wide)
     for tile in make_tiles(sweep):
         i, j = tile.of(rows_i, rows_j)
         s_ij = similarities(i.q, j.q, settings)

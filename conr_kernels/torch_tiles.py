@@ -82,8 +82,6 @@ class Tile:
         i0, j0: the first anchor and key of the first block; both move on by ``rows`` from block to
             block.
         edges: columns that may hold pairs outside the window; all others are inside.
-        self_column: int64 [1, rows, 1], each anchor's own column (also outside the tile), or None
-            where it is the diagonal or there is none.
         has_diagonal: the anchors' own pairs are the blocks' diagonals.
         mirror: columns from here on stand for the transposed tile too.
     """
@@ -94,7 +92,6 @@ class Tile:
     rows: int
     width: int
     edges: tuple[slice, ...]
-    self_column: Tensor | None
     has_diagonal: bool
     mirror: int
 
@@ -137,8 +134,7 @@ def make_tiles(sweep: Sweep) -> Iterator[Tile]:
         full1 = full1 if sweep.is_exact else full0
         for c0, width in _chunks(j0, j1, i1 - i0):
             edges = _outside(width, full0 - c0, full1 - c0)
-            self_column = sweep.self_key[None, i0:i1, None] - c0
-            yield Tile(i0, c0, 1, i1 - i0, width, edges, self_column, False, width)
+            yield Tile(i0, c0, 1, i1 - i0, width, edges, False, width)
 
 
 def _symmetric_tiles(sweep: Sweep, rows: int, bounds: list[list[int]]) -> Iterator[Tile]:
@@ -166,7 +162,7 @@ def _symmetric_tiles(sweep: Sweep, rows: int, bounds: list[list[int]]) -> Iterat
         for c0, width in _chunks(i0, i0 + widest, (end - k) * n_rows):
             edges = _outside(width, i0 - c0, i0 + full - c0)
             mirror = max(n_rows + i0 - c0, 0)
-            yield Tile(i0, c0, end - k, n_rows, width, edges, None, c0 == i0, mirror)
+            yield Tile(i0, c0, end - k, n_rows, width, edges, c0 == i0, mirror)
         k = end
 
 
@@ -270,8 +266,4 @@ def drop_self(t_ij: Tensor, tile: Tile, fill: float) -> Tensor:
     """Sets the pair of each anchor with itself to ``fill``; in place."""
     if tile.has_diagonal:
         t_ij.diagonal(dim1=1, dim2=2).fill_(fill)
-    elif tile.self_column is not None:
-        column = tile.self_column.clamp(0, t_ij.shape[2] - 1)
-        kept = t_ij.gather(2, column)
-        t_ij.scatter_(2, column, torch.where(column == tile.self_column, fill, kept))
     return t_ij

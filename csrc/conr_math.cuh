@@ -180,7 +180,7 @@ struct RowSums {
 CONR_HD void finish_row(const RowSums& row, int64_t n_keys, double w, double rate, int flags,
                         double* loss, Coefficients<double>* stats) {
   *loss = 0.0;
-  *stats = Coefficients<double>{0.0, 0.0, 0.0, 0.0, 0.0};
+  *stats = Coefficients<double>{0.0, 0.0, 0.0, -INFINITY, -INFINITY};
   if (row.n <= 0 || row.m <= 0) return;
   const double log_r = log(fabs(rate));
   const double sign_r = rate > 0.0 ? 1.0 : (rate < 0.0 ? -1.0 : 0.0);

@@ -85,7 +85,9 @@ def test_nvcc_compiles_without_a_warning(build):
 
 @needs_nvcc
 def test_no_kernel_spills(build):
-    """A report for each of the 11 sweeps and each architecture, and all of them clean."""
+    """As many reports as kernels, at least the 11 sweeps for each architecture, all of them
+    clean.
+    """
     spills = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes"
     reports = re.findall(spills, build.log)
     sweeps = re.findall(r"Compiling entry function '.*conr_(?:for|back)ward_kernel", build.log)
@@ -114,11 +116,17 @@ def test_the_library_loads_and_registers_its_operators(build):
 
 @needs_nvcc
 def test_only_the_stable_abi_is_linked(build):
-    """Every symbol asked of PyTorch is a C function of its stable ABI; Python is not linked."""
+    """Every symbol asked of PyTorch is a C function of its stable ABI; Python is not linked at
+    all.
+    """
     if shutil.which("nm") is None:
         pytest.skip("no nm")
-    command = ["nm", "-D", "--undefined-only", str(build.library)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(build.library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     symbols = {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
     mangled = {s for s in symbols if re.search(r"^_Z.*(c10|at|torch|caffe2)\d", s)}
     assert {s for s in symbols if s.startswith(("aoti_torch_", "torch_"))}

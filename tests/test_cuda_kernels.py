@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
 from dataclasses import dataclass
 
-import cuda_shim
 import pytest
 import torch
 from torch import Tensor
 
-from conr_kernels import conr_loss, cuda_backend, ops, reference
-from conr_kernels.variants import LOGS, NEGATIVES, PRESETS, PUSHINGS, Settings, Variant
+from conr_kernels import conr_loss, cuda_backend, ops
+from conr_kernels.reference import row_losses
+from conr_kernels.variants import PRESETS, Settings, Variant
+
+from . import cuda_shim
 
 SIZES = (1, 2, 3, 31, 33, 64, 65, 97, 127, 129, 200, 257, 300)
 
@@ -98,19 +99,6 @@ def test_every_variant_at_sizes_1_to_300(shim, path, variant):
         assert_as_good_as_eager(make_batch(N, D), f"N={N} D={D}", variant=variant)
 
 
-@pytest.mark.parametrize("log", LOGS)
-@pytest.mark.parametrize("pushing", PUSHINGS)
-def test_every_combination_of_fields(shim, path, log, pushing):
-    batch = make_batch(65, 7)
-    flags = itertools.product((False, True), repeat=3)
-    for negatives, (unit_terms, count_self, weighted_rows) in itertools.product(NEGATIVES, flags):
-        if log == "outside" and count_self:
-            continue
-        variant = Variant(log, pushing, negatives, unit_terms, count_self, weighted_rows)
-        for push_scale in (0.3, -1e-4):
-            assert_as_good_as_eager(batch, variant=variant, push_scale=push_scale)
-
-
 @pytest.mark.parametrize("distance", ["mae", "rmse"])
 @pytest.mark.parametrize("L", [2, 3])
 def test_vector_labels(shim, path, L, distance):
@@ -157,7 +145,9 @@ def test_tensor_cores(shim, path, dtype, of_gradient):
 
 
 def test_bfloat16_without_tensor_cores(shim, path, monkeypatch):
-    """Before sm_80 bfloat16 rows are unit rows in float32; only the gradient is rounded."""
+    """Before sm_80 bfloat16 rows are unit rows in float32; only the gradient is rounded to 16
+    bits.
+    """
     monkeypatch.setattr(cuda_backend, "_computes_in_float32", lambda x: x.dtype == torch.bfloat16)
     batch = make_batch(97, 40, dtype=torch.bfloat16)
     loss, gradient = batch.run("cuda", variant="released-age")
@@ -170,14 +160,14 @@ def test_bfloat16_without_tensor_cores(shim, path, monkeypatch):
 def test_the_gradient_spans_the_exponents_of_its_dtype(shim, dtype):
     """No upstream gradient makes H, which 16-bit products round, over- or underflow."""
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
-    for small, large in ((1e-4, 1e2), (1e4, 1e4), (0.0, 1.0)):
+    for of_x, of_upstream in ((2.0**9, 1e6), (1.0, 1.0), (2.0**-9, 1e-4)):
         batch = make_batch(97, 16, dtype=dtype)
-        if dtype == torch.float16:  # 1/‖x‖ and the sum over the batch are to stay in its range
-            batch.x = batch.x * 64
-        batch.upstream = torch.where(torch.arange(97) % 2 == 0, small, large) * batch.upstream
+        batch.x, batch.upstream = batch.x * of_x, batch.upstream * of_upstream
+        batch.upstream[::2] = 0.0
         _, gradient = batch.run("cuda")
         _, expected = batch.run("reference", torch.float64)
-        assert rms(gradient - expected) <= tolerance * rms(expected), (small, large)
+        error = rms(gradient - expected)
+        assert error <= tolerance * rms(expected), (of_x, of_upstream, error / rms(expected))
 
 
 def test_anchors_among_more_keys(shim, path):
@@ -189,31 +179,19 @@ def test_anchors_among_more_keys(shim, path):
         settings = Settings(1.0, 0.2, 0.01, PRESETS[variant])
         x = keys.x[here].clone().requires_grad_()
         all_keys = (keys.x, keys.y, keys.p)
-        rows, _, _ = ops.row_losses(
-            x, keys.y[here], keys.p[here], keys.w[here], all_keys, offset, settings, "cuda"
-        )
+        labels = keys.y[here], keys.p[here], keys.w[here]
+        rows, _, _ = ops.row_losses(x, *labels, all_keys, offset, settings, "cuda")
         rows.backward(keys.upstream[here])
         anchors = keys.x[here].double().requires_grad_()
         fixed = keys.x.double()
         joined = torch.cat([fixed[:offset], anchors, fixed[offset + N :]])
-        expected = reference.row_losses(
+        expected = row_losses(
             anchors, keys.y[here], keys.p[here], keys.w[here].double(),
             (joined, keys.y, keys.p), offset, settings,
         )  # fmt: skip
         expected.backward(keys.upstream[here].double())
         assert rms(rows.double() - expected) <= 1e-6 * rms(expected)
         assert rms(x.grad.double() - anchors.grad) <= 1e-5 * rms(anchors.grad)
-
-
-def test_the_operators_have_the_shapes_of_their_fakes(shim, path):
-    batch = make_batch(97, 16)
-    for settings in (Settings(1.0, 0.2, 0.01, PRESETS[name]) for name in ("paper", "released-age")):
-        inputs = (batch.x.clone().requires_grad_(), batch.y, batch.p, batch.w, None, None, None)
-        torch.library.opcheck(
-            torch.ops.conr_kernels.forward.default,
-            (*inputs, 0, *settings.scalars, "cuda"),
-            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-        )
 
 
 def test_weights_of_zero_leave_the_anchors(shim, path):
