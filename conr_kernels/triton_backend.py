@@ -135,7 +135,8 @@ class _Call:
         self.K, self.L = self.key_x.shape[0], y.shape[1]
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.is_dense = self.N * self.K <= DENSE_PAIRS
-        self.D_bucket = bucket(self.D, x.dtype.itemsize)
+        self.arithmetic = arithmetic(x.dtype)
+        self.D_bucket = bucket(self.D, self.arithmetic)
         self.D_pad = self.D_bucket or 64 * math.ceil(self.D / 64)
         variant = s.variant
         #: √(log₂e/τ), the factor of every unit feature.
@@ -145,7 +146,7 @@ class _Call:
             L=self.L,
             RMSE=s.distance == "rmse" and self.L > 1,
             SHIFTED=not s.exponent_is_small,
-            PRECISION=precision(x.dtype),
+            PRECISION=precision(self.arithmetic),
             # The interpreter multiplies 16-bit tiles wrongly.
             UPCAST=interpreted() and x.dtype.itemsize == 2,
         )
@@ -162,7 +163,7 @@ class _Call:
         return torch.cuda.device(self.x.device) if self.x.is_cuda else contextlib.nullcontext()
 
     def config(self, kind: str) -> Config:
-        return config(kind, architecture(self.x.device), self.D_bucket, self.x.dtype.itemsize)
+        return config(kind, architecture(self.x.device), self.D_bucket, self.arithmetic)
 
     def options(self, chosen: Config) -> dict[str, Any]:
         """Launch options; squares of differences must not be fused into the sum that follows."""
@@ -173,11 +174,15 @@ class _Call:
         return *self.x.stride(), *self.key_x.stride()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of the products: float32 follows ``torch.get_float32_matmul_precision()``."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "tf32x3"
-    return "ieee" if dtype == torch.float64 else "tf32"
+def arithmetic(dtype: torch.dtype) -> str:
+    """The dtype's name, and whether float32 products must be float32's own."""
+    highest = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return str(dtype).removeprefix("torch.") + (" highest" if highest else "")
+
+
+def precision(arithmetic: str) -> str:
+    """``input_precision``: three TF32 products reach float32's accuracy at a third of its instructions."""
+    return {"float32 highest": "tf32x3", "float64": "ieee"}.get(arithmetic, "tf32")
 
 
 @functools.cache
@@ -225,7 +230,7 @@ def _forward_dense(call: _Call, w: Tensor | None, loss: Tensor, stats: Tensor) -
     gram, n_parts = _gram(call, chosen, call.pair_flags["PRECISION"])
     triton_dense.conr_forward_dense_kernel[(_tiles(call.N, chosen.BLOCK_I),)](
         call.x, call.y, call.p, w, call.key_x, call.key_y, call.key_p, gram, loss, stats,
-        call.N, call.K, call.self_offset, *call.strides(), _tiles(call.K, chosen.BLOCK_J), n_parts,
+        call.N, call.K, call.self_offset, *call.strides(), _tiles(call.K, chosen.BLOCK_J), n_parts, call.D,
         s.window, s.push_scale, call.scale * call.scale,
         D=call.D, INSIDE=call.is_inside, **call.pair_flags, **call.row_flags,
         **call.options(chosen),
@@ -244,7 +249,7 @@ def _backward_dense(call: _Call, coef_i: Tensor, coef_j: Tensor, gradient: Tenso
     triton_dense.conr_pair_gradient_kernel[(tiles_i * tiles_j,)](
         call.x, call.y, call.p, coef_i, call.key_x, call.key_y, call.key_p, coef_j, gram,
         pairs, radial, inverse,
-        call.N, call.K, call.self_offset, *call.strides(), tiles_j, n_parts,
+        call.N, call.K, call.self_offset, *call.strides(), tiles_j, n_parts, call.D,
         s.window, s.push_scale, call.scale * call.scale,
         D=call.D, INSIDE=call.is_inside, PUSHING=s.variant.pushing, CONFUSED=call.is_confused,
         **call.pair_flags, **call.options(chosen),
@@ -291,7 +296,7 @@ class _Sorted:
         conr_gather_kernel[(self.n_programs,)](
             layout, call.key_x, call.key_y, call.key_p, coef_j, *self.j.values(),
             call.x, call.y, call.p, w, coef_i, *self.i.values(), poison,
-            call.N, call.K, *call.key_x.stride(), *call.x.stride(), call.scale,
+            call.N, call.K, call.D_pad, *call.key_x.stride(), *call.x.stride(), call.scale,
             NEGATIVES=negatives, HAS_KEYS=call.has_keys, D=call.D, D_PAD=call.D_pad, L=call.L,
             COLUMNS=self.columns, ROWS=GATHER_ROWS, CHUNK=min(call.D_pad, 128)
             if call.D_bucket else 64,
@@ -357,13 +362,13 @@ def _forward_sweeps(
     rows.gather(layout, negatives=False, w=w, poison=poison)
     kernels.conr_forward_positives_kernel[grid](
         layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"], E, s_sum, n,
-        call.N, call.K, s.window, **common,
+        call.N, call.K, call.D_pad, s.window, **common,
     )  # fmt: skip
     if call.is_confused:
         rows.gather(layout, negatives=True)
     kernels.conr_forward_negatives_kernel[grid](
         layout, rows.i["q"], rows.i["y"], rows.i["p"], rows.j["q"], rows.j["y"], rows.j["p"],
-        w, E, s_sum, n, poison, loss, stats, call.N, call.K, len(poison), s.window, s.push_scale,
+        w, E, s_sum, n, poison, loss, stats, call.N, call.K, len(poison), call.D_pad, s.window, s.push_scale,
         TINY=s.scales_by_distance and s.window < TINY_WINDOW, **call.row_flags, **common,
     )  # fmt: skip
 
@@ -425,7 +430,7 @@ def _backward_wide(
             layout,
             *(rows.i[name] for name in ("q", "y", "p", "coef", "inverse")),
             *(rows.j[name] for name in ("q", "y", "p", "coef")),
-            x, H, G, radial, gradient, call.N, call.K, n_programs, *x.stride(),
+            x, H, G, radial, gradient, call.N, call.K, n_programs, call.D_pad, *x.stride(),
             s.window, s.push_scale, kappa,
             NEGATIVES=negatives, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
             CONFUSED=call.is_confused, GROUP=WIDE_GROUP, **common, **call.options(chosen),

@@ -29,33 +29,66 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-#: Largest D whose gradient tile stays in registers, by bytes of an element.
-REGISTER_D = {2: 256, 4: 128, 8: 64}
+#: Largest D whose gradient tile stays in the registers.
+REGISTER_D = {"float16": 256, "bfloat16": 256, "float32": 128, "float32 highest": 64, "float64": 64}
 KINDS = ("forward", "backward", "wide", "dense")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
 
 
-def bucket(D: int, itemsize: int) -> int:
+def bucket(D: int, arithmetic: str) -> int:
     """The padded width of a row that is read at once, or 0 where it is read in chunks."""
-    if D > REGISTER_D[itemsize]:
+    if D > REGISTER_D[arithmetic]:
         return 0
     return next(width for width in BUCKETS if D <= width)
 
 
+#: By kind and arithmetic; of several entries the first whose architecture and bucket match.
+#: Columns: architecture (None: all), bucket (None: all), tile and launch (BLOCK_D None: the bucket).
+_HALVES = {
+    "forward": [
+        (80, 0, (128, 64, 64, 8, 2)),
+        (None, 0, (128, 128, 64, 8, 3)),
+        (None, None, (128, 128, None, 8, 2)),
+    ],
+    "backward": [
+        (None, 256, (64, 64, None, 8, 2)),
+        (None, None, (128, 64, None, 8, 2)),
+    ],
+    "wide": [(None, None, (64, 64, 64, 4, 2))],
+    "dense": [(None, None, (16, 64, 64, 4, 2))],
+}
+_FLOAT32 = {
+    "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "backward": [(None, None, (64, 64, None, 4, 2))],
+    "wide": [(None, None, (64, 32, 32, 4, 2))],
+    "dense": [(None, None, (16, 32, 32, 4, 2))],
+}
+_FLOAT32_HIGHEST = {
+    "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "backward": [(None, 64, (64, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
+    "wide": [(None, None, (64, 32, 32, 4, 2))],
+    "dense": [(None, None, (16, 32, 32, 4, 2))],
+}
+_FLOAT64 = {
+    "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
+    "backward": [(None, None, (16, 16, None, 4, 1))],
+    "wide": [(None, None, (16, 16, 32, 4, 1))],
+    "dense": [(None, None, (16, 16, 32, 4, 1))],
+}
+TABLE = {
+    "float16": _HALVES,
+    "bfloat16": _HALVES,
+    "float32": _FLOAT32,
+    "float32 highest": _FLOAT32_HIGHEST,
+    "float64": _FLOAT64,
+}
+
+
 @functools.cache
-def config(kind: str, architecture: int, D_bucket: int, itemsize: int) -> Config:
-    """The configuration of a kernel: ``architecture`` is 80, 90 or 100, the largest that fits."""
-    if kind == "dense":
-        return Config(16, 64, 64, 4, 2) if itemsize == 2 else Config(16, 32, 32, 4, 2)
-    if itemsize == 8:
-        return Config(32, 32, D_bucket or 32, 4, 2)
-    if kind == "wide" or D_bucket == 0:
-        if itemsize == 4:
-            return Config(64, 64, 32, 4, 2)
-        return Config(128, 128, 64, 8, 3)
-    if itemsize == 4:
-        return Config(64, 64, D_bucket, 4, 2)
-    if D_bucket == 256:
-        return Config(128, 64, 256, 8, 2)
-    return Config(128, 128, D_bucket, 8, 2)
+def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
+    """The configuration of a kernel: ``architecture`` 80, 90 or 100, the largest not above the device's."""
+    for on, width, (block_i, block_j, block_d, num_warps, num_stages) in TABLE[arithmetic][kind]:
+        if on in (None, architecture) and width in (None, D_bucket):
+            return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)
+    raise KeyError((kind, architecture, D_bucket, arithmetic))

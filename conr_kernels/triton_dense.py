@@ -16,6 +16,7 @@ from .triton_math import (
     scale_pair,
     store_rows,
     sum_of,
+    to_base_2,
 )
 from .triton_sweeps import negative_weights
 
@@ -101,7 +102,7 @@ def conr_gram_kernel(
 @triton.jit
 def _exponents(
     tile_i, tile_j, x_ptr, key_x_ptr, gram_ptr, n_anchors, n_keys,
-    stride_n, stride_d, key_stride_n, key_stride_d, n_tiles_j, n_parts, scale,
+    stride_n, stride_d, key_stride_n, key_stride_d, n_tiles_j, n_parts, width, scale,
     D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +112,7 @@ def _exponents(
         gram, squares_i, squares_j = _gram_tile(
             x_ptr, stride_n, stride_d, tile_i * BLOCK_I + rows, n_anchors,
             key_x_ptr, key_stride_n, key_stride_d, tile_j * BLOCK_J + columns, n_keys,
-            0, D, D, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
+            0, width, D, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         SIZE: tl.constexpr = BLOCK_I * BLOCK_J + BLOCK_I + BLOCK_J
@@ -126,7 +127,8 @@ def _exponents(
             squares_i += tl.load(at + BLOCK_I * BLOCK_J + rows)
             squares_j += tl.load(at + BLOCK_I * BLOCK_J + BLOCK_I + columns)
     inverse_i, inverse_j = _inverse_root(squares_i), _inverse_root(squares_j)
-    s_ij = (gram * inverse_i[:, None]) * inverse_j[None, :] * tl.full((), scale, gram.dtype)
+    factor_i = inverse_i * tl.full((), scale, gram.dtype)
+    s_ij = (gram * factor_i[:, None]) * inverse_j[None, :]
     # A non-finite feature has a non-finite squared norm.
     return s_ij, inverse_i, inverse_j, tl.sum(squares_i * 0, axis=0) + tl.sum(squares_j * 0, axis=0)
 
@@ -152,6 +154,7 @@ def conr_forward_dense_kernel(
     key_stride_d,
     n_tiles_j,
     n_parts,
+    width,
     h: tl.float64,
     push_scale: tl.float64,
     scale: tl.float64,
@@ -198,7 +201,7 @@ def conr_forward_dense_kernel(
         is_key = columns < n_keys
         s_ij, _, _, tainted = _exponents(
             tile, tile_j, x_ptr, key_x_ptr, gram_ptr, n_anchors, n_keys,
-            stride_n, stride_d, key_stride_n, key_stride_d, n_tiles_j, n_parts, scale,
+            stride_n, stride_d, key_stride_n, key_stride_d, n_tiles_j, n_parts, width, scale,
             D, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
         poison += tainted
@@ -263,6 +266,7 @@ def conr_pair_gradient_kernel(
     key_stride_d,
     n_tiles_j,
     n_parts,
+    width,
     h: tl.float64,
     push_scale: tl.float64,
     scale: tl.float64,
@@ -290,7 +294,7 @@ def conr_pair_gradient_kernel(
     is_pair = (rows < n_anchors)[:, None] & (columns < n_keys)[None, :]
     s_ij, inverse_i, inverse_j, _ = _exponents(
         tile_i, tile_j, x_ptr, key_x_ptr, gram_ptr, n_anchors, n_keys,
-        stride_n, stride_d, key_stride_n, key_stride_d, n_tiles_j, n_parts, scale,
+        stride_n, stride_d, key_stride_n, key_stride_d, n_tiles_j, n_parts, width, scale,
         D, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
     )  # fmt: skip
     y_i_ptrs, p_i_ptrs = y_ptr + i * L, p_ptr + i * L
@@ -312,8 +316,10 @@ def conr_pair_gradient_kernel(
     if SHIFTED:
         log_alpha_i, log_alpha_j = tl.load(coef_i_ptrs + 3), tl.load(coef_j_ptrs + 3)
         log_gamma_i, log_gamma_j = tl.load(coef_i_ptrs + 4), tl.load(coef_j_ptrs + 4)
-        log_alpha_i, log_alpha_j = log_alpha_i * LOG2E, log_alpha_j * LOG2E
-        log_gamma_i, log_gamma_j = log_gamma_i * LOG2E, log_gamma_j * LOG2E
+        alpha_i, log_alpha_i = to_base_2(alpha_i, log_alpha_i)
+        alpha_j, log_alpha_j = to_base_2(alpha_j, log_alpha_j)
+        gamma_i, log_gamma_i = to_base_2(gamma_i, log_gamma_i)
+        gamma_j, log_gamma_j = to_base_2(gamma_j, log_gamma_j)
     H_ij = scale_pair(s_ij, alpha_i, alpha_j, log_alpha_i, log_alpha_j, SHIFTED)
     if INSIDE:
         beta_i, beta_j = tl.load(coef_i_ptrs + 1), tl.load(coef_j_ptrs + 1)
@@ -371,17 +377,20 @@ def conr_feature_gradient_kernel(
             key_x_ptr, columns, n_keys, k, key_stride_n, key_stride_d, D, BLOCK_D, False
         )
         G = dot(W_ij, x_j.to(dtype), G, PRECISION)
-    radial = tl.zeros((BLOCK_I,), dtype)
-    for tile_j in range(n_tiles_j):
-        radial += tl.load(radial_ptr + rows * n_tiles_j + tile_j, mask=is_row, other=0.0)
+    G *= tl.full((), inverse_tau, dtype)
     inverse = tl.load(inverse_ptr + rows, mask=is_row, other=0.0)
     x_i = _load_chunk(x_ptr, rows, n_anchors, k, stride_n, stride_d, D, BLOCK_D, False).to(dtype)
     poison = tl.zeros((BLOCK_I,), dtype)
     for c in tl.static_range(3):
         poison += tl.load(coef_i_ptr + rows * COLUMNS + c, mask=is_row, other=0.0) * 0
     q_i = x_i * inverse[:, None]
-    G = (G * tl.full((), inverse_tau, dtype) - q_i * radial[:, None]) * inverse[:, None]
-    G += poison[:, None]
+    if n_chunks == 1:
+        radial = tl.sum(q_i * G, axis=1)
+    else:
+        radial = tl.zeros((BLOCK_I,), dtype)
+        for tile_j in range(n_tiles_j):
+            radial += tl.load(radial_ptr + rows * n_tiles_j + tile_j, mask=is_row, other=0.0)
+    G = (G - q_i * radial[:, None]) * inverse[:, None] + poison[:, None]
     columns = k + tl.arange(0, BLOCK_D)
     mask = is_row[:, None] & (columns < D)[None, :]
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]

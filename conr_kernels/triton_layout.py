@@ -3,11 +3,13 @@
 import triton
 import triton.language as tl
 
+from .triton_math import to_base_2
+
 #: Sorted arrays are padded to a multiple of this: zero features, NaN labels, which no set contains.
 ROW_PAD = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_keys"])
 def conr_spread_kernel(y_ptr, p_ptr, spread_ptr, n_keys, L: tl.constexpr, BLOCK: tl.constexpr):
     """Extent of one component of the labels or predictions; one program each."""
     c = tl.program_id(0)
@@ -27,7 +29,7 @@ def conr_spread_kernel(y_ptr, p_ptr, spread_ptr, n_keys, L: tl.constexpr, BLOCK:
     tl.store(spread_ptr + c, tl.max(high, axis=0) - tl.min(low, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_keys", "n_anchors"])
 def conr_sort_keys_kernel(
     spread_ptr,
     key_y_ptr,
@@ -226,6 +228,7 @@ def _gather_tile(
     sorted_coef_ptr,
     poison_ptr,
     n_rows,
+    width,
     stride_n,
     stride_d,
     scale,
@@ -236,7 +239,6 @@ def _gather_tile(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    LOG2E: tl.constexpr = 1.4426950408889634
     here = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n_padded = tl.cdiv(n_rows, 128).to(tl.int64) * 128
     rows = tl.load(order_ptr + here)
@@ -247,7 +249,7 @@ def _gather_tile(
     dtype: tl.constexpr = inverse_ptr.dtype.element_ty
     squares = tl.zeros((ROWS,), dtype)
     poison = tl.zeros((ROWS,), tl.float32)
-    for k in range(0, D_PAD, CHUNK):
+    for k in range(0, width, CHUNK):
         offsets = rows[:, None] * stride_n + (k + columns)[None, :] * stride_d
         mask = is_row[:, None] & (k + columns < D)[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
@@ -257,7 +259,7 @@ def _gather_tile(
     inverse = tl.where(is_zero, 0.0, 1.0 / tl.sqrt(tl.where(is_zero, 1.0, squares)))
     tl.store(inverse_ptr + here, inverse.to(dtype))
     factor = (inverse * tl.full((), scale, dtype)).to(dtype)
-    for k in range(0, D_PAD, CHUNK):
+    for k in range(0, width, CHUNK):
         offsets = rows[:, None] * stride_n + (k + columns)[None, :] * stride_d
         mask = is_row[:, None] & (k + columns < D)[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
@@ -276,11 +278,16 @@ def _gather_tile(
     if poison_ptr is not None:
         tl.store(poison_ptr, tl.sum(poison, axis=0))
     if coef_ptr is not None:
-        for c in tl.static_range(COLUMNS):
-            coef = tl.load(coef_ptr + rows * COLUMNS + c, mask=is_row, other=0.0)
-            if c >= 3:  # logarithms, here to the base 2
-                coef = (coef * LOG2E).to(coef.dtype)
-            tl.store(sorted_coef_ptr + c * n_padded + here, coef)
+        coef_ptrs, sorted_ptrs = coef_ptr + rows * COLUMNS, sorted_coef_ptr + here
+        beta = tl.load(coef_ptrs + 1, mask=is_row, other=0.0)
+        tl.store(sorted_ptrs + n_padded, beta)
+        for c in tl.static_range(0, 3, 2):
+            coef = tl.load(coef_ptrs + c, mask=is_row, other=0.0)
+            if COLUMNS == 5:
+                log = tl.load(coef_ptrs + 3 + c // 2, mask=is_row, other=0.0)
+                coef, log = to_base_2(coef, log)
+                tl.store(sorted_ptrs + (3 + c // 2) * n_padded, log)
+            tl.store(sorted_ptrs + c * n_padded, coef)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
@@ -308,6 +315,7 @@ def conr_gather_kernel(
     poison_ptr,
     n_anchors,
     n_keys,
+    width,
     key_stride_n,
     key_stride_d,
     stride_n,
@@ -345,19 +353,19 @@ def conr_gather_kernel(
                 _gather_tile(
                     pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, None, key_coef_ptr,
                     q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_at,
-                    n_keys, key_stride_n, key_stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    n_keys, width, key_stride_n, key_stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
                 )  # fmt: skip
             else:
                 _gather_tile(
                     pid - n_programs, order_i_ptr, x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr,
                     q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, poison_at,
-                    n_anchors, stride_n, stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    n_anchors, width, stride_n, stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
                 )  # fmt: skip
         else:
             _gather_tile(
                 pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, w_ptr, key_coef_ptr,
                 q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_at,
-                n_keys, key_stride_n, key_stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                n_keys, width, key_stride_n, key_stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
             )  # fmt: skip
 
 

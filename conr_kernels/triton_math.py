@@ -32,6 +32,7 @@ def similarity(
     q_i_ptr,
     q_j,
     q_j_ptr,
+    width,
     D_PAD: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -39,14 +40,16 @@ def similarity(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``log₂e·s_ij`` of a tile: of the loaded tiles, or over chunks of D where they do not fit."""
+    """``log₂e·s_ij`` of a tile: of the loaded tiles, or over chunks of D where they do not fit.
+
+    ``width`` is D_PAD at run time: a loop over a constant would be unrolled.
+    """
     if D_PAD == BLOCK_D:
         s_ij = dot(q_i, tl.trans(q_j), None, PRECISION)
     else:
-        a = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
-        b = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
-        s_ij = dot(a, tl.trans(b), None, PRECISION)
-        for k in range(BLOCK_D, D_PAD, BLOCK_D):
+        dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
+        s_ij = tl.zeros((BLOCK_I, BLOCK_J), dtype)
+        for k in range(0, width, BLOCK_D):
             a = load_tile(q_i_ptr, k, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
             b = load_tile(q_j_ptr, k, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
             s_ij = dot(a, tl.trans(b), s_ij, PRECISION)
@@ -122,6 +125,21 @@ def scale_pair(t_ij, of_i, of_j, log_i, log_j, SHIFTED: tl.constexpr):
         return part_i + of_j[None, :] * tl.exp2(t_ij + log_j[None, :])
     else:
         return tl.exp2(t_ij) * (of_i[:, None] + of_j[None, :])
+
+
+@triton.jit
+def to_base_2(of, log):
+    """Sign and log₂ of a coefficient from sign and logarithm; the sign takes the rounding of the log₂."""
+    exact = log.to(tl.float64) * LOG2E
+    rounded = exact.to(log.dtype)
+    return of * (1 + lost_in(rounded, exact) * LN2).to(of.dtype), rounded
+
+
+@triton.jit
+def lost_in(rounded, exact):
+    """What rounding took from a float64 logarithm; 0 for −inf."""
+    rest = exact - rounded.to(tl.float64)
+    return tl.where(exact == float("-inf"), 0.0, rest)
 
 
 @triton.jit
@@ -229,6 +247,11 @@ def store_rows(
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
     tl.store(loss_ptr + rows, (loss + poison).to(dtype), mask=mask)
+    if SHIFTED:
+        # The sign takes what the logarithm loses: near exp(±200) that is what limits the gradient.
+        rounded_alpha, rounded_gamma = log_alpha.to(dtype), log_gamma.to(dtype)
+        alpha *= 1 + lost_in(rounded_alpha, log_alpha)
+        gamma *= 1 + lost_in(rounded_gamma, log_gamma)
     stats_ptrs = stats_ptr + rows * COLUMNS
     tl.store(stats_ptrs, (alpha + poison).to(dtype), mask=mask)
     tl.store(stats_ptrs + 1, (beta + poison).to(dtype), mask=mask)

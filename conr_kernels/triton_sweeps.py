@@ -80,6 +80,7 @@ def conr_forward_positives_kernel(
     n_ptr,
     n_anchors,
     n_keys,
+    width,
     h: tl.float64,
     D_PAD: tl.constexpr,
     L: tl.constexpr,
@@ -132,7 +133,7 @@ def conr_forward_positives_kernel(
         j0 = tile_at(t, f0, s0, s1, f1, f1).to(tl.int64) * BLOCK_J
         q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
         s_ij = similarity(
-            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD,
+            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         if INSIDE:
@@ -143,7 +144,7 @@ def conr_forward_positives_kernel(
         j0 = tile_at(t, lo, f0, s0, s1, f1).to(tl.int64) * BLOCK_J
         q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
         s_ij = similarity(
-            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD,
+            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         d_ij = pair_distance(y_i, y_i_ptrs, anchors, y_j_ptr + j0 + columns, keys, L, RMSE)
@@ -184,6 +185,7 @@ def conr_forward_negatives_kernel(
     n_anchors,
     n_keys,
     n_poisons,
+    width,
     h: tl.float64,
     push_scale: tl.float64,
     D_PAD: tl.constexpr,
@@ -237,7 +239,7 @@ def conr_forward_negatives_kernel(
         j0 = tile_at(t, f0, f1, g0, g1, g1).to(tl.int64) * BLOCK_J
         q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
         s_ij = similarity(
-            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD,
+            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         is_in, phi_ij, t_ij = negative_weights(
@@ -252,7 +254,7 @@ def conr_forward_negatives_kernel(
         j0 = tile_at(t, e0, e1, e2, e3, e3).to(tl.int64) * BLOCK_J
         q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
         s_ij = similarity(
-            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD,
+            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         is_in, phi_ij, t_ij = negative_weights(

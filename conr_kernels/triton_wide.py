@@ -28,6 +28,7 @@ def conr_backward_wide_kernel(
     n_anchors,
     n_keys,
     n_programs,
+    width,
     stride_n,
     stride_d,
     h: tl.float64,
@@ -112,17 +113,17 @@ def conr_backward_wide_kernel(
                 tile_q_i = q_i_ptr + i0 * D_PAD
                 tile_q_j = q_j_ptr + j0 * D_PAD
                 s_ij = similarity(
-                    0, tile_q_i, 0, tile_q_j,
+                    0, tile_q_i, 0, tile_q_j, width,
                     D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
                 )  # fmt: skip
-                coef_ptrs = coef_j_ptr + j0 + columns
+                coef_j_ptrs = coef_j_ptr + j0 + columns
                 if NEGATIVES:
                     is_in, phi_ij, t_ij = negative_weights(
                         y_i, y_i_ptrs, y_j_ptr + j0 + columns, p_i, p_i_ptrs,
                         p_j_ptr + j0 + columns, anchors, keys, window, exponent, s_ij,
                         CONFUSED, L, RMSE, PUSHING,
                     )  # fmt: skip
-                    gamma_j, log_gamma_j = load_coefficients(coef_ptrs, keys, 2, SHIFTED)
+                    gamma_j, log_gamma_j = load_coefficients(coef_j_ptrs, keys, 2, SHIFTED)
                     H_ij = scale_pair(t_ij, gamma_i, gamma_j, log_gamma_i, log_gamma_j, SHIFTED)
                     H_ij = tl.where(is_in, H_ij, 0.0) * phi_ij
                 else:
@@ -130,15 +131,15 @@ def conr_backward_wide_kernel(
                         y_i, y_i_ptrs, anchors, y_j_ptr + j0 + columns, keys, L, RMSE
                     )
                     is_other = self_i[:, None] != (j0.to(tl.int32) + columns)[None, :]
-                    alpha_j, log_alpha_j = load_coefficients(coef_ptrs, keys, 0, SHIFTED)
+                    alpha_j, log_alpha_j = load_coefficients(coef_j_ptrs, keys, 0, SHIFTED)
                     H_ij = scale_pair(s_ij, alpha_i, alpha_j, log_alpha_i, log_alpha_j, SHIFTED)
                     if INSIDE:
-                        H_ij -= beta_i[:, None] + tl.load(coef_ptrs + keys)[None, :]
+                        H_ij -= beta_i[:, None] + tl.load(coef_j_ptrs + keys)[None, :]
                     H_ij = tl.where((d_ij <= window) & is_other, H_ij, 0.0)
                 radial += tl.sum(H_ij * s_ij, axis=1) * LN2
                 tl.store(H_ptr + (t - group) * AREA + in_tile, H_ij.to(H_ptr.dtype.element_ty))
             tl.debug_barrier()  # the stores of the whole program before its loads
-            for k in range(0, D_PAD, BLOCK_D):
+            for k in range(0, width, BLOCK_D):
                 G_ptrs = G_ptr + row[:, None] * D_PAD + k + tl.arange(0, BLOCK_D)[None, :]
                 G = tl.load(G_ptrs, mask=is_row[:, None], other=0.0)
                 if not NEGATIVES:
@@ -158,7 +159,7 @@ def conr_backward_wide_kernel(
             poison = tl.zeros((BLOCK_I,), dtype)
             for c in tl.static_range(3):
                 poison += tl.load(coef_i_ptr + c * anchors + i0 + rows) * 0
-            for k in range(0, D_PAD, BLOCK_D):
+            for k in range(0, width, BLOCK_D):
                 d = k + tl.arange(0, BLOCK_D).to(tl.int64)
                 mask = is_row[:, None] & (d < D)[None, :]
                 G = tl.load(G_ptr + row[:, None] * D_PAD + d[None, :], mask=mask, other=0.0)
