@@ -168,7 +168,10 @@ def test_float64_products_use_no_tf32_and_highest_uses_three_passes() -> None:
 def test_rows_are_addressed_in_64_bits() -> None:
     """Row offsets are products of 64-bit numbers: N·D and strides beyond 2³¹ are safe."""
     for name in ("gather", "forward_positives", "backward_negatives"):
-        assert re.search(r"(mul\.wide\.[su]32|mul\.lo\.s64|mad\.lo\.s64|mad\.wide)", ptx(1500, 64, torch.bfloat16, name))  # noqa: E501
+        assert re.search(
+            r"(mul\.wide\.[su]32|mul\.lo\.s64|mad\.lo\.s64|mad\.wide)",
+            ptx(1500, 64, torch.bfloat16, name),
+        )  # noqa: E501
 
 
 def test_squares_of_differences_are_not_contracted() -> None:
