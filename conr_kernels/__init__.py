@@ -1,7 +1,22 @@
-"""ConR, the contrastive regularizer for deep imbalanced regression, exact and fast on large batches."""
+"""ConR, the contrastive regularizer for deep imbalanced regression, exact and fast."""
 
 from ._version import __version__
 from .api import ConRLoss, conr_loss
+from .compat import ConR, ConR_depth
+from .density import density_weights
+from .large_batch import MemoryBank, gradient_cache
+from .plan import available_backends
 from .variants import Variant
 
-__all__ = ["ConRLoss", "Variant", "__version__", "conr_loss"]
+__all__ = [
+    "ConR",
+    "ConRLoss",
+    "ConR_depth",
+    "MemoryBank",
+    "Variant",
+    "__version__",
+    "available_backends",
+    "conr_loss",
+    "density_weights",
+    "gradient_cache",
+]

@@ -1,16 +1,17 @@
-"""``conr_loss`` and ``ConRLoss``: check, plan, compute the row losses, reduce."""
+"""``conr_loss`` and ``ConRLoss``: the contract; the work is done by batch.py and distributed.py."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import reference, validation
-from .ops import BACKENDS, RowLosses
-from .plan import make_plan
-from .variants import DISTANCES, Settings, Variant, resolve_variant
+from . import batch as batches
+from . import distributed, validation
+from .ops import BACKENDS
+from .variants import DISTANCES, Variant, resolve_variant
 
 
 def conr_loss(
@@ -29,82 +30,86 @@ def conr_loss(
     keys: tuple[Tensor, Tensor, Tensor] | None = None,
     group: Any = None,
 ) -> Tensor:
-    r"""ConR: contrastive regularization for deep imbalanced regression (Keramati, Meng, Evans, ICLR 2024).
+    r"""ConR: contrastive regularization for deep imbalanced regression (Keramati, Meng, Evans,
+    ICLR 2024).
 
-    With unit features ``q_i = x_i/‖x_i‖``, similarities ``s_ij = q_i·q_j/τ``, label distance ``d_ij``,
-    prediction distance ``δ_ij``, positives ``P_i = {j ≠ i: d_ij ≤ h}`` (``n_i`` of them), negatives
-    ``M_i = {j: d_ij > h, δ_ij ≤ h}`` and pushing weights ``S_ij = e·w_i·d_ij`` (Eq. 1–3 and A.4)::
+    With unit features ``q_i = x_i/‖x_i‖``, similarities ``s_ij = q_i·q_j/τ``, label distance
+    ``d_ij``, prediction distance ``δ_ij``, positives ``P_i = {j ≠ i: d_ij ≤ h}`` (``n_i`` of
+    them), negatives ``M_i = {j: d_ij > h, δ_ij ≤ h}`` and pushing weights ``S_ij = e·w_i·d_ij``
+    (Eq. 1–3 and A.4)::
 
         Z_i = Σ_{j∈P_i} exp(s_ij) + Σ_{j∈M_i} S_ij exp(s_ij)
         ℓ_i = −log( (1/n_i) Σ_{j∈P_i} exp(s_ij) / Z_i )   if P_i and M_i have members, else 0
         L   = (1/N) Σ_i ℓ_i
 
-    The total objective of the paper is ``α·regression + β·L`` (Eq. 4). Pairs exist only inside the window
-    ``h``, so the fused backends visit two narrow bands of the N×N pairs, exactly, in O(N·D) memory.
+    The total objective of the paper is ``α·regression + β·L`` (Eq. 4). Pairs exist only inside the
+    window ``h``, so the fused backends visit two narrow bands of the N×N pairs, exactly, in O(N·D)
+    memory.
 
     Args:
         features: ``x`` [N, D], float16, bfloat16, float32 or float64, any strides.
         targets: labels ``y`` [N], [N, 1] or [N, L], real; in the units of ``window``.
         predictions: ``p``, like targets. Used for the masks only.
-        weights: density weights ``w`` [N], [N, 1], a scalar, or None for 1 (see ``density_weights``).
-        window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the paper).
+        weights: density weights ``w`` [N], [N, 1], a scalar, or None for 1 (see
+            ``density_weights``).
+        window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the
+            paper).
         temperature: ``τ > 0``.
         push_scale: ``e``, the constant of ``η_j = e·w_j``.
-        variant: a preset name (``"paper"``, ``"released-age"``, ``"released-depth"``, ``"no-pushing"``,
-            ``"no-weight"``, ``"no-similarity"``, ``"contrastive"``) or a ``Variant``.
-        distance: over the L components: ``"mae"`` mean absolute, ``"rmse"`` root mean square difference.
+        variant: a preset name (``"paper"``, ``"released-age"``, ``"released-depth"``,
+            ``"no-pushing"``, ``"no-weight"``, ``"no-similarity"``, ``"contrastive"``) or a
+            ``Variant``.
+        distance: over the L components: ``"mae"`` mean absolute, ``"rmse"`` root mean square
+            difference.
         reduction: ``"mean"`` over the N rows, ``"sum"``, or ``"none"``: the row losses [N].
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
-        keys: ``(features, targets, predictions)`` of further rows (a memory bank): positives and negatives of
-            the batch's rows, no anchors, no gradient.
-        group: a ``torch.distributed`` process group: the batch is the union of all ranks' rows.
+        keys: ``(features, targets, predictions)`` of further rows (a memory bank): positives and
+            negatives of the batch's rows, no anchors, no gradient.
+        group: a ``torch.distributed`` process group: the batch is the union of all ranks' rows
+            (any number on each, also none) and, with ``keys``, of all ranks' keys. ``"mean"`` and
+            ``"sum"`` give the union's value on every rank, ``"none"`` this rank's rows. The
+            gradient is the union's, for this rank's features, times the number of ranks:
+            ``DistributedDataParallel`` divides by that number, so W processes train as one with
+            the union batch, beside a locally averaged regression loss. Every rank of the group has
+            to make the call, and the backward pass. Not traced by ``torch.compile``.
 
     Returns:
         The loss: float32, float64 for float64 features, also under autocast. Differentiable once in
-        ``features`` alone (any number of times with ``backend="reference"``). Label distances are compared in
-        float32 (in float64 for float64 labels on the CPU).
+        ``features`` alone (any number of times with ``backend="reference"``). Label distances are
+        compared in float32 (in float64 for float64 labels on the CPU).
 
     Raises:
-        TypeError, ValueError: bad input; the message names the argument, what was expected and what was got.
-        RuntimeError: an explicit backend that cannot run here, or a second derivative of a fused backend.
+        TypeError, ValueError: bad input; the message names the argument, what was expected and
+            what was got.
+        RuntimeError: an explicit backend that cannot run here, or a second derivative of a fused
+            backend.
     """
-    validation.check_scalars(window, temperature, push_scale)
-    validation.check_choice("distance", distance, DISTANCES)
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    validation.check_choice("backend", backend, ("auto", *BACKENDS, "reference"))
-    settings = Settings(
-        float(window), float(temperature), float(push_scale), resolve_variant(variant), distance
+    prepare = functools.partial(
+        batches.prepare,
+        features,
+        targets,
+        predictions,
+        weights,
+        keys,
+        window=window,
+        temperature=temperature,
+        push_scale=push_scale,
+        variant=variant,
+        distance=distance,
+        reduction=reduction,
+        backend=backend,
     )
-    validation.check_tensors(features, targets, predictions, weights, keys)
-    plan = make_plan(backend, features.device, features.dtype)
+    if group is not None:
+        if torch.compiler.is_compiling():
+            from . import tracing
 
-    y, p = _labels(targets), _labels(predictions)
-    w = _weights(weights, features)
-    all_keys = None
-    if keys is not None:
-        key_x, key_y, key_p = keys
-        all_keys = (
-            torch.cat(
-                [features if plan.backend == "reference" else features.detach(), key_x.detach()]
-            ),
-            torch.cat([y, _labels(key_y).to(y.dtype)]),
-            torch.cat([p, _labels(key_p).to(p.dtype)]),
-        )
-    if plan.backend == "reference":
-        dtype = accumulation_dtype(features)
-        with torch.autocast(features.device.type, enabled=False):
-            if all_keys is not None:
-                all_keys = (all_keys[0].to(dtype), *all_keys[1:])
-            rows = reference.row_losses(features.to(dtype), y, p, w, all_keys, 0, settings)
-    else:
-        scalars = (settings.window, settings.temperature, settings.push_scale)
-        rows, _, _ = RowLosses.apply(
-            features, y, p, w, *(all_keys or (None,) * 3), 0,
-            *scalars, settings.variant.code, distance, plan.backend,
-        )  # fmt: skip
+            return tracing.union_loss(group, prepare)
+        return distributed.union_loss(group, prepare)
+    batch = prepare()
+    rows = batches.row_losses(batch, batch.all_keys())
     if reduction == "none":
         return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(rows.shape[0], 1)
+    return rows.mean() if reduction == "mean" and rows.shape[0] > 0 else rows.sum()
 
 
 class ConRLoss(nn.Module):
@@ -153,21 +158,3 @@ class ConRLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _labels(y: Tensor) -> Tensor:
-    """Labels as a contiguous [N, L] in the dtype in which they are compared."""
-    is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
-    y = y.detach().to(torch.float64 if is_wide else torch.float32)
-    return (y[:, None] if y.dim() == 1 else y).contiguous()
-
-
-def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
-    if w is None:
-        return None
-    w = torch.as_tensor(w).detach().to(device=x.device, dtype=accumulation_dtype(x))
-    return w.reshape(-1).expand(x.shape[0]).contiguous()

@@ -1,29 +1,32 @@
-"""The two registered operators and the ``autograd.Function`` around them.
+"""The two registered operators: schemas, fakes, derivatives, and the choice of backend.
 
-``conr_kernels::forward`` and ``conr_kernels::backward`` are opaque to compilers: each dispatches once to a
-backend module. Every backend module provides
+``conr_kernels::forward`` and ``conr_kernels::backward`` are opaque to compilers: each dispatches
+once to a backend module. Every backend module provides
 
 - ``unavailable(device, dtype) -> str | None``: why it cannot run there and what to do;
-- ``layout_size(n_anchors, n_keys, settings) -> int``: length of the int32 layout it keeps for backward;
+- ``layout_size(n_anchors, n_keys, dtype, settings) -> int``: length of the int32 layout that it
+  keeps for backward; dtype is the accumulation dtype;
 - ``forward(x, y, p, w, keys, self_offset, settings) -> (loss [N], stats [N, 3 or 5], layout)``;
 - ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``.
 
-Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y, key_p)`` are
-all rows that can be positives or negatives, anchor i being key ``self_offset + i``, or None where the
-anchors are the keys. ``stats`` is rows.py's; ``coef`` is stats times the upstream gradient.
+Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y,
+key_p)`` are all rows that can be positives or negatives, anchor i being key ``self_offset + i``,
+or None where the anchors are the keys. ``stats`` is rows.py's; ``coef`` is stats times the
+upstream gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rows import scale_statistics
+from .rows import no_statistics, scale_statistics
 from .variants import Settings, Variant
 
 BACKENDS = ("triton", "cuda", "torch")
@@ -32,7 +35,12 @@ NO_SECOND_DERIVATIVE = (
     'use backend="reference", which supports both'
 )
 
-_SETTINGS = "int self_offset, float window, float temperature, float push_scale, str variant, str distance, str backend"
+Keys = tuple[Tensor, Tensor, Tensor]
+
+_SETTINGS = (
+    "int self_offset, float window, float temperature, float push_scale, "
+    "str variant, str distance, str backend"
+)
 _ROWS = "Tensor x, Tensor y, Tensor p"
 _KEYS = "Tensor? key_x, Tensor? key_y, Tensor? key_p"
 _library = torch.library.Library("conr_kernels", "DEF")
@@ -41,7 +49,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
-    f"backward(Tensor coef_i, Tensor? coef_j, Tensor layout, {_ROWS}, {_KEYS}, {_SETTINGS}) -> Tensor",
+    "backward(Tensor coef_i, Tensor? coef_j, Tensor layout, "
+    f"{_ROWS}, {_KEYS}, {_SETTINGS}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -57,7 +66,7 @@ def _settings(*scalars: Any) -> Settings:
     return Settings(window, temperature, push_scale, Variant.from_code(variant), distance)
 
 
-def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None):
+def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None) -> Keys | None:
     return None if key_x is None else (key_x, key_y, key_p)
 
 
@@ -87,7 +96,7 @@ def _forward_fake(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
     settings = _settings(*scalars)
     N, K = x.shape[0], (x if key_x is None else key_x).shape[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    size = backend_module(backend).layout_size(N, K, settings)
+    size = backend_module(backend).layout_size(N, K, dtype, settings)
     return (
         x.new_empty((N,), dtype=dtype),
         x.new_empty((N, 3 if settings.exponent_is_small else 5), dtype=dtype),
@@ -105,47 +114,131 @@ torch.library.register_fake("conr_kernels::forward", _forward_fake, lib=_library
 torch.library.register_fake("conr_kernels::backward", _backward_fake, lib=_library)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+def row_losses(
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    keys: Keys | None,
+    self_offset: int,
+    settings: Settings,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
+    if torch.compiler.is_compiling():
+        function = torch.ops.conr_kernels.forward
+    elif torch._C._are_functorch_transforms_active():
+        function = _TransformedForward.apply
+    elif type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0:
+        function = _EagerForward.apply
+    else:
+        function = torch.ops.conr_kernels.forward
+    return function(x, y, p, w, *(keys or (None,) * 3), self_offset, *settings.scalars, backend)
+
+
+class _EagerForward(torch.autograd.Function):
+    """The forward operator for plain tensors in plain eager mode: the backend is called directly.
+
+    Signature binding and two operator boundaries would take as long as the work on a small batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(*args)
+        _save(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        # A graph of the gradient goes through the operator, which refuses to be differentiated.
+        operator = torch.ops.conr_kernels.backward if torch.is_grad_enabled() else _backward
+        return _differentiate(ctx, g, operator)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        _refuse()
+
+
+class _TransformedForward(torch.autograd.Function):
+    """The forward operator under ``torch.func``, which takes derivatives from a Function only."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.conr_kernels.forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, g, _TransformedBackward.apply)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        _refuse()
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        _refuse()
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The backward operator under ``torch.func``: it has no derivative of its own."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return torch.ops.conr_kernels.backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        _refuse()
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        _refuse()
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
+    _, stats, layout = output
+    ctx.mark_non_differentiable(stats, layout)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
+
+
+def _differentiate(
+    ctx: Any, g: Tensor | None, backward_operator: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    no_grads = (None,) * (6 + len(ctx.scalars))
+    if g is None:
+        return None, *no_grads
+    stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
+    coef_i = scale_statistics(stats, g)
+    coef_j = None
+    if key_x is not None:  # keys that are no anchors have no row loss
+        offset = ctx.scalars[0]
+        coef_j = no_statistics(key_x.shape[0], coef_i)
+        coef_j[offset : offset + x.shape[0]] = coef_i
+    gradient = backward_operator(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars)
+    return gradient, *no_grads
+
+
+def _differentiate_operator(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _differentiate(ctx, g, torch.ops.conr_kernels.backward)
+
+
+def _refuse(*_: Any) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-torch.library.register_autograd("conr_kernels::backward", _no_second_derivative, lib=_library)
-
-
-class RowLosses(torch.autograd.Function):
-    """``ℓ_i`` [N] of the anchors, differentiable once in their features."""
-
-    @staticmethod
-    def forward(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
-        return torch.ops.conr_kernels.forward(
-            x, y, p, w, key_x, key_y, key_p, self_offset, *scalars
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
-        _, stats, layout = output
-        ctx.mark_non_differentiable(stats, layout)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        no_grads = (None,) * (7 + len(ctx.scalars) - 1)
-        if g is None:
-            return None, *no_grads
-        stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
-        coef_i = scale_statistics(stats, g)
-        coef_j = None
-        if key_x is not None:  # keys that are no anchors have no row loss
-            offset = ctx.scalars[0]
-            coef_j = coef_i.new_zeros(key_x.shape[0], coef_i.shape[1])
-            coef_j[offset : offset + x.shape[0]] = coef_i
-        gradient = torch.ops.conr_kernels.backward(
-            coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
-        )
-        return gradient, *no_grads
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+torch.library.register_autograd(
+    "conr_kernels::forward", _differentiate_operator, setup_context=_save, lib=_library
+)
+torch.library.register_autograd("conr_kernels::backward", _refuse, lib=_library)
+for _name in ("forward", "backward"):
+    torch.library.register_vmap(f"conr_kernels::{_name}", _refuse, lib=_library)

@@ -21,7 +21,32 @@ def backend_status(
     device: torch.device, dtype: torch.dtype = torch.float32
 ) -> dict[str, str | None]:
     """For each fused backend None where it runs on the device, else the reason and the remedy."""
-    return {name: backend_module(name).unavailable(device, dtype) for name in BACKENDS}
+    return {name: _unavailable(name, device, dtype) for name in BACKENDS}
+
+
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Which backends work on a device, and why the others do not.
+
+    Args:
+        device: where the features would be; None: the GPU if there is one, else the CPU.
+
+    Returns:
+        ``{"triton": …, "cuda": …, "torch": …, "reference": None}`` in the order in which ``"auto"``
+        prefers them: None for a backend that works there (with float32 features), else the reason
+        and what to do.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {**backend_status(torch.device(device)), "reference": None}
+
+
+def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend cannot run there."""
+    if torch.compiler.is_compiling():
+        from . import tracing
+
+        return tracing.unavailable(backend, device, dtype)
+    return backend_module(backend).unavailable(device, dtype)
 
 
 def make_plan(backend: str, device: torch.device, dtype: torch.dtype) -> Plan:
@@ -36,9 +61,9 @@ def make_plan(backend: str, device: torch.device, dtype: torch.dtype) -> Plan:
         if device.type == "cpu":
             return Plan("torch", "the backend for CPU tensors")
         for name in BACKENDS:
-            if backend_module(name).unavailable(device, dtype) is None:
+            if _unavailable(name, device, dtype) is None:
                 return Plan(name, f"the first of {', '.join(BACKENDS)} that runs on {device}")
-    reason = backend_module(backend).unavailable(device, dtype)
+    reason = _unavailable(backend, device, dtype)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" cannot run here: {reason}')
     return Plan(backend, "asked for")

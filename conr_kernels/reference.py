@@ -19,17 +19,18 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def pair_distance(y_i: Tensor, y_j: Tensor, distance: str) -> Tensor:
-    """``d_ij`` between label rows [N, L] and [K, L]: mean absolute or root mean square difference.
+    """``d_ij`` [..., N, K] of label rows [..., N, L] and [..., K, L]: mean absolute or root mean
+    square.
 
     The components are added one after another, in their order: every backend does the same, so that
     all of them round, and therefore decide ``d_ij ≤ h``, alike.
     """
-    n_components = y_i.shape[1]
+    n_components = y_i.shape[-1]
+    if n_components == 1:
+        return (y_i - y_j.mT).abs_()
     total: Tensor | None = None
     for c in range(n_components):
-        difference = (y_i[:, c, None] - y_j[None, :, c]).abs()
-        if n_components == 1:
-            return difference
+        difference = (y_i[..., :, c, None] - y_j[..., None, :, c]).abs_()
         term = difference if distance == "mae" else difference * difference
         total = term if total is None else total + term
     mean = total / n_components

@@ -1,13 +1,14 @@
 """Orders and exact bands: pure tensors in, tensors out.
 
-Rows sorted by a label have all rows within the window in one contiguous band. The bands are found by
-binary search on the very predicate ``|y_i − y_j| ≤ h`` that the reference evaluates; because a
+Rows sorted by a label have all rows within the window in one contiguous band. The bands are found
+by binary search on the very predicate ``|y_i − y_j| ≤ h`` that the reference evaluates; because a
 floating-point subtraction is monotone in each operand, the predicate is monotone along the order
 and the search is exact, ties and rounding included.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,12 @@ class Sweep:
         serves: ``"positives"``, ``"negatives"`` or ``"both"``.
         anchor_order, key_order: int64 [N], [K], or None for the given order; the same tensor where
             the anchors are the keys.
-        lo, hi: int64 [N], non-decreasing: keys ``lo_i … hi_i − 1`` of the sorted keys are the band of
-            sorted anchor i. Exact for one component; a superset for several.
-        self_key: int64 [N]: where each sorted anchor stands among the sorted keys.
+        lo, hi: int64 [N], non-decreasing: keys ``lo_i … hi_i − 1`` of the sorted keys are the band
+            of sorted anchor i. Exact for one component; a superset for several.
         is_exact: every pair inside the band satisfies the predicate.
-        is_symmetric: anchors are the keys, so that ``s_ij = s_ji`` may be used.
-        n_keys: K.
+        is_symmetric: the anchors are the keys, so that ``s_ij = s_ji`` may be used; otherwise no
+            anchor is among the keys.
+        n_anchors, n_keys: N, K.
     """
 
     serves: str
@@ -35,27 +36,25 @@ class Sweep:
     key_order: Tensor | None
     lo: Tensor
     hi: Tensor
-    self_key: Tensor
     is_exact: bool
     is_symmetric: bool
+    n_anchors: int
     n_keys: int
 
 
-def dense_sweep(n_anchors: int, n_keys: int | None, self_offset: int, device) -> Sweep:
+def dense_sweep(n_anchors: int, n_keys: int | None, device: torch.device) -> Sweep:
     """All pairs in the given order; ``n_keys=None``: the anchors are the keys."""
     is_symmetric = n_keys is None
     n_keys = n_anchors if n_keys is None else n_keys
-    self_key = torch.arange(n_anchors, device=device) + self_offset
-    lo = torch.zeros_like(self_key)
+    lo = torch.zeros(n_anchors, dtype=torch.int64, device=device)
     hi = torch.full_like(lo, n_keys)
-    return Sweep("both", None, None, lo, hi, self_key, False, is_symmetric, n_keys)
+    return Sweep("both", None, None, lo, hi, False, is_symmetric, n_anchors, n_keys)
 
 
 def banded_sweep(
     serves: str,
     y_i: Tensor,
     y_j: Tensor | None,
-    self_offset: int,
     window: float,
     distance: str,
 ) -> Sweep:
@@ -65,26 +64,40 @@ def banded_sweep(
     """
     is_symmetric = y_j is None
     y_j = y_i if y_j is None else y_j
-    n_components = y_i.shape[1]
-    component, reach = 0, float(window)
-    if n_components > 1:
-        # |Δ_c| ≤ L·d (mae), √L·d (rmse) for every component c; the margin covers d's rounding.
-        component = int((y_j.amax(0) - y_j.amin(0)).nan_to_num(0.0).argmax()) if len(y_j) else 0
-        reach *= n_components if distance == "mae" else n_components**0.5
-        reach += abs(reach) * 1e-5
-    sorted_j, key_order = y_j[:, component].sort(stable=True)
+    component, reach = sort_reach(y_j, window, distance)
+    sorted_j, key_order = y_j.index_select(1, component)[:, 0].sort(stable=True)
     if is_symmetric:
         anchor_order, sorted_i = key_order, sorted_j
-        self_key = torch.arange(len(y_i), device=y_i.device)
     else:
-        sorted_i, anchor_order = y_i[:, component].sort(stable=True)
-        position = torch.empty_like(key_order)
-        position[key_order] = torch.arange(len(y_j), device=y_j.device)
-        self_key = position[anchor_order + self_offset]
+        sorted_i, anchor_order = y_i.index_select(1, component)[:, 0].sort(stable=True)
     lo, hi = bands(sorted_i, sorted_j, reach)
+    is_exact = y_i.shape[1] == 1
     return Sweep(
-        serves, anchor_order, key_order, lo, hi, self_key, n_components == 1, is_symmetric, len(y_j)
+        serves,
+        anchor_order,
+        key_order,
+        lo,
+        hi,
+        is_exact,
+        is_symmetric,
+        n_anchors=len(y_i),
+        n_keys=len(y_j),
     )
+
+
+def sort_reach(y_j: Tensor, window: float, distance: str) -> tuple[Tensor, float]:
+    """The component to sort by, int64 [1] on the labels' device, and how far a band reaches in
+    it.
+    """
+    n_components = y_j.shape[1]
+    component = torch.zeros(1, dtype=torch.int64, device=y_j.device)
+    if n_components == 1 or len(y_j) == 0:
+        return component, float(window)
+    # |Δ_c| ≤ L·d (mae), √L·d (rmse) for every component c; the margin covers d's rounding, down to
+    # squares that underflow.
+    reach = window * (n_components if distance == "mae" else n_components**0.5)
+    spread = (y_j.amax(0) - y_j.amin(0)).nan_to_num(0.0)
+    return spread.argmax().reshape(1), reach * (1 + 1e-5) + 1e-18
 
 
 def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Tensor]:
@@ -92,15 +105,40 @@ def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Ten
 
     ``lo_i = min { j : y_i − y_j ≤ reach }``, ``hi_i = min { j : not y_j − y_i ≤ reach }``.
     """
+
+    def reaches_back(j: Tensor) -> Tensor:
+        return sorted_i - sorted_j[j] <= reach
+
+    def is_beyond(j: Tensor) -> Tensor:
+        return ~(sorted_j[j] - sorted_i <= reach)
+
     n_keys = len(sorted_j)
-    lo = _first(n_keys, sorted_i, lambda mid: sorted_i - sorted_j[mid] <= reach)
-    hi = _first(n_keys, sorted_i, lambda mid: ~(sorted_j[mid] - sorted_i <= reach))
+    lo = hi = None
+    if sorted_i.device.type == "cpu" and n_keys > 0:
+        # A guess by rounded addition, right except at ties; taken only where the predicate
+        # confirms it.
+        wide_i, wide_j = sorted_i.double(), sorted_j.double()
+        margin = float(torch.tensor(reach, dtype=sorted_i.dtype))
+        lo = _confirmed(torch.searchsorted(wide_j, wide_i - margin), reaches_back, n_keys)
+        hi = _confirmed(torch.searchsorted(wide_j, wide_i + margin, right=True), is_beyond, n_keys)
+    lo = _first(n_keys, len(sorted_i), sorted_i.device, reaches_back) if lo is None else lo
+    hi = _first(n_keys, len(sorted_i), sorted_i.device, is_beyond) if hi is None else hi
     return lo, torch.maximum(lo, hi)
 
 
-def _first(n_keys: int, like: Tensor, holds) -> Tensor:
-    """Smallest j in [0, n_keys] at which a predicate monotone in j holds, for every row at once."""
-    low = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+Predicate = Callable[[Tensor], Tensor]
+
+
+def _confirmed(guess: Tensor, holds: Predicate, n_keys: int) -> Tensor | None:
+    """The guess if it is the first index at which the predicate holds, for every row; else None."""
+    holds_there = holds(guess.clamp(max=n_keys - 1)) | (guess == n_keys)
+    fails_before = ~holds((guess - 1).clamp(min=0)) | (guess == 0)
+    return guess if bool((holds_there & fails_before).all()) else None
+
+
+def _first(n_keys: int, n_rows: int, device: torch.device, holds: Predicate) -> Tensor:
+    """Smallest index at which a monotone predicate holds (n_keys where none), for every row."""
+    low = torch.zeros(n_rows, dtype=torch.int64, device=device)
     high = torch.full_like(low, n_keys)
     for _ in range(n_keys.bit_length()):
         mid = (low + high) // 2

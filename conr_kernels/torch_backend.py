@@ -1,78 +1,51 @@
 """ConR as tiles of PyTorch operations: any device and dtype, O(N·D) memory, deterministic.
 
-Two sweeps over exact bands (rows sorted by label for the positives, by prediction for the negatives)
-or, where those would cover most pairs, one sweep over all pairs that serves both masks.
+Two sweeps over exact bands (rows sorted by label for the positives, by prediction for the
+negatives); one sweep over all pairs that serves both masks where the bands would cover most of
+them; and for small batches one tile, kept for the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .reference import pair_distance, poison
-from .rows import collapse_statistics, finish_log_rows, finish_rows, to_log_statistics
+from .reference import pair_distance
+from .reference import poison as not_finite
+from .rows import (
+    collapse_statistics,
+    finish_log_rows,
+    finish_rows,
+    to_log_statistics,
+)
 from .sweep import Sweep, banded_sweep, dense_sweep
+from .torch_tiles import (
+    Rows,
+    Tile,
+    Totals,
+    drop_self,
+    make_tiles,
+    negative_weight,
+    push,
+    similarities,
+    take_rows,
+    times_coefficients,
+    weigh,
+    window_mask,
+)
 from .variants import Settings
 
-#: Up to this many pairs, or where the bands hold this share of all pairs, one sweep is faster.
-DENSE_PAIRS = 512 * 512
+#: Up to this many rows one tile holds all pairs and is kept for backward.
+KEPT_ROWS = 384
+#: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
 DENSE_SHARE = 0.7
-#: Rows of a tile, and the most pairs in one.
-BLOCK_I = 256
-TILE_PAIRS = 2**18
+#: Rows of the gradient that are finished at a time.
+PROJECTED_ROWS = 1024
 
 Keys = tuple[Tensor, Tensor, Tensor]
-#: Weights of a tile's pairs: (columns, weight of each pair there); pairs in other columns weigh 1.
-Weights = list[tuple[slice, Tensor]]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Unit features [N, D], labels, predictions [N, L] and gradient coefficients in one order."""
-
-    q: Tensor
-    y: Tensor
-    p: Tensor
-    coef: Tensor | None = None
-
-    def take(self, order: Tensor | None) -> Rows:
-        if order is None:
-            return self
-        coef = None if self.coef is None else self.coef[order]
-        return Rows(self.q[order], self.y[order], self.p[order], coef)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sorted anchors ``i`` against sorted keys ``j``; the keys ``full`` lie in every anchor's band.
-
-    Keys from ``mirror`` on stand for the transposed tile too.
-    """
-
-    i: slice
-    j: slice
-    full: slice
-    mirror: int
-
-    @property
-    def edges(self) -> list[slice]:
-        """The tile's columns outside ``full``."""
-        j0, j1 = self.j.start, self.j.stop
-        f0, f1 = max(self.full.start, j0), min(self.full.stop, j1)
-        if f0 >= f1:
-            return [slice(0, j1 - j0)]
-        return [slice(a - j0, b - j0) for a, b in ((j0, f0), (f1, j1)) if a < b]
-
-    @property
-    def mirrored(self) -> tuple[slice, slice] | None:
-        """Keys and columns of the transposed tile."""
-        start = max(self.mirror, self.j.start)
-        if start >= self.j.stop:
-            return None
-        return slice(start, self.j.stop), slice(start - self.j.start, None)
+EVERY = (slice(None),)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -80,8 +53,11 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def layout_size(n_anchors: int, n_keys: int, settings: Settings) -> int:
-    return 0
+def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
+    """int32 words kept for backward: the weighted pairs of both masks, for small batches only."""
+    if n_keys != n_anchors or n_anchors > KEPT_ROWS:
+        return 0
+    return 2 * n_anchors * n_keys * dtype.itemsize // 4
 
 
 def forward(
@@ -93,45 +69,54 @@ def forward(
     self_offset: int,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses [N], row statistics (rows.py) and an empty layout: orders are found again in backward."""
-    sums = row_sums(x, y, p, keys, self_offset, settings)
-    dtype = sums["E"].dtype
-    # Weights up to 1e30 meet sums up to 1e30 here; there are only N of each.
-    wide = torch.float64 if x.device.type != "mps" else dtype
-    finish = finish_log_rows if _is_shifted(y, keys, settings) else finish_rows
-    loss, stats = finish(
-        sums["E"].to(wide),
-        sums["B"].to(wide),
-        sums["s_sum"].to(wide) if "s_sum" in sums else None,
-        sums["n"],
-        sums["m"],
-        len(x) if keys is None else len(keys[0]),
-        None if w is None else w.to(wide),
-        settings,
-    )
-    if stats.shape[1] == 3 and not settings.exponent_is_small:
+    """Row losses [N], row statistics (rows.py) and the layout (see ``layout_size``)."""
+    is_shifted = _is_shifted(y, keys, settings)
+    norm = row_norms(x)
+    if _is_one_tile(x, keys):
+        rows = take_rows(x, _inverse(norm), y, p, None, None)
+        sums, layout = one_tile_sums(rows, settings, is_shifted)
+    else:
+        sums = row_sums(x, y, p, keys, self_offset, settings, norm, is_shifted)
+        layout = norm.new_empty(0)
+    # Weights up to 1e30 meet sums up to 1e30 in the rows; there are only N of each.
+    wide = torch.float64 if x.device.type != "mps" else torch.float32
+    sums = {name: total.to(wide) for name, total in sums.items()}
+    n_keys = len(x) if keys is None else len(keys[0])
+    poison = _poison(norm, y, p, w, keys).to(wide)
+    w = None if w is None else w.to(wide)
+    finish = finish_log_rows if is_shifted else finish_rows
+    loss, stats = finish(**sums, n_keys=n_keys, w=w, poison=poison, settings=settings)
+    if not is_shifted and not settings.exponent_is_small:
         stats = to_log_statistics(stats)
-    poisoned = poison(torch.linalg.vector_norm(x, dim=1, dtype=dtype), y, p, w, *(keys or ()))
-    layout = torch.empty(0, dtype=torch.int32, device=x.device)
-    return (loss + poisoned).to(dtype), (stats + poisoned).to(dtype), layout
+    return loss.to(norm.dtype), stats.to(norm.dtype), layout.view(-1).view(torch.int32)
 
 
 def row_sums(
-    x: Tensor, y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, settings: Settings
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    keys: Keys | None,
+    self_offset: int,
+    settings: Settings,
+    norm: Tensor,
+    is_shifted: bool,
 ) -> dict[str, Tensor]:
-    """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``, ``m``."""
-    anchors = Rows(normalize(x)[0], y, p)
-    all_keys = anchors if keys is None else Rows(normalize(keys[0])[0], *keys[1:])
-    is_shifted = _is_shifted(y, keys, settings)
-    sums = {}
-    for sweep in _sweeps(y, p, keys, self_offset, settings):
-        rows_j = all_keys.take(sweep.key_order)
-        rows_i = rows_j if keys is None else anchors.take(sweep.anchor_order)
+    """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``,
+    ``m``.
+    """
+    sums: dict[str, Tensor] = {}
+    for sweep, rows_i, rows_j in _sorted_rows(x, norm, y, p, keys, self_offset, settings):
         for name, total in _forward_sweep(sweep, rows_i, rows_j, settings, is_shifted).items():
             order = sweep.anchor_order
-            sums[name] = (
-                total if order is None else torch.empty_like(total).index_copy_(0, order, total)
-            )
+            if order is not None:
+                total = torch.empty_like(total).index_copy_(0, order, total)
+            if name in sums:
+                combine = torch.logaddexp if is_shifted and name in ("E", "B") else torch.add
+                total = combine(sums[name], total)
+            sums[name] = total
+    if len(x) == 0:
+        names = ("E", "B", "n", "m", *["s_sum"] * (settings.variant.log == "inside"))
+        return {name: norm.new_zeros(0) for name in names}
     return sums
 
 
@@ -147,35 +132,64 @@ def backward(
     settings: Settings,
 ) -> Tensor:
     """Gradient of the features [N, D] from the scaled statistics of anchors and keys."""
-    q, inverse_norm = normalize(x)
     if coef_i.shape[1] == 5 and not _is_shifted(y, keys, settings):
         coef_i = collapse_statistics(coef_i)
         coef_j = None if coef_j is None else collapse_statistics(coef_j)
-    anchors = Rows(q, y, p, coef_i)
-    all_keys = anchors if keys is None else Rows(normalize(keys[0])[0], *keys[1:], coef_j)
-    G = torch.zeros_like(q)
-    for sweep in _sweeps(y, p, keys, self_offset, settings):
-        rows_j = all_keys.take(sweep.key_order)
-        rows_i = rows_j if keys is None else anchors.take(sweep.anchor_order)
+    norm = row_norms(x)
+    if _is_one_tile(x, keys):
+        q = x * _inverse(norm)
+        G = _one_tile_gradient(layout.view(norm.dtype), q, coef_i, settings)
+        return _project(G, q, _inverse(norm), settings.temperature).to(x.dtype)
+    G = G_sorted = None
+    for sweep, rows_i, rows_j in _sorted_rows(
+        x, norm, y, p, keys, self_offset, settings, coef_i, coef_j
+    ):
+        G_sorted = torch.zeros_like(rows_i.q) if G_sorted is None else G_sorted.zero_()
+        _backward_sweep(G_sorted, sweep, rows_i, rows_j, settings)
         if sweep.anchor_order is None:
-            _backward_sweep(G, sweep, rows_i, rows_j, settings)
+            G, G_sorted = G_sorted if G is None else G.add_(G_sorted), None
+        elif G is None:
+            G = torch.empty_like(G_sorted).index_copy_(0, sweep.anchor_order, G_sorted)
         else:
-            G_sorted = torch.zeros_like(q)
-            _backward_sweep(G_sorted, sweep, rows_i, rows_j, settings)
             G.index_add_(0, sweep.anchor_order, G_sorted)
-    G /= settings.temperature
+    inverse = _inverse(norm)
+    poison = (coef_i[:, :3] * 0).sum(dim=1, keepdim=True)
+    for start in range(0, len(x), PROJECTED_ROWS):
+        rows = slice(start, start + PROJECTED_ROWS)
+        q = x[rows] * inverse[rows]
+        _project(G[rows], q, inverse[rows], settings.temperature).add_(poison[rows])
+    return G.to(x.dtype)
+
+
+def _is_one_tile(x: Tensor, keys: Keys | None) -> bool:
+    return keys is None and len(x) <= KEPT_ROWS
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """``‖x_i‖`` [N, 1] in the accumulation dtype."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x.contiguous(), dim=1, keepdim=True, dtype=dtype)
+
+
+def _inverse(norm: Tensor) -> Tensor:
+    """``1/‖x_i‖``, 0 for a zero row."""
+    return norm.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
+
+
+def _project(G: Tensor, q: Tensor, inverse: Tensor, temperature: float) -> Tensor:
+    """``∂L/∂x_i = (∂L/∂q_i − q_i (q_i·∂L/∂q_i)) / ‖x_i‖`` with ``∂L/∂q_i = G_i/τ``; in place."""
     radial = (q * G).sum(dim=1, keepdim=True)
-    poisoned = (coef_i[:, :3] * 0).sum(dim=1, keepdim=True)
-    return G.sub_(q.mul_(radial)).mul_(inverse_norm).add_(poisoned).to(x.dtype)
+    return G.addcmul_(q, radial, value=-1).mul_(inverse / temperature)
 
 
-def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows and ``1/‖x_i‖`` [N, 1] (0 for a zero row) in the accumulation dtype."""
-    x = x.contiguous()
-    x = x if x.dtype == torch.float64 else x.float()
-    inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True).reciprocal_()
-    inverse.masked_fill_(inverse == torch.inf, 0.0)
-    return x * inverse, inverse
+def _poison(norm: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | None) -> Tensor:
+    """0 for each row [N] with finite inputs, else NaN; NaN everywhere if a key is not finite."""
+    if y.shape[1] > 1:
+        y, p = y.sum(dim=1, keepdim=True), p.sum(dim=1, keepdim=True)
+    total = (norm + y + p).mul_(0)[:, 0]
+    if w is not None:
+        total = total + w * 0
+    return total if keys is None else total + not_finite(*keys)
 
 
 def _is_shifted(y: Tensor, keys: Keys | None, settings: Settings) -> bool:
@@ -186,90 +200,134 @@ def _is_shifted(y: Tensor, keys: Keys | None, settings: Settings) -> bool:
     if settings.variant.pushing != "exponential" or y.device.type != "cpu" or len(y) == 0:
         return True
     largest_d = (y.amax(0) - y.amin(0)).max().item()
-    return (
-        not 2 / settings.temperature + abs(settings.push_scale) * largest_d
-        <= settings.SAFE_EXPONENT
-    )
+    largest_exponent = 2 / settings.temperature + abs(settings.push_scale) * largest_d
+    return not largest_exponent <= settings.SAFE_EXPONENT
 
 
 def _sweeps(
-    y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, settings: Settings
+    y: Tensor, p: Tensor, y_j: Tensor | None, p_j: Tensor | None, settings: Settings
 ) -> list[Sweep]:
-    """Two banded sweeps, or one over all pairs. Bands are read on the host, hence only on the CPU."""
-    N, K = len(y), len(y) if keys is None else len(keys[0])
-    n_keys = None if keys is None else K
-    dense = [dense_sweep(N, n_keys, self_offset, y.device)]
-    if y.device.type != "cpu" or N * K <= DENSE_PAIRS or settings.variant.negatives == "all":
-        return dense
-    key_y, key_p = (None, None) if keys is None else keys[1:]
-    h, distance = settings.window, settings.distance
-    sweeps = [
-        banded_sweep("positives", y, key_y, self_offset, h, distance),
-        banded_sweep("negatives", p, key_p, self_offset, h, distance),
-    ]
-    banded_pairs = sum(int((sweep.hi - sweep.lo).sum()) for sweep in sweeps)
-    return dense if banded_pairs > DENSE_SHARE * N * K else sweeps
+    """Two banded sweeps, or one over all pairs. Bands are read on the host: on the CPU only."""
+    N, K = len(y), len(y) if y_j is None else len(y_j)
+    if y.device.type == "cpu" and settings.variant.negatives != "all":
+        h, distance = settings.window, settings.distance
+        sweeps = [
+            banded_sweep("positives", y, y_j, h, distance),
+            banded_sweep("negatives", p, p_j, h, distance),
+        ]
+        banded_pairs = sum(int((sweep.hi - sweep.lo).sum()) for sweep in sweeps)
+        if banded_pairs <= DENSE_SHARE * N * K:
+            return sweeps
+    return [dense_sweep(N, None if y_j is None else K, y.device)]
 
 
-def _tiles(sweep: Sweep) -> Iterator[Tile]:
-    N = len(sweep.lo)
-    starts = range(0, N, BLOCK_I)
-    first = torch.arange(0, N, BLOCK_I)
-    last = (first + BLOCK_I - 1).clamp(max=N - 1)
-    if sweep.serves == "both":
-        n_keys = int(sweep.n_keys)
-        bounds = [(0, n_keys, n_keys, 0)] * len(starts)
+def _sorted_rows(
+    x: Tensor,
+    norm: Tensor,
+    y: Tensor,
+    p: Tensor,
+    keys: Keys | None,
+    self_offset: int,
+    settings: Settings,
+    coef_i: Tensor | None = None,
+    coef_j: Tensor | None = None,
+) -> Iterator[tuple[Sweep, Rows, Rows]]:
+    """Every sweep with its anchors and keys in its order; valid until the next is asked for.
+
+    First the anchors among themselves, where ``s_ij = s_ji`` saves half of the pairs, then the
+    anchors against the other keys.
+    """
+    anchors = (x, _inverse(norm), y, p, coef_i)
+    q_i = q_j = None
+    for sweep in _sweeps(y, p, None, None, settings):
+        rows = take_rows(*anchors, sweep.anchor_order, q_i)
+        q_i = rows.q
+        yield sweep, rows, rows
+    if keys is None or len(keys[0]) == len(x):
+        return
+    behind = self_offset + len(x)
+
+    def others_of(t: Tensor) -> Tensor:
+        return torch.cat([t[:self_offset], t[behind:]]) if self_offset else t[behind:]
+
+    key_x, key_y, key_p = map(others_of, keys)
+    coef_j = None if coef_j is None else others_of(coef_j)
+    others = (key_x, _inverse(row_norms(key_x)), key_y, key_p, coef_j)
+    for sweep in _sweeps(y, p, key_y, key_p, settings):
+        rows_i = take_rows(*anchors, sweep.anchor_order, q_i)
+        rows_j = take_rows(*others, sweep.key_order, q_j)
+        q_i, q_j = rows_i.q, rows_j.q
+        yield sweep, rows_i, rows_j
+
+
+def one_tile_sums(
+    rows: Rows, settings: Settings, is_shifted: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The sums of ``row_sums`` from one tile, and the tile's weighted pairs [2, N, N]."""
+    N = len(rows.q)
+    s_ij = similarities(rows.q[None], rows.q[None], settings)[0]
+    d_ij = pair_distance(rows.y, rows.y, settings.distance)
+    positive = window_mask(d_ij.clone(), settings, s_ij.dtype).fill_diagonal_(0.0)
+    weight, log_phi = negative_weight(d_ij, rows, rows, EVERY, settings)
+    # Counts up to 2²⁴ are exact in float32; a sum that converts its terms is several times slower.
+    sums = {"n": positive.sum(1), "m": weight.sign().sum(1)}
+    if settings.variant.log == "inside":
+        sums["s_sum"] = (s_ij * positive).sum(1)
+    kept = s_ij.new_empty(2, N, N)
+    kept_positive, kept_negative = kept.unbind()
+    if is_shifted:
+        torch.add(s_ij, positive.log_(), out=kept_positive)
+        torch.add(push(s_ij, log_phi, True), weight.log_(), out=kept_negative)
+        sums["E"], sums["B"] = kept.logsumexp(2).unbind()
     else:
-        bounds = zip(
-            *(
-                t.tolist()
-                for t in (sweep.lo[first], sweep.hi[last], sweep.lo[last], sweep.hi[first])
-            )
-        )
-    for i0, (j0, j1, full0, full1) in zip(starts, bounds, strict=True):
-        i1 = min(i0 + BLOCK_I, N)
-        mirror = j1
-        if sweep.is_symmetric:
-            # j in [i0, hi of i0) is in every band only if the last anchor is in i0's band too.
-            j0, full0, mirror = i0, i0 if full1 >= i1 else full1, i1
-        if not sweep.is_exact:
-            full1 = full0
-        width = TILE_PAIRS // (i1 - i0)
-        for c0 in range(j0, j1, width):
-            yield Tile(slice(i0, i1), slice(c0, min(c0 + width, j1)), slice(full0, full1), mirror)
+        torch.mul(s_ij.exp_(), positive, out=kept_positive)
+        torch.mul(push(s_ij, log_phi, False), weight, out=kept_negative)
+        sums["E"], sums["B"] = kept.sum(2).unbind()
+    return sums, kept
+
+
+def _one_tile_gradient(kept: Tensor, q: Tensor, coef: Tensor, settings: Settings) -> Tensor:
+    """``τ ∂L/∂q_i`` [N, D] from the kept pairs."""
+    positive, negative = kept.view(2, len(q), len(q)).unbind()
+    H_ij = times_coefficients(positive, coef[:, 0::3], coef[:, 0::3])
+    H_ij += times_coefficients(negative, coef[:, 2::2], coef[:, 2::2])
+    if settings.variant.log == "inside":
+        mask = positive if coef.shape[1] == 3 else positive.exp()
+        H_ij -= mask.sign().mul_(coef[:, 1:2] + coef[:, 1])
+    return H_ij @ q
 
 
 def _forward_sweep(
     sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings, is_shifted: bool
 ) -> dict[str, Tensor]:
+    """The sums of ``row_sums`` that the sweep serves, in its order."""
     positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
-    is_inside = settings.variant.log == "inside"
-    N, fill = len(rows_i.q), -torch.inf if is_shifted else 0.0
-    add = _add_logsumexp if is_shifted else _add_sum
-    totals = {}
-    if positives:
-        totals["E"] = rows_i.q.new_full((N,), fill)
-        totals["n"] = sweep.hi - sweep.lo - 1 if sweep.is_exact else torch.zeros_like(sweep.lo)
-        if is_inside:
-            totals["s_sum"] = rows_i.q.new_zeros(N)
-    if negatives:
-        totals["B"] = rows_i.q.new_full((N,), fill)
-        totals["m"] = torch.zeros_like(sweep.lo)
-    for tile in _tiles(sweep):
-        s_ij = _similarities(tile, rows_i, rows_j, settings)
+    dtype, device = rows_i.q.dtype, rows_i.q.device
+    wide = torch.float64 if device.type != "mps" else torch.float32
+    totals = Totals(sweep.n_anchors)
+    if positives and sweep.is_exact:
+        totals["n"] = (sweep.hi - sweep.lo - int(sweep.is_symmetric)).to(wide)
+    for tile in make_tiles(sweep):
+        i, j = tile.of(rows_i, rows_j)
+        s_ij = similarities(i.q, j.q, settings)
         if positives:
-            t_ij = s_ij.clone() if negatives else s_ij
-            weights = _positive_weights(tile, sweep, rows_i, rows_j, settings)
-            if is_inside:
-                kept = _drop_self(_multiply(t_ij.clone(), weights), tile, sweep, 0.0)
-                _add_sum(totals["s_sum"], tile, kept)
+            masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
             if not sweep.is_exact:
-                _add_sum(totals["n"], tile, _drop_self(weights[0][1] != 0, tile, sweep, False))
-            add(totals["E"], tile, _drop_self(_weigh(t_ij, weights, is_shifted), tile, sweep, fill))
+                totals.add("n", tile, masks[0][1], wide)
+            if settings.variant.log == "inside":
+                s_positive = _apply(s_ij.clone(), masks, False)
+                totals.add("s_sum", tile, drop_self(s_positive, tile, 0.0), dtype)
+        t_ij = s_ij if is_shifted else s_ij.exp_()
+        if positives:
+            value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
+            drop_self(value, tile, -torch.inf if is_shifted else 0.0)
+            totals.add("E", tile, value, dtype, is_shifted)
         if negatives:
-            t_ij, weight = _negatives(s_ij, tile, rows_i, rows_j, settings)
-            _add_sum(totals["m"], tile, weight != 0)
-            add(totals["B"], tile, _weigh(t_ij, [(slice(None), weight)], is_shifted))
+            d_ij = pair_distance(i.y, j.y, settings.distance)
+            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
+            totals.add("m", tile, weight.sign(), wide)
+            value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
+            totals.add("B", tile, value, dtype, is_shifted)
     return totals
 
 
@@ -278,109 +336,46 @@ def _backward_sweep(
 ) -> None:
     """Adds ``τ ∂L/∂q_i = Σ_j H_ij q_j`` of the sweep's pairs to G [N, D]."""
     positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
-    for tile in _tiles(sweep):
-        s_ij = _similarities(tile, rows_i, rows_j, settings)
-        coef_i, coef_j = rows_i.coef[tile.i], rows_j.coef[tile.j]
+    is_shifted = rows_i.coef.shape[1] == 5
+    for tile in make_tiles(sweep):
+        i, j = tile.of(rows_i, rows_j)
+        s_ij = similarities(i.q, j.q, settings)
+        t_ij = s_ij if is_shifted else s_ij.exp_()
         H_ij = None
         if positives:
-            t_ij = s_ij.clone() if negatives else s_ij
-            weights = _positive_weights(tile, sweep, rows_i, rows_j, settings)
-            H_ij = _scale(t_ij, weights, coef_i[:, 0::3], coef_j[:, 0::3])
+            masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
+            value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
+            H_ij = times_coefficients(value, i.coef[..., 0::3], j.coef[..., 0::3])
             if settings.variant.log == "inside":
-                H_ij -= _multiply(coef_i[:, 1, None] + coef_j[None, :, 1], weights)
-            _drop_self(H_ij, tile, sweep, 0.0)
+                H_ij -= _apply(i.coef[..., 1:2] + j.coef[..., 1:2].mT, masks, False)
+            drop_self(H_ij, tile, 0.0)
         if negatives:
-            t_ij, weight = _negatives(s_ij, tile, rows_i, rows_j, settings)
-            H_neg = _scale(t_ij, [(slice(None), weight)], coef_i[:, 2::2], coef_j[:, 2::2])
-            H_ij = H_neg if H_ij is None else H_ij.add_(H_neg)
-        G[tile.i].addmm_(H_ij, rows_j.q[tile.j])
-        if tile.mirrored:
-            keys, columns = tile.mirrored
-            G[keys].addmm_(H_ij[:, columns].T, rows_i.q[tile.i])
+            d_ij = pair_distance(i.y, j.y, settings.distance)
+            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
+            value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
+            value = times_coefficients(value, i.coef[..., 2::2], j.coef[..., 2::2])
+            H_ij = value if H_ij is None else H_ij.add_(value)
+        G[tile.anchors].view(i.q.shape).baddbmm_(H_ij, j.q)
+        for k, keys in tile.mirrored:
+            G[keys].addmm_(H_ij[k, :, tile.mirror :].T, i.q[k])
 
 
-def _similarities(tile: Tile, rows_i: Rows, rows_j: Rows, settings: Settings) -> Tensor:
-    q_i, q_j = rows_i.q[tile.i], rows_j.q[tile.j]
-    s_ij = q_i.new_empty(len(q_i), len(q_j))
-    return s_ij.addmm_(q_i, q_j.T, beta=0, alpha=1 / settings.temperature)
+#: (columns, mask) of a tile; the other columns are positives.
+Masks = list[tuple[slice, Tensor]]
 
 
-def _positive_weights(
-    tile: Tile, sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings
-) -> Weights:
-    """``[d_ij ≤ h]`` on the columns where it is not known to hold."""
-    weights = []
+def _positive_masks(tile: Tile, i: Rows, j: Rows, settings: Settings, is_exact: bool) -> Masks:
+    dtype = i.q.dtype
+    masks = []
     for columns in tile.edges:
-        d_ij = pair_distance(rows_i.y[tile.i], rows_j.y[tile.j][columns], settings.distance)
-        weights.append((columns, (d_ij <= settings.window).to(rows_i.q.dtype)))
-    return weights
+        d_ij = pair_distance(i.y, j.y[:, columns], settings.distance)
+        masks.append((columns, window_mask(d_ij, settings, dtype)))
+    if not is_exact:  # one mask of all columns, which also counts
+        drop_self(masks[0][1], tile, 0.0)
+    return masks
 
 
-def _negatives(
-    s_ij: Tensor, tile: Tile, rows_i: Rows, rows_j: Rows, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """Exponents ``s_ij (+ e·d_ij)`` and weights ``[j ∈ M_i]·(d_ij or 1)``; overwrites ``s_ij``."""
-    h, dtype = settings.window, s_ij.dtype
-    d_ij = pair_distance(rows_i.y[tile.i], rows_j.y[tile.j], settings.distance)
-    if settings.scales_by_distance:
-        weight = torch.threshold_(d_ij, h, 0.0).to(dtype)
-    else:
-        weight = (d_ij > h).to(dtype)
-    if settings.variant.pushing == "exponential":
-        s_ij.add_(d_ij.to(dtype), alpha=settings.push_scale)
-    if settings.variant.negatives == "confused":
-        for columns in tile.edges:
-            delta_ij = pair_distance(rows_i.p[tile.i], rows_j.p[tile.j][columns], settings.distance)
-            weight[:, columns] *= delta_ij <= h
-    return s_ij, weight
-
-
-def _weigh(t_ij: Tensor, weights: Weights, is_shifted: bool) -> Tensor:
-    """``weight · exp(t_ij)``, or its logarithm; in place."""
-    if not is_shifted:
-        return _multiply(t_ij.exp_(), weights)
-    for columns, weight in weights:
-        t_ij[:, columns] += weight.log()
+def _apply(t_ij: Tensor, masks: Masks, is_log: bool) -> Tensor:
+    for columns, mask in masks:
+        weigh(t_ij[..., columns], mask, is_log)
     return t_ij
-
-
-def _multiply(t_ij: Tensor, weights: Weights) -> Tensor:
-    for columns, weight in weights:
-        t_ij[:, columns] *= weight
-    return t_ij
-
-
-def _scale(t_ij: Tensor, weights: Weights, coef_i: Tensor, coef_j: Tensor) -> Tensor:
-    """``weight · exp(t_ij) · (c_i + c_j)`` with coefficients [N, 1], or [N, 2] as sign and logarithm."""
-    if coef_i.shape[1] == 1:
-        return _weigh(t_ij, weights, is_shifted=False).mul_(coef_i + coef_j.T)
-    t_ij = _weigh(t_ij, weights, is_shifted=True)
-    of_i = (t_ij + coef_i[:, 1:]).exp_().mul_(coef_i[:, :1])
-    of_j = t_ij.add_(coef_j[:, 1]).exp_().mul_(coef_j[:, 0])
-    return of_i.add_(of_j)
-
-
-def _drop_self(t_ij: Tensor, tile: Tile, sweep: Sweep, fill: float) -> Tensor:
-    """Sets the pairs of an anchor with itself to ``fill``; in place."""
-    if sweep.is_symmetric:
-        if tile.j.start == tile.i.start:
-            t_ij.diagonal().fill_(fill)
-        return t_ij
-    column = sweep.self_key[tile.i, None] - tile.j.start
-    is_here = (column >= 0) & (column < t_ij.shape[1])
-    column = column.clamp(0, t_ij.shape[1] - 1)
-    return t_ij.scatter_(1, column, t_ij.gather(1, column).masked_fill(is_here, fill))
-
-
-def _add_sum(total: Tensor, tile: Tile, t_ij: Tensor) -> None:
-    total[tile.i] += t_ij.sum(dim=1)
-    if tile.mirrored:
-        keys, columns = tile.mirrored
-        total[keys] += t_ij[:, columns].sum(dim=0)
-
-
-def _add_logsumexp(total: Tensor, tile: Tile, t_ij: Tensor) -> None:
-    total[tile.i] = torch.logaddexp(total[tile.i], t_ij.logsumexp(dim=1))
-    if tile.mirrored:
-        keys, columns = tile.mirrored
-        total[keys] = torch.logaddexp(total[keys], t_ij[:, columns].logsumexp(dim=0))

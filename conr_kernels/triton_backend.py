@@ -62,7 +62,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def layout_size(n_anchors: int, n_keys: int, settings: Settings) -> int:
+def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
     """A head (the choice of sweep), both orders of keys and anchors, the anchors' places, the bands."""
     if n_anchors * n_keys <= DENSE_PAIRS:
         return 0
@@ -82,7 +82,7 @@ def forward(
     call = _Call(x, y, p, keys, self_offset, settings)
     loss = x.new_empty(call.N, dtype=call.dtype)
     stats = x.new_empty((call.N, 3 if settings.exponent_is_small else 5), dtype=call.dtype)
-    layout = x.new_empty(layout_size(call.N, call.K, settings), dtype=torch.int32)
+    layout = x.new_empty(layout_size(call.N, call.K, call.dtype, settings), dtype=torch.int32)
     if call.N > 0:
         w = None if w is None else w.contiguous()
         with call.device_guard():

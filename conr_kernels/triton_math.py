@@ -233,8 +233,8 @@ def finish_rows(
     alpha = tl.where(is_anchor, alpha * factor, 0.0)
     beta = tl.where(is_anchor, beta * factor, 0.0)
     gamma = tl.where(is_anchor, gamma * factor, 0.0)
-    log_alpha = tl.where(is_anchor, log_alpha, 0.0)
-    log_gamma = tl.where(is_anchor, log_gamma, 0.0)
+    log_alpha = tl.where(is_anchor, log_alpha, float("-inf"))
+    log_gamma = tl.where(is_anchor, log_gamma, float("-inf"))
     return loss, alpha, beta, gamma, log_alpha, log_gamma
 
 

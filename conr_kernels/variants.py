@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from .validation import check_choice, check_variant_combination
 
@@ -27,7 +27,8 @@ class Variant:
             ``w_i·exp(e·d_ij)``, ``"weight"`` ``e·w_i``, ``"distance"`` ``e·d_ij``, ``"none"`` 1.
         negatives: ``"confused"``: different labels and similar predictions; ``"all"``:
             every row with a different label.
-        unit_terms: add ``N − n_i`` to ``Z_i`` (one ``exp(0)`` for each non-positive, self included).
+        unit_terms: add ``N − n_i`` to ``Z_i`` (one ``exp(0)`` for each non-positive, self
+            included).
         count_self: divide by ``n_i + 1`` instead of ``n_i`` (only with ``log="inside"``).
         weighted_rows: multiply ``ℓ_i`` by ``w_i``.
 
@@ -51,8 +52,8 @@ class Variant:
     @property
     def code(self) -> str:
         """The variant as one string, the form in which operator schemas carry it."""
-        *names, unit_terms, count_self, weighted_rows = astuple(self)
-        return ",".join([*names, f"{unit_terms:d}{count_self:d}{weighted_rows:d}"])
+        flags = f"{self.unit_terms:d}{self.count_self:d}{self.weighted_rows:d}"
+        return f"{self.log},{self.pushing},{self.negatives},{flags}"
 
     @staticmethod
     @functools.cache
@@ -82,7 +83,9 @@ def resolve_variant(variant: str | Variant) -> Variant:
 
 @dataclass(frozen=True)
 class Settings:
-    """The scalars of one call: window ``h``, temperature ``τ``, push scale ``e``, and what to compute."""
+    """The scalars of one call: window ``h``, temperature ``τ``, push scale ``e``, and what to
+    compute.
+    """
 
     window: float
     temperature: float
@@ -93,6 +96,13 @@ class Settings:
     #: Largest exponent that the unshifted sums may meet: ``exp(±64)`` leaves float32 room for
     #: sums over 10⁹ rows and for a gradient scaler's 2¹⁶.
     SAFE_EXPONENT = 64.0
+
+    @property
+    def scalars(self) -> tuple[float, float, float, str, str]:
+        """The settings as the operators' schemas carry them."""
+        return (
+            self.window, self.temperature, self.push_scale, self.variant.code, self.distance
+        )  # fmt: skip
 
     @property
     def exponent_is_small(self) -> bool:

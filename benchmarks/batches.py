@@ -1,0 +1,55 @@
+"""Batches as in training: labels from AgeDB-DIR's counts, predictions about 7 years off."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conr_kernels import density_weights
+
+AGES = Path(__file__).parent / "agedb_dir_train_ages.csv"
+#: Mean absolute error of the predictions, in years.
+PREDICTION_ERROR = 7.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features [N, D] that require a gradient, labels, predictions and weights [N]."""
+
+    x: Tensor
+    y: Tensor
+    p: Tensor
+    w: Tensor
+
+
+@functools.cache
+def _counts() -> tuple[Tensor, Tensor]:
+    with AGES.open() as file:
+        rows = [(float(row["age"]), float(row["count"])) for row in csv.DictReader(file)]
+    ages, counts = torch.tensor(rows).unbind(1)
+    return ages, counts
+
+
+def make_batch(n: int, d: int = 128, labels: str = "agedb", device: str = "cpu") -> Batch:
+    """The same rows for the same arguments on every device.
+
+    Args:
+        labels: ``"agedb"``: predictions with normal errors of 7 years on average; ``"constant"``:
+            the same labels, but every prediction is their mean, as early in training.
+    """
+    generator = torch.Generator().manual_seed(n)
+    ages, counts = _counts()
+    y = ages[torch.multinomial(counts, n, replacement=True, generator=generator)]
+    deviation = PREDICTION_ERROR * math.sqrt(math.pi / 2)
+    p = y + deviation * torch.randn(n, generator=generator)
+    if labels == "constant":
+        p = y.mean().expand(n).contiguous()
+    x = torch.randn(n, d, generator=generator)
+    w = density_weights(y, "sqrt_inverse")
+    return Batch(x.to(device).requires_grad_(), *(t.to(device) for t in (y, p, w)))

@@ -1,0 +1,200 @@
+"""Time and peak memory of one step, and its largest difference from the float64 reference."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from conr_kernels import conr_loss, reference
+from conr_kernels.variants import Settings, resolve_variant
+
+from .batches import Batch, make_batch
+from .providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, product, providers
+
+#: A step that takes longer is timed once, where its memory is measured.
+LONG_STEP_S = 6.0
+#: Rows whose losses are compared at any N, and the largest N of the gate.
+SAMPLED_ROWS, LARGEST_GATE = 64, 1024
+ERROR_FACTOR, ERROR_FLOOR = 3.0, 1e-6
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is run: a provider (or ``"q @ q.T"``) on a batch of N rows."""
+
+    provider: str
+    n: int
+    labels: str
+    device: str
+
+    def prepare(self) -> Callable[[], object]:
+        batch = make_batch(self.n, labels=self.labels, device=self.device)
+        if self.provider == "q @ q.T":
+            return product(batch)
+        (provider,) = [t for t in providers(self.device) if t.name == self.provider]
+        return lambda: provider.step(batch)
+
+
+def first_step(step: Step) -> tuple[float, int]:
+    """Seconds and peak extra bytes of one step: in a fresh process on the CPU, here on a GPU.
+
+    On the CPU the extra memory is the growth of the resident set above what the batch and a warm-up
+    with 64 rows hold, from Linux's own high-water mark (VmHWM), reset just before the step. The
+    process is fresh so that no memory cached by earlier steps hides it.
+    """
+    if step.device != "cpu":
+        return _first_step_gpu(step)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.measure"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_first_step_cpu, args=(step, torch.get_num_threads(), sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise MemoryError(f"the process measuring {step} ended without a result") from None
+    finally:
+        process.join()
+
+
+def _first_step_cpu(step: Step, n_threads: int, sender) -> None:
+    torch.set_num_threads(n_threads)
+    Step(step.provider, 64, step.labels, step.device).prepare()()
+    run = step.prepare()
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = resident_bytes("VmRSS")
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    sender.send((seconds, max(0, resident_bytes("VmHWM") - before)))
+
+
+def resident_bytes(field: str) -> int:
+    """``"VmRSS"`` (now) or ``"VmHWM"`` (highest so far) of this process."""
+    with open("/proc/self/status") as file:
+        (line,) = [t for t in file if t.startswith(field + ":")]
+    return int(line.split()[1]) * 1024
+
+
+def _first_step_gpu(step: Step) -> tuple[float, int]:
+    run = step.prepare()
+    run()  # compiles and loads kernels
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
+
+
+def times(steps: list[Step], budget_s: float = 1.0) -> dict[Step, list[float]]:
+    """Seconds of repeated steps, in rotating turns: a change of the machine's pace meets all."""
+    runs = {step: step.prepare() for step in steps}
+    found: dict[Step, list[float]] = {step: [] for step in steps}
+    for run in runs.values():
+        run()
+    start = time.perf_counter()
+    for n_rounds in range(1, 101):
+        turn = n_rounds % max(len(steps), 1)
+        for step in steps[turn:] + steps[:turn]:
+            found[step].append(_seconds(runs[step], step.device))
+        if n_rounds >= 3 and time.perf_counter() - start > budget_s:
+            break
+    return found
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    events[0].record()
+    run()
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 1e3
+
+
+def memory_available(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as file:
+        (line,) = [t for t in file if t.startswith("MemAvailable:")]
+    return int(line.split()[1]) * 1024
+
+
+def row_difference(provider: Provider, n: int, labels: str, device: str) -> float:
+    """Largest difference of a row loss from the float64 reference, over the largest row loss.
+
+    Of the first rows of the batch, which are in random order, against all others.
+    """
+    batch = make_batch(n, labels=labels, device=device)
+    with torch.no_grad():
+        found = provider.row_losses(batch)[:SAMPLED_ROWS].cpu().double()
+        batch = make_batch(n, labels=labels)
+        x, y, p, w = batch.x.double(), batch.y[:, None], batch.p[:, None], batch.w.double()
+        settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
+        rows = (t[:SAMPLED_ROWS] for t in (x, y, p, w))
+        exact = reference.row_losses(*rows, (x, y, p), 0, settings)
+    return ((found - exact).abs().max() / exact.abs().max()).item()
+
+
+def exact_rows_and_gradient(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row losses and the gradient of their mean from the float64 reference on the CPU."""
+    x = batch.x.detach().cpu().double().requires_grad_()
+    y, p, w = (t.cpu() for t in (batch.y, batch.p, batch.w))
+    rows = conr_loss(
+        x, y, p, w, window=WINDOW, temperature=TEMPERATURE, push_scale=PUSH_SCALE,
+        reduction="none", backend="reference",
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(rows.mean(), x)
+    return rows.detach(), gradient
+
+
+def gate(candidates: list[Provider], device: str) -> list[str]:
+    """What is wrong with the providers' losses and gradients; nothing may be timed unless empty.
+
+    Each must be within 3 times the error of eager, the first of them, plus 1e-6 of the largest
+    term. Eager itself must be right to 1e-5.
+    """
+    problems = []
+    for n, labels in (
+        (64, "agedb"),
+        (257, "agedb"),
+        (257, "constant"),
+        (LARGEST_GATE, "agedb"),
+    ):
+        batch = make_batch(n, labels=labels, device=device)
+        exact = exact_rows_and_gradient(batch)
+        if not exact[0].count_nonzero() > n // 4:
+            problems.append(f"N = {n}, {labels}: too few anchors for a check")
+        allowed = [1e-5 * t.abs().max().item() for t in exact]
+        for provider in candidates:
+            found = (provider.row_losses(batch), provider.step(batch))
+            errors = [
+                (a.detach().cpu().double() - b).abs().max().item()
+                for a, b in zip(found, exact, strict=True)
+            ]
+            for what, error, limit in zip(("loss", "gradient"), errors, allowed, strict=True):
+                if not error <= limit:
+                    problems.append(
+                        f"{provider.name}, N = {n}, {labels}: {what} differs from the reference by "
+                        f"{error:.2e}, allowed {limit:.2e}"
+                    )
+            if provider is candidates[0]:
+                allowed = [
+                    ERROR_FACTOR * error + ERROR_FLOOR * t.abs().max().item()
+                    for error, t in zip(errors, exact, strict=True)
+                ]
+    return problems

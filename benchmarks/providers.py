@@ -1,0 +1,106 @@
+"""What is compared: two eager implementations, the package's backends, and the bare product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conr_kernels import available_backends, conr_loss
+
+from .batches import Batch
+
+WINDOW, TEMPERATURE, PUSH_SCALE = 1.0, 0.2, 0.01
+BASELINE = "eager"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of the row losses ``ℓ_i`` [N] of the variant ``"paper"``.
+
+    Attributes:
+        name: the key in tables and rows.
+        row_losses: from a batch to [N].
+        pair_bytes: about how many bytes it needs per pair of rows, to skip what does not fit.
+        largest: largest N measured.
+    """
+
+    name: str
+    row_losses: Callable[[Batch], Tensor]
+    pair_bytes: int
+    largest: int
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.row_losses(batch).mean()
+
+    def step(self, batch: Batch) -> Tensor:
+        """Forward and backward; the gradient of the features."""
+        (gradient,) = torch.autograd.grad(self.loss(batch), batch.x)
+        return gradient
+
+
+def eager_row_losses(batch: Batch, has_row_loop: bool = False) -> Tensor:
+    """The formula as a careful engineer writes it: one ``exp``, masks formed without gradient.
+
+    ``has_row_loop``: the self pairs are taken out in a Python loop over rows.
+    """
+    q = F.normalize(batch.x, dim=1)
+    exp_s = (q @ q.T / TEMPERATURE).exp()
+    with torch.no_grad():
+        d = (batch.y[:, None] - batch.y[None, :]).abs()
+        delta = (batch.p[:, None] - batch.p[None, :]).abs()
+        is_similar = d <= WINDOW
+        is_negative = ~is_similar & (delta <= WINDOW)
+        if has_row_loop:
+            for i in range(len(is_similar)):
+                is_similar[i, i] = False
+        else:
+            is_similar.fill_diagonal_(False)
+        n, m = is_similar.sum(dim=1), is_negative.sum(dim=1)
+        pushing = PUSH_SCALE * batch.w[:, None] * d * is_negative
+    positive_sum = (exp_s * is_similar).sum(dim=1)
+    negative_sum = (exp_s * pushing).sum(dim=1)
+    is_anchor = (n > 0) & (m > 0)
+    E = torch.where(is_anchor, positive_sum, 1.0)
+    return torch.where(is_anchor, torch.log(n.clamp(min=1) * (E + negative_sum) / E), 0.0)
+
+
+def package_row_losses(backend: str) -> Callable[[Batch], Tensor]:
+    def row_losses(batch: Batch) -> Tensor:
+        return conr_loss(
+            batch.x,
+            batch.y,
+            batch.p,
+            batch.w,
+            window=WINDOW,
+            temperature=TEMPERATURE,
+            push_scale=PUSH_SCALE,
+            reduction="none",
+            backend=backend,
+        )
+
+    return row_losses
+
+
+def product(batch: Batch) -> Callable[[], Tensor]:
+    """``q @ q.T``, the one matrix product that every N×N formulation starts with."""
+    q = F.normalize(batch.x.detach(), dim=1)
+    return lambda: q @ q.T
+
+
+def providers(device: str) -> list[Provider]:
+    """The baseline, its row-loop twin, then each fused backend that runs on the device."""
+    is_gpu = device != "cpu"
+    fused = [
+        name
+        for name, reason in available_backends(device).items()
+        if reason is None and name != "reference" and not (name == "triton" and not is_gpu)
+    ]
+    return [
+        Provider(BASELINE, eager_row_losses, 30, 16_384),
+        Provider("eager, row loop", lambda batch: eager_row_losses(batch, True), 30, 4_096),
+        *(Provider(f"conr_kernels ({t})", package_row_losses(t), 0, 65_536) for t in fused),
+    ]

@@ -1,0 +1,116 @@
+"""One call's input, checked and in the form the backends take; and its row losses, fused or in
+reference.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, reference, validation
+from .plan import make_plan
+from .variants import DISTANCES, Settings, Variant, resolve_variant
+
+Keys = tuple[Tensor, Tensor, Tensor]
+
+
+class Batch(NamedTuple):
+    """Features x [N, D] as given; y, p [N, L] in the dtype in which labels are compared; w [N] or
+    None.
+
+    ``keys`` are the caller's further rows [K, …] in the same form, or None.
+    """
+
+    x: Tensor
+    y: Tensor
+    p: Tensor
+    w: Tensor | None
+    keys: Keys | None
+    settings: Settings
+    reduction: str
+    backend: str
+
+    def all_keys(self) -> Keys | None:
+        """The batch's rows and then the further keys; None where there are none of these."""
+        if self.keys is None or len(self.keys[0]) == 0:
+            return None
+        x = self.x if self.backend == "reference" else self.x.detach()
+        key_x, key_y, key_p = self.keys
+        return torch.cat([x, key_x]), torch.cat([self.y, key_y]), torch.cat([self.p, key_p])
+
+
+def prepare(
+    features: Tensor,
+    targets: Tensor,
+    predictions: Tensor,
+    weights: Tensor | float | None,
+    keys: Keys | None,
+    *,
+    window: float,
+    temperature: float,
+    push_scale: float,
+    variant: str | Variant,
+    distance: str,
+    reduction: str,
+    backend: str,
+) -> Batch:
+    """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
+    if torch.compiler.is_compiling():
+        from . import tracing
+
+        scalars = (window, temperature, push_scale)
+        window, temperature, push_scale = map(tracing.constant, scalars)
+    validation.check_scalars(window, temperature, push_scale)
+    validation.check_choice("distance", distance, DISTANCES)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    validation.check_choice("backend", backend, ("auto", *ops.BACKENDS, "reference"))
+    scalars = (float(window), float(temperature), float(push_scale))
+    settings = Settings(*scalars, resolve_variant(variant), distance)
+    validation.check_tensors(features, targets, predictions, weights, keys)
+    plan = make_plan(backend, features.device, features.dtype)
+    y, p = _labels(targets), _labels(predictions)
+    if keys is not None:
+        key_x, key_y, key_p = keys
+        keys = (key_x.detach(), _labels(key_y).to(y.dtype), _labels(key_p).to(p.dtype))
+    w = _weights(weights, features)
+    return Batch(features, y, p, w, keys, settings, reduction, plan.backend)
+
+
+def row_losses(batch: Batch, keys: Keys | None) -> Tensor:
+    """``ℓ_i`` [N] of the batch against the keys, of which its own rows are the first."""
+    if batch.backend == "reference":
+        return reference_losses(batch, batch.x, keys, 0)
+    rows, _, _ = ops.row_losses(
+        batch.x, batch.y, batch.p, batch.w, keys, 0, batch.settings, batch.backend
+    )
+    return rows
+
+
+def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: int) -> Tensor:
+    dtype = accumulation_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if keys is not None:
+            keys = (keys[0].to(dtype), *keys[1:])
+        return reference.row_losses(
+            x.to(dtype), batch.y, batch.p, batch.w, keys, self_offset, batch.settings
+        )
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _labels(y: Tensor) -> Tensor:
+    """Labels as a contiguous [N, L] in the dtype in which they are compared."""
+    is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
+    y = y.detach().to(torch.float64 if is_wide else torch.float32)
+    return (y[:, None] if y.dim() == 1 else y).contiguous()
+
+
+def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
+    if w is None:
+        return None
+    w = torch.as_tensor(w).detach().to(device=x.device, dtype=accumulation_dtype(x))
+    return w.reshape(-1).expand(x.shape[0]).contiguous()

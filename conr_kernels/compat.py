@@ -1,0 +1,100 @@
+"""The published functions' names, argument order and defaults: changing the import is enough."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import validation
+from .api import conr_loss
+
+
+def ConR(
+    features: Tensor,
+    targets: Tensor,
+    preds: Tensor,
+    w: float = 1,
+    weights: Tensor | float = 1,
+    t: float = 0.07,
+    e: float = 0.01,
+) -> Tensor:
+    r"""The published age loss: ``conr_loss`` with ``variant="released-age"``.
+
+    With ``P_i`` (``d_ij ≤ w``, ``j ≠ i``: ``n_i`` rows), ``M_i`` (``d_ij > w``, ``δ_ij ≤ w``)::
+
+        Z_i = Σ_{j∈P_i} exp(s_ij) + Σ_{j∈M_i} weights_i exp(e·d_ij) exp(s_ij) + (N − n_i)
+        L   = (1/N) Σ_i weights_i (n_i log Z_i − Σ_{j∈P_i} s_ij) / n_i
+
+    with the sum of L over the rows whose ``P_i`` and ``M_i`` have members.
+
+    Args:
+        features: ``x`` [N, D], any floating dtype; both views of a two-view batch in one tensor.
+        targets, preds: labels and predictions [N], [N, 1] or [N, L].
+        w: the window.
+        weights: density weights [N], [N, 1] or a number.
+        t: temperature.
+        e: push scale.
+
+    Returns:
+        The mean over the N rows, differentiable in ``features``.
+
+    Raises:
+        TypeError, ValueError: as ``conr_loss``.
+    """
+    return conr_loss(
+        features, targets, preds, weights,
+        window=w, temperature=t, push_scale=e, variant="released-age",
+    )  # fmt: skip
+
+
+def ConR_depth(
+    feature: Tensor,
+    depth: Tensor,
+    output: Tensor,
+    weights: Tensor | float,
+    w: float = 0.2,
+    t: float = 0.07,
+    e: float = 0.2,
+) -> Tensor:
+    r"""The published depth loss: ``conr_loss`` with ``variant="released-depth"``, a row per image.
+
+    A row's label, prediction and weight are the means over its pixels, its feature is flattened::
+
+        Z_i = Σ_{j∈P_i} exp(s_ij) + Σ_{j∈M_i} e·weights_i·d_ij exp(s_ij) + (N − n_i)
+        L   = (1/N) Σ_i (n_i log Z_i − Σ_{j∈P_i} s_ij) / (n_i + 1)
+
+    with the sum of L over the rows whose ``P_i`` and ``M_i`` have members.
+
+    Args:
+        feature: [N, …], any floating dtype.
+        depth, output: labels and predictions [N, …].
+        weights: density weights [N, …] or a number.
+        w: the window.
+        t: temperature.
+        e: push scale.
+
+    Returns:
+        The mean over the N rows, differentiable in ``feature``.
+
+    Raises:
+        TypeError, ValueError: bad input; the message names the argument, what was expected and
+            what was got.
+    """
+    named = dict(feature=feature, depth=depth, output=output)
+    has_row_weights = isinstance(weights, Tensor) and weights.dim() > 0
+    if has_row_weights:
+        named["weights"] = weights
+    validation.check_rows("feature", named)
+    return conr_loss(
+        feature[:, None] if feature.dim() == 1 else feature.flatten(1),
+        _row_means(depth),
+        _row_means(output),
+        _row_means(weights) if has_row_weights else weights,
+        window=w, temperature=t, push_scale=e, variant="released-depth",
+    )  # fmt: skip
+
+
+def _row_means(t: Tensor) -> Tensor:
+    """Mean over each row [N] of a tensor [N, …], in float32 (float64 for float64)."""
+    t = t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32)
+    return t if t.dim() == 1 else t.flatten(1).mean(dim=1)

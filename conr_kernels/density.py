@@ -1,0 +1,103 @@
+"""Density weights ``w_j``: rare labels weigh more. Computed once per data set, not per batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import validation
+
+METHODS = ("inverse", "sqrt_inverse")
+SMOOTHINGS = ("gaussian", "triangular", "laplace")
+
+
+def density_weights(
+    targets: Tensor,
+    method: str = "inverse",
+    bin_width: float = 1.0,
+    smoothing: str | None = None,
+    kernel_size: int = 5,
+    sigma: float = 2.0,
+) -> Tensor:
+    r"""The paper's ``w_j``: (root of the) inverse frequency of each label's bin, scaled to mean 1.
+
+    Label ``y_j`` falls into bin ``b_j = ⌊y_j / bin_width⌋``; a label that its own dtype cannot tell
+    from a bin's lower edge lies on that edge, so that 0.7 is in bin 7 of width 0.1. With ``c(b)``
+    labels in bin ``b`` and a kernel ``k`` (label distribution smoothing, Yang et al. 2021)::
+
+        density(b) = Σ_{|o| ≤ kernel_size // 2} k(o) c(b + o)         (c(b) without smoothing)
+        w_j ∝ 1 / density(b_j)        or    1 / √density(b_j),        mean of w = 1
+
+    Only occupied bins are stored: memory is O(N·L) however wide the labels' range is.
+
+    Args:
+        targets: labels of the whole training set [N], [N, 1] or [N, L], any real values and signs.
+            For L > 1 each component has its own frequencies and a row's weight is the mean over its
+            components: joint bins of many components would hold one row each, all weighing alike.
+        method: ``"inverse"`` or ``"sqrt_inverse"`` (milder).
+        bin_width: width of a bin in the labels' units, > 0.
+        smoothing: None or the kernel over offsets ``o`` in bins: ``"gaussian"`` ``exp(−o²/2σ²)``,
+            ``"triangular"`` ``1 − |o|/(kernel_size // 2 + 1)``, ``"laplace"`` ``exp(−|o|/σ)``.
+        kernel_size: number of bins under the kernel, odd.
+        sigma: width ``σ`` of the kernel in bins, > 0; unused by ``"triangular"``.
+
+    Returns:
+        Weights [N] on the labels' device, computed on the CPU; float32 (float64 for float64).
+        A row with a non-finite label weighs NaN and is not counted; the others' mean is 1.
+
+    Raises:
+        TypeError, ValueError: bad input; the message names the argument, what was expected and
+            what was got.
+    """
+    validation.check_choice("method", method, METHODS)
+    if smoothing is not None:
+        validation.check_choice("smoothing", smoothing, SMOOTHINGS)
+    validation.check_density(targets, bin_width, kernel_size, sigma)
+    dtype = torch.float64 if targets.dtype == torch.float64 else torch.float32
+    y = targets.detach().to("cpu")
+    rounding = torch.finfo(y.dtype).eps / 2 if y.dtype.is_floating_point else 0.0
+    bins = _bin_index((y if y.dim() == 2 else y[:, None]).double(), float(bin_width), rounding)
+    kernel = _kernel(smoothing, kernel_size, float(sigma))
+
+    is_finite = bins.isfinite().all(dim=1)
+    density = torch.stack([_density(b, kernel) for b in bins[is_finite].unbind(1)], dim=1)
+    w = density.reciprocal() if method == "inverse" else density.rsqrt()
+    w = (w / w.mean(dim=0)).mean(dim=1)
+    weights = torch.full((len(y),), torch.nan, dtype=torch.float64)
+    weights[is_finite] = w / w.mean()
+    return weights.to(device=targets.device, dtype=dtype)
+
+
+def _bin_index(y: Tensor, bin_width: float, rounding: float) -> Tensor:
+    """``⌊y / bin_width⌋`` as float64, with labels within their rounding of an edge put on it."""
+    v = y / bin_width
+    nearest = v.round()
+    tolerance = (rounding + 2 * torch.finfo(torch.float64).eps) * v.abs()
+    return torch.where((v - nearest).abs() <= tolerance, nearest, v.floor())
+
+
+def _kernel(smoothing: str | None, kernel_size: int, sigma: float) -> list[float]:
+    """``k(0), k(1), …``, not normalised: the weights' scale to mean 1 absorbs any factor."""
+    half = kernel_size // 2
+    if smoothing is None:
+        return [1.0]
+    return {
+        "gaussian": lambda: [math.exp(-0.5 * (o / sigma) * (o / sigma)) for o in range(half + 1)],
+        "triangular": lambda: [1 - o / (half + 1) for o in range(half + 1)],
+        "laplace": lambda: [math.exp(-o / sigma) for o in range(half + 1)],
+    }[smoothing]()
+
+
+def _density(b: Tensor, kernel: list[float]) -> Tensor:
+    """``Σ_o k(o) c(b + o)`` for every row [N] from its bin ``b`` [N]; empty bins are not stored."""
+    bins, index, counts = b.unique(return_inverse=True, return_counts=True)
+    counts = counts.double()
+    density = kernel[0] * counts
+    for offset, k in enumerate(kernel[1:], start=1):
+        for neighbour in (bins - offset, bins + offset):
+            at = torch.searchsorted(bins, neighbour).clamp(max=max(len(bins) - 1, 0))
+            found = (bins[at] - bins).abs() == offset
+            density = density + k * torch.where(found, counts[at], 0.0)
+    return density[index]

@@ -1,0 +1,286 @@
+"""The loss of the union of all ranks' rows, by ``torch.distributed``: each rank's rows against
+everybody's.
+
+A rank sends its features and labels forward and 3 (at most 5) floats per row backward, from which
+every rank computes the complete gradient of its own rows: no N×D gradient is ever reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import ops
+from .batch import Batch, Keys, reference_losses
+from .rows import no_statistics, scale_statistics
+
+#: What a rank tells the others before any data moves: flag, rows, keys, and text of this many
+#: bytes.
+HEADER_NUMBERS = 3
+TEXT_BYTES = 1000
+
+
+def union_loss(group: Any, prepare: Callable[[], Batch]) -> Tensor:
+    """The loss of the union of the batches that the ranks of the group prepare.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialised.
+        ValueError: on every rank, if the ranks disagree or one of them cannot prepare its batch
+            (that one raises its own error).
+    """
+    batch, union = _agree(group, prepare)
+    rows = union.row_losses(batch)
+    if batch.reduction == "none":
+        return rows
+    total = _Total.apply(rows.sum(), union)
+    return total if batch.reduction == "sum" else total / max(union.n_rows, 1)
+
+
+@dataclass(frozen=True)
+class Union:
+    """Who has how many rows: ``sizes[r]`` anchors and ``key_sizes[r]`` further keys on rank r."""
+
+    group: Any
+    rank: int
+    sizes: list[int]
+    key_sizes: list[int]
+
+    @property
+    def n_ranks(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def n_rows(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def offset(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    def gather(self, t: Tensor, sizes: list[int], out: Tensor | None = None) -> Tensor:
+        """Rows [n_r, C] of every rank, in the ranks' order: [Σ n_r, C], written to ``out`` if
+        given.
+        """
+        if out is None:
+            out = t.new_empty(sum(sizes), *t.shape[1:])
+        mine = _bytes(t.detach())
+        if len(set(sizes)) == 1:
+            if sizes[0] > 0:
+                _all_gather(_bytes(out), mine, self.group)
+            return out
+        pending = []
+        for rank, stop in enumerate(accumulate(sizes)):
+            if sizes[rank] == 0:
+                continue
+            part = _bytes(out[stop - sizes[rank] : stop])
+            if rank == self.rank:
+                part.copy_(mine)
+            pending.append(dist.broadcast(part, group=self.group, group_src=rank, async_op=True))
+        for work in pending:
+            work.wait()
+        return out
+
+    def gather_keys(self, batch: Batch) -> Keys | None:
+        """All ranks' rows, then all ranks' further keys; differentiable in the reference
+        backend.
+        """
+        if self.n_ranks == 1:
+            return batch.all_keys()
+        is_reference = batch.backend == "reference"
+        L = batch.y.shape[1]
+        x = _Gather.apply(batch.x, self) if is_reference else self.gather(batch.x, self.sizes)
+        labels = self.gather(torch.cat([batch.y, batch.p], dim=1), self.sizes)
+        if sum(self.key_sizes) > 0:
+            rows = (batch.x[:0].detach(), batch.y[:0], batch.p[:0])
+            key_x, *key_labels = rows if batch.keys is None else batch.keys
+            x = torch.cat([x, self.gather(key_x, self.key_sizes)])
+            labels = torch.cat([labels, self.gather(torch.cat(key_labels, dim=1), self.key_sizes)])
+        return x, labels[:, :L].contiguous(), labels[:, L:].contiguous()
+
+    def row_losses(self, batch: Batch) -> Tensor:
+        """``ℓ_i`` of this rank's rows."""
+        keys, offset = self.gather_keys(batch), self.offset
+        if batch.backend != "reference":
+            return _RowLosses.apply(batch.x, batch, keys, self)
+        own = batch.x if self.n_ranks == 1 else keys[0][offset : offset + len(batch.x)]
+        return reference_losses(batch, own, keys, offset)
+
+
+class _RowLosses(torch.autograd.Function):
+    """``ℓ_i`` of this rank's rows; backward gathers the other ranks' statistics, scaled
+    upstream.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batch: Batch, keys: Keys | None, union: Union) -> Tensor:
+        settings, backend = batch.settings, batch.backend
+        rows, stats, layout = ops.row_losses(
+            x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings, backend
+        )
+        ctx.save_for_backward(stats, layout, x, batch.y, batch.p, *(keys or (None,) * 3))
+        ctx.scalars = (union.offset, *settings.scalars, backend)
+        ctx.union = union
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
+        union = ctx.union
+        coef_i, coef_j = scale_statistics(stats, g), None
+        if key_x is not None:
+            coef_j = no_statistics(len(key_x), stats)
+            union.gather(coef_i, union.sizes, out=coef_j[: union.n_rows])
+        gradient = torch.ops.conr_kernels.backward(
+            coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
+        )
+        return gradient * union.n_ranks, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows. Backward: the sum of all ranks' gradients, times the number of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, union: Union) -> Tensor:
+        ctx.union = union
+        return union.gather(x, union.sizes)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _SumOwn.apply(g, ctx.union) * ctx.union.n_ranks, None
+
+
+class _SumOwn(torch.autograd.Function):
+    """The sum over ranks of this rank's rows: the transpose of gathering."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, union: Union) -> Tensor:
+        ctx.union = union
+        total = g.contiguous().clone()
+        dist.all_reduce(total, group=union.group)
+        return total[union.offset : union.offset + union.sizes[union.rank]]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(g, ctx.union), None
+
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks, added in the ranks' order: the same bits everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, union: Union) -> Tensor:
+        return union.gather(own[None], [1] * union.n_ranks).sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """The memory of a tensor as uint8: any dtype in any process-group backend."""
+    return t.contiguous().view(-1).view(torch.uint8)
+
+
+def _all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
+    # The newer name, where this PyTorch has it.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, mine, group=group)
+
+
+def _agree(group: Any, prepare: Callable[[], Batch]) -> tuple[Batch, Union]:
+    """This rank's batch and everybody's sizes, after all ranks have agreed on everything else."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "group= needs an initialised process group: call "
+            "torch.distributed.init_process_group first"
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group= must contain this process, got a group of other ranks")
+    batch = error = None
+    try:
+        batch = prepare()
+        n_keys = 0 if batch.keys is None else len(batch.keys[0])
+        numbers, text = [0, len(batch.x), n_keys], _facts(batch)
+    except (TypeError, ValueError, RuntimeError) as raised:
+        error = raised
+        numbers, text = [1, 0, 0], f"{type(error).__name__}: {error}"
+
+    device = _header_device(group, batch)
+    headers = _exchange(numbers, text, group, device)
+    if error is not None:
+        raise error
+    failed = headers[:, 0].nonzero().flatten().tolist()
+    if failed:
+        reasons = "; ".join(f"rank {r}: {_text(headers[r])}" for r in failed)
+        raise ValueError(f"another rank of the group cannot take part: {reasons}")
+    if not bool((headers[:, HEADER_NUMBERS:] == headers[rank, HEADER_NUMBERS:]).all()):
+        raise ValueError(_disagreement([_text(header) for header in headers]))
+    return batch, Union(group, rank, headers[:, 1].tolist(), headers[:, 2].tolist())
+
+
+def _facts(batch: Batch) -> str:
+    """What all ranks must have in common, one ``name=value`` a line."""
+    settings = batch.settings
+    facts = {
+        "D": batch.x.shape[1],
+        "L": batch.y.shape[1],
+        "features' dtype": batch.x.dtype,
+        "labels' dtype for comparison": batch.y.dtype,
+        "device type": batch.x.device.type,
+        "features require a gradient": torch.is_grad_enabled() and batch.x.requires_grad,
+        "window": settings.window,
+        "temperature": settings.temperature,
+        "push_scale": settings.push_scale,
+        "variant": settings.variant.code,
+        "distance": settings.distance,
+        "reduction": batch.reduction,
+        "backend": "reference" if batch.backend == "reference" else "fused",
+    }
+    return "\n".join(f"{name}={value}" for name, value in facts.items())
+
+
+def _header_device(group: Any, batch: Batch | None) -> torch.device:
+    """The CPU where the group has a backend for it, else the current accelerator."""
+    if "cpu" in {part.split(":")[0] for part in dist.get_backend_config(group).split(",")}:
+        return torch.device("cpu")
+    if batch is not None:
+        return batch.x.device
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _exchange(numbers: list[int], text: str, group: Any, device: torch.device) -> Tensor:
+    """Every rank's numbers and text, as rows of int64 on the CPU."""
+    encoded = text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
+    words = torch.frombuffer(bytearray(encoded), dtype=torch.int64)
+    mine = torch.cat([torch.tensor(numbers), words]).to(device)
+    headers = mine.new_empty(dist.get_world_size(group), len(mine))
+    _all_gather(headers.view(-1), mine, group)
+    return headers.cpu()
+
+
+def _text(header: Tensor) -> str:
+    return bytes(_bytes(header[HEADER_NUMBERS:]).tolist()).rstrip(b"\0").decode(errors="ignore")
+
+
+def _disagreement(texts: list[str]) -> str:
+    """``"the ranks of the group disagree: D is 8 on ranks 0, 2 and 16 on rank 1"``."""
+    facts = [dict(line.split("=", 1) for line in text.split("\n")) for text in texts]
+    parts = []
+    for name in facts[0]:
+        ranks_of: dict[str, list[str]] = {}
+        for rank, fact in enumerate(facts):
+            ranks_of.setdefault(fact[name], []).append(str(rank))
+        if len(ranks_of) > 1:
+            values = [
+                f"{value} on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+                for value, ranks in ranks_of.items()
+            ]
+            parts.append(f"{name} is {' and '.join(values)}")
+    return "the ranks of the group disagree: " + "; ".join(parts)

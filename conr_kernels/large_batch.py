@@ -1,0 +1,233 @@
+"""Batches beyond memory: a bank of earlier rows as keys, and gradients through an encoder in
+chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import validation
+
+
+class MemoryBank(nn.Module):
+    """The last ``size`` rows that were pushed, to serve as ``keys`` of ``conr_loss``.
+
+    The rows are buffers: they move with the module and are part of its state dict. Labels and
+    predictions keep their own dtype when the module changes dtype, since a window decides on them.
+    ::
+
+        loss = conr(features, targets, predictions, keys=bank.keys(features.dtype))
+        bank.push(features, targets, predictions)
+
+    Keep the bank outside ``DistributedDataParallel``, which would copy rank 0's rows to every rank.
+
+    Args:
+        size: K, the most rows kept. n_features: D. n_labels: L, components of a label.
+        dtype, label_dtype: of the features, and of the labels and predictions.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        n_features: int,
+        n_labels: int = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        label_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        validation.check_counts(size=size, n_features=n_features, n_labels=n_labels)
+        labels = dict(dtype=label_dtype, device=device)
+        self.n_pushed = 0
+        self.register_buffer("features", torch.zeros(size, n_features, dtype=dtype, device=device))
+        self.register_buffer("targets", torch.zeros(size, n_labels, **labels))
+        self.register_buffer("predictions", torch.zeros(size, n_labels, **labels))
+
+    def __len__(self) -> int:
+        """Rows held now."""
+        return min(self.n_pushed, len(self.features))
+
+    def keys(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, in ``dtype`` if given, targets and predictions of the rows held, without
+        gradient.
+
+        They share the bank's memory: use them before the next ``push``.
+        """
+        K = len(self)
+        return self.features[:K].to(dtype), self.targets[:K], self.predictions[:K]
+
+    @torch.no_grad()
+    def push(self, features: Tensor, targets: Tensor, predictions: Tensor) -> None:
+        """Appends rows [N, …] and drops the oldest; of more than ``size`` rows the last are
+        kept.
+        """
+        validation.check_tensors(features, targets, predictions, None, None)
+        size, D = self.features.shape
+        N, L = len(features), self.targets.shape[1]
+        if features.shape[1] != D or validation.n_components(targets) != L:
+            raise ValueError(
+                f"the bank holds D = {D} features and L = {L} labels a row, got features "
+                f"{tuple(features.shape)} and targets {tuple(targets.shape)}"
+            )
+        kept = min(N, size)
+        start = (self.n_pushed + N - kept) % size
+        until_end = min(kept, size - start)
+        for held, rows in (
+            (self.features, features),
+            (self.targets, targets.reshape(N, L)),
+            (self.predictions, predictions.reshape(N, L)),
+        ):
+            rows = rows[N - kept :]
+            held[start : start + until_end] = rows[:until_end]
+            held[: kept - until_end] = rows[until_end:]
+        self.n_pushed += N
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.n_pushed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.n_pushed = int(state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
+        labels = {"targets": self.targets, "predictions": self.predictions}
+        super()._apply(fn, recurse)
+        for name, held in labels.items():
+            moved = getattr(self, name)
+            if moved.dtype != held.dtype:
+                setattr(self, name, held.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        size, D = self.features.shape
+        return f"{size}, {D}, {self.targets.shape[1]}, dtype={self.features.dtype}"
+
+
+def gradient_cache(
+    encoder: Encoder,
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    chunk_size: int,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    r"""One step's gradients of a loss over all rows, with an encoder that sees ``chunk_size`` rows
+    at a time.
+
+    Encodes in chunks without a graph, differentiates the loss over all N rows with respect to
+    features and predictions, then encodes each chunk again with a graph and backpropagates its
+    rows' gradient (Gao,
+    Zhang, Han, Callan: *Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup*,
+    2021). Gradients are accumulated in ``.grad`` and equal those of
+    ``loss(*encoder(inputs)).backward()`` to rounding, for the memory of one chunk's activations
+    and one more forward pass. ::
+
+        def loss(features, predictions):
+            regression = mse_loss(predictions, targets)
+            return regression + beta * conr(features, targets, predictions, weights)
+
+        value = gradient_cache(model, images, loss, chunk_size=256)
+        optimizer.step()
+
+    The second encoding sees the first one's random numbers (dropout) and buffers, so that running
+    statistics count each row once; batch normalisation normalises within a chunk. Call it inside
+    ``torch.autocast`` for mixed precision. A ``DistributedDataParallel`` encoder reduces its
+    gradients once, with the last chunk; give the ConR loss ``group=`` there and the regression
+    loss the local mean.
+
+    Args:
+        encoder: maps a chunk of the inputs to features [n, D] and predictions [n] or [n, L].
+        inputs: data [N, …]: a Tensor, several (``encoder(*chunk)``) or named ones
+            (``encoder(**chunk)``).
+        loss: maps features [N, D] and predictions of all rows to a scalar.
+        chunk_size: rows encoded at a time.
+        scaler: scales the gradients, as in ``scaler.scale(loss).backward()``.
+
+    Returns:
+        The loss, detached and unscaled.
+    """
+    validation.check_counts(chunk_size=chunk_size)
+    is_named, is_ddp = isinstance(inputs, Mapping), isinstance(encoder, DistributedDataParallel)
+    named = _named(inputs)
+    N = validation.check_inputs(named)
+    chunks = [slice(start, start + chunk_size) for start in range(0, max(N, 1), chunk_size)]
+
+    def encode(module: Encoder, chunk: slice) -> tuple[Tensor, Tensor]:
+        part = {name: t[chunk] for name, t in named.items()}
+        return module(**part) if is_named else module(*part.values())
+
+    state = encoder if isinstance(encoder, nn.Module) else nn.Module()
+    buffers = dict(state.named_buffers())
+    devices = {t.device for t in (*named.values(), *state.parameters(), *buffers.values())}
+    held = {name: t.clone() for name, t in buffers.items()}
+    random_states, encoded = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            random_states.append(_random_state(devices))
+            encoded.append(encode(encoder.module if is_ddp else encoder, chunk))
+        for name, t in buffers.items():
+            t.copy_(held[name])
+    features, predictions = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    del encoded
+    validation.check_encoded(features, predictions, N)
+    # Weights that autocast has cast without a graph must not serve the second encoding.
+    torch.clear_autocast_cache()
+
+    with torch.enable_grad():
+        value = loss(features.requires_grad_(), predictions.requires_grad_())
+    _backward([value if scaler is None else scaler.scale(value)], [None])
+    end_state = _random_state(devices)
+    try:
+        for chunk, random_state in zip(chunks, random_states, strict=True):
+            _set_random_state(random_state)
+            # Gradients accumulate on each rank and are reduced with the last chunk.
+            waits = hasattr(encoder, "no_sync") and chunk is not chunks[-1]
+            with encoder.no_sync() if waits else nullcontext(), torch.enable_grad():
+                outputs = encode(encoder, chunk)
+                pairs = [
+                    (output, whole.grad[chunk])
+                    for output, whole in zip(outputs, (features, predictions), strict=True)
+                    if whole.grad is not None and output.requires_grad
+                ]
+                _backward([output for output, _ in pairs], [g for _, g in pairs])
+    finally:
+        _set_random_state(end_state)
+    return value.detach()
+
+
+Encoder = Callable[..., tuple[Tensor, Tensor]]
+RandomState = dict[torch.device, Tensor]
+
+
+def _named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+    return {f"inputs[{i}]": t for i, t in enumerate(inputs)}
+
+
+def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """Backpropagates outside autocast, as PyTorch advises."""
+    if not outputs:
+        return
+    with torch.autocast(outputs[0].device.type, enabled=False):
+        torch.autograd.backward(outputs, gradients)
+
+
+def _random_state(devices: set[torch.device]) -> RandomState:
+    accelerators = {d for d in devices if d.type not in ("cpu", "meta")}
+    states = {d: torch.get_device_module(d).get_rng_state(d) for d in accelerators}
+    return states | {torch.device("cpu"): torch.get_rng_state()}
+
+
+def _set_random_state(states: RandomState) -> None:
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)

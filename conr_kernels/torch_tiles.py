@@ -1,0 +1,269 @@
+"""Tiles of pairs in PyTorch operations: which there are, their masks and weights, sums over them.
+
+Masks are 0 and 1 in the features' dtype and are multiplied in: several times faster on a CPU than
+boolean ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reference import pair_distance
+from .sweep import Sweep
+from .variants import Settings
+
+#: Rows of a block, and the most pairs in one tile. Small blocks waste few pairs at the bands' ends;
+#: a tile takes as many blocks as fit, in one batched product.
+BLOCK_I = 64
+TILE_PAIRS = 2**18
+#: Blocks of one tile share the widest one's width, up to this share of pairs in excess.
+EXCESS = 1.2
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Unit features [..., N, D], labels, predictions [..., N, L], gradient coefficients."""
+
+    q: Tensor
+    y: Tensor
+    p: Tensor
+    coef: Tensor | None
+
+    def windows(self, start: int, count: int, step: int, width: int) -> Rows:
+        """Views [count, width, …] of the rows from ``start + k·step`` on, k < count."""
+        stop = start + (count - 1) * step + width
+
+        def cut(t: Tensor) -> Tensor:
+            return (
+                t[start:stop].unfold(0, width, step).mT
+                if width
+                else t.new_empty(count, 0, t.shape[1])
+            )
+
+        return Rows(
+            cut(self.q), cut(self.y), cut(self.p), None if self.coef is None else cut(self.coef)
+        )
+
+
+def take_rows(
+    x: Tensor,
+    inverse_norm: Tensor,
+    y: Tensor,
+    p: Tensor,
+    coef: Tensor | None,
+    order: Tensor | None,
+    buffer: Tensor | None = None,
+) -> Rows:
+    """The rows in the given order, their unit features written to the buffer if there is one.
+
+    Memory fresh from the system costs more than the arithmetic on it.
+    """
+    if order is None:
+        return Rows(x * inverse_norm, y, p, coef)
+    if x.dtype == inverse_norm.dtype:
+        q = x.new_empty(x.shape) if buffer is None else buffer
+        q = torch.index_select(x, 0, order, out=q)
+    else:
+        q = x[order].to(inverse_norm.dtype)
+    coef = None if coef is None else coef[order]
+    return Rows(q.mul_(inverse_norm[order]), y[order], p[order], coef)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``count`` blocks of ``rows`` sorted anchors each, block k against its own ``width`` sorted
+    keys.
+
+    Attributes:
+        i0, j0: the first anchor and key of the first block; both move on by ``rows`` from block to
+            block.
+        edges: columns that may hold pairs outside the window; all others are inside.
+        has_diagonal: the anchors' own pairs are the blocks' diagonals.
+        mirror: columns from here on stand for the transposed tile too.
+    """
+
+    i0: int
+    j0: int
+    count: int
+    rows: int
+    width: int
+    edges: tuple[slice, ...]
+    has_diagonal: bool
+    mirror: int
+
+    @property
+    def anchors(self) -> slice:
+        return slice(self.i0, self.i0 + self.count * self.rows)
+
+    def of(self, rows_i: Rows, rows_j: Rows) -> tuple[Rows, Rows]:
+        """The tile's anchors [count, rows, …] and keys [count, width, …]."""
+        return (
+            rows_i.windows(self.i0, self.count, self.rows, self.rows),
+            rows_j.windows(self.j0, self.count, self.rows, self.width),
+        )
+
+    @property
+    def mirrored(self) -> Iterator[tuple[int, slice]]:
+        """Blocks, and the keys of their columns from ``mirror`` on."""
+        if self.mirror < self.width:
+            for k in range(self.count):
+                start = self.j0 + k * self.rows
+                yield k, slice(start + self.mirror, start + self.width)
+
+
+def make_tiles(sweep: Sweep) -> Iterator[Tile]:
+    """The tiles of a sweep's bands; of the upper triangle only where the anchors are the keys."""
+    N, K = sweep.n_anchors, sweep.n_keys
+    rows = BLOCK_I if sweep.serves != "both" and sweep.is_symmetric else 4 * BLOCK_I
+    if sweep.serves == "both":
+        bounds = [[0, K, 0, 0]] * len(range(0, N, rows))
+    else:
+        first = torch.arange(0, N, rows)
+        last = (first + rows - 1).clamp(max=N - 1)
+        of_blocks = (sweep.lo[first], sweep.hi[last], sweep.lo[last], sweep.hi[first])
+        bounds = torch.stack(of_blocks, dim=1).tolist()
+    if sweep.is_symmetric:
+        yield from _symmetric_tiles(sweep, rows, bounds)
+        return
+    for i0, (j0, j1, full0, full1) in zip(range(0, N, rows), bounds, strict=True):
+        i1 = min(i0 + rows, N)
+        full1 = full1 if sweep.is_exact else full0
+        for c0, width in _chunks(j0, j1, i1 - i0):
+            edges = _outside(width, full0 - c0, full1 - c0)
+            yield Tile(i0, c0, 1, i1 - i0, width, edges, False, width)
+
+
+def _symmetric_tiles(sweep: Sweep, rows: int, bounds: list[list[int]]) -> Iterator[Tile]:
+    """Block k's keys begin with its own anchors; blocks of about the same width go together."""
+    N = sweep.n_anchors
+    widths, fulls = [], []
+    for k, (_, hi_last, _, hi_first) in enumerate(bounds):
+        start, stop = k * rows, min((k + 1) * rows, N)
+        widths.append(max(hi_last, stop) - start)
+        # A key is in all bands only from the first anchor's band, if the last anchor is in there
+        # too.
+        fulls.append(hi_first - start if sweep.is_exact and hi_first >= stop else 0)
+    k = 0
+    while k < len(bounds):
+        i0, n_rows = k * rows, min(rows, N - k * rows)
+        end, widest, total = k + 1, widths[k], widths[k]
+        while end < len(bounds) and (end + 1) * rows <= N:
+            wider = max(widest, widths[end])
+            count = end + 1 - k
+            fits = count * rows * wider <= TILE_PAIRS and end * rows + wider <= N
+            if not fits or count * wider > EXCESS * (total + widths[end]):
+                break
+            widest, total, end = wider, total + widths[end], end + 1
+        full = min(fulls[k:end])
+        for c0, width in _chunks(i0, i0 + widest, (end - k) * n_rows):
+            edges = _outside(width, i0 - c0, i0 + full - c0)
+            mirror = max(n_rows + i0 - c0, 0)
+            yield Tile(i0, c0, end - k, n_rows, width, edges, c0 == i0, mirror)
+        k = end
+
+
+def _chunks(j0: int, j1: int, n_rows: int) -> Iterator[tuple[int, int]]:
+    """Starts and widths of the column ranges into which a wide tile is cut."""
+    step = max(TILE_PAIRS // n_rows, n_rows)
+    for start in range(j0, j1, step):
+        yield start, min(step, j1 - start)
+
+
+def _outside(n_columns: int, full0: int, full1: int) -> tuple[slice, ...]:
+    full0, full1 = max(full0, 0), min(full1, n_columns)
+    if full0 >= full1:
+        return (slice(0, n_columns),)
+    sides = ((0, full0), (full1, n_columns))
+    return tuple(slice(start, stop) for start, stop in sides if start < stop)
+
+
+class Totals(dict[str, Tensor]):
+    """Sums over the pairs of each anchor, in the sweep's order, added up tile by tile."""
+
+    def __init__(self, n_anchors: int) -> None:
+        self.n_anchors = n_anchors
+
+    def add(
+        self, name: str, tile: Tile, t_ij: Tensor, dtype: torch.dtype, is_log: bool = False
+    ) -> None:
+        """Adds ``Σ_j t_ij``, or ``log Σ_j exp(t_ij)`` to a sum kept as its logarithm."""
+        reduce = torch.logsumexp if is_log else torch.sum
+        if name not in self:
+            start = -torch.inf if is_log else 0.0
+            self[name] = t_ij.new_full((self.n_anchors,), start, dtype=dtype)
+        self._combine(self[name][tile.anchors], reduce(t_ij, dim=2).view(-1), is_log)
+        if tile.mirror < tile.width:
+            of_keys = reduce(t_ij[:, :, tile.mirror :], dim=1)
+            for k, keys in tile.mirrored:
+                self._combine(self[name][keys], of_keys[k], is_log)
+
+    @staticmethod
+    def _combine(total: Tensor, part: Tensor, is_log: bool) -> None:
+        if is_log:
+            torch.logaddexp(total, part, out=total)
+        else:
+            total.add_(part)
+
+
+def similarities(q_i: Tensor, q_j: Tensor, settings: Settings) -> Tensor:
+    """``s_ij`` of unit features [count, N, D] and [count, K, D]."""
+    s_ij = q_i.new_empty(q_i.shape[0], q_i.shape[1], q_j.shape[1])
+    return s_ij.baddbmm_(q_i, q_j.mT, beta=0, alpha=1 / settings.temperature)
+
+
+def window_mask(d_ij: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """``[d_ij ≤ h]``; overwrites ``d_ij``."""
+    return d_ij.le_(settings.window).to(dtype)
+
+
+def negative_weight(
+    d_ij: Tensor, rows_i: Rows, rows_j: Rows, edges: tuple[slice, ...], settings: Settings
+) -> tuple[Tensor, Tensor | None]:
+    """``[j ∈ M_i]``, times ``d_ij`` where ``φ(d) = d``; and ``e·d_ij`` where that is ``log φ``.
+
+    Predictions are compared on the columns ``edges``. Overwrites ``d_ij``.
+    """
+    dtype = rows_i.q.dtype
+    is_exponential = settings.variant.pushing == "exponential"
+    log_phi = d_ij.to(dtype) * settings.push_scale if is_exponential else None
+    h = settings.window
+    weight = torch.threshold_(d_ij, h, 0.0) if settings.scales_by_distance else d_ij.gt_(h)
+    weight = weight.to(dtype)
+    if settings.variant.negatives == "confused":
+        for columns in edges:
+            delta_ij = pair_distance(rows_i.p, rows_j.p[..., columns, :], settings.distance)
+            weight[..., columns].mul_(window_mask(delta_ij, settings, dtype))
+    return weight, log_phi
+
+
+def push(t_ij: Tensor, log_phi: Tensor | None, is_log: bool) -> Tensor:
+    if log_phi is None:
+        return t_ij
+    return t_ij.add_(log_phi) if is_log else t_ij.mul_(log_phi.exp_())
+
+
+def weigh(t_ij: Tensor, weight: Tensor, is_log: bool) -> Tensor:
+    """``weight · t_ij``, or ``log weight + t_ij``; in place."""
+    return t_ij.add_(weight.log()) if is_log else t_ij.mul_(weight)
+
+
+def times_coefficients(t_ij: Tensor, coef_i: Tensor, coef_j: Tensor) -> Tensor:
+    """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c as sign and logarithm [..., N,
+    2].
+    """
+    if coef_i.shape[-1] == 1:
+        return (coef_i + coef_j.mT).mul_(t_ij)
+    of_i = (t_ij + coef_i[..., 1:]).exp_().mul_(coef_i[..., :1])
+    of_j = (t_ij + coef_j[..., 1:].mT).exp_().mul_(coef_j[..., :1].mT)
+    return of_i.add_(of_j)
+
+
+def drop_self(t_ij: Tensor, tile: Tile, fill: float) -> Tensor:
+    """Sets the pair of each anchor with itself to ``fill``; in place."""
+    if tile.has_diagonal:
+        t_ij.diagonal(dim1=1, dim2=2).fill_(fill)
+    return t_ij

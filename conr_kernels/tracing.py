@@ -1,0 +1,25 @@
+"""What ``torch.compile`` has to be told. Imported only while it traces: it loads the compiler."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+from . import distributed
+from .ops import backend_module
+
+
+@torch.compiler.assume_constant_result
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The backend's answer, without tracing its import."""
+    return backend_module(backend).unavailable(device, dtype)
+
+
+def constant(value: float) -> float:
+    """A number that tracing may have made symbolic, as a constant with a guard."""
+    return guard_scalar(value)
+
+
+union_loss = torch.compiler.disable(
+    distributed.union_loss, reason="group= exchanges sizes between processes before it computes"
+)

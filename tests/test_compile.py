@@ -1,0 +1,189 @@
+"""The operators are what PyTorch's compiler, tracers and function transforms expect."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from conr_kernels import ConRLoss, Variant, conr_loss
+from conr_kernels.ops import BACKENDS, backend_module
+from conr_kernels.variants import Settings, resolve_variant
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+SIZES = (5, 33, 64, 257, 700)
+
+
+def fused_backends(device: str) -> list[str]:
+    where = torch.device(device)
+    return [b for b in BACKENDS if backend_module(b).unavailable(where, torch.float32) is None]
+
+
+ON_DEVICES = [pytest.param(d, b, id=f"{d}-{b}") for d in DEVICES for b in fused_backends(d)]
+
+
+def make_rows(n_rows: int, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 20, (n_rows,), generator=g).float()
+    p = y + 2 * torch.randn(n_rows, generator=g)
+    return torch.randn(n_rows, 7, generator=g).to(device), y.to(device), p.to(device)
+
+
+@pytest.mark.parametrize("device, backend", ON_DEVICES)
+@pytest.mark.parametrize("preset, temperature", [("paper", 0.2), ("released-age", 0.07)])
+@pytest.mark.parametrize("n_keys", [0, 6])
+def test_opcheck_of_both_operators(
+    device: str, backend: str, preset: str, temperature: float, n_keys: int
+) -> None:
+    x, y, p = make_rows(9, device=device)
+    y, p = y[:, None], p[:, None]
+    w = torch.linspace(0.5, 2.0, 9, device=device)
+    settings = Settings(1.0, temperature, 0.01, resolve_variant(preset))
+    keys: tuple[Tensor | None, ...] = (None, None, None)
+    if n_keys:
+        key_x, key_y, key_p = make_rows(n_keys, 1, device)
+        keys = tuple(
+            torch.cat(pair) for pair in ((x, key_x), (y, key_y[:, None]), (p, key_p[:, None]))
+        )
+    scalars = (0, *settings.scalars, backend)
+    for features in (x, x.clone().requires_grad_()):
+        torch.library.opcheck(
+            torch.ops.conr_kernels.forward.default, (features, y, p, w, *keys, *scalars)
+        )
+    _, stats, layout = torch.ops.conr_kernels.forward(x, y, p, w, *keys, *scalars)
+    coef_j = None
+    if n_keys:
+        coef_j = torch.cat([stats, stats.new_zeros(n_keys, stats.shape[1])])
+    torch.library.opcheck(
+        torch.ops.conr_kernels.backward.default,
+        (stats, coef_j, layout, x, y, p, *keys, *scalars),
+    )
+
+
+def compiled_sizes(step, compiler: str, sizes: tuple[int, ...]) -> int:
+    """Compiles a step, compares value and gradient with eager for each size; number of
+    compilations.
+    """
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    for n_rows in sizes:
+        gradients = []
+        for function in (step, compiled):
+            x, y, p = make_rows(n_rows, seed=n_rows)
+            x.requires_grad_()
+            loss = function(x, y, p)
+            loss.backward()
+            gradients.append((loss.detach(), x.grad))
+        for eager, got in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-7)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(variant="released-age", temperature=0.05, reduction="sum", window=2.0),
+        dict(variant=Variant(pushing="distance"), backend="torch"),
+    ],
+    ids=lambda options: str(options.get("variant", "default"))[:12],
+)
+def test_compiles_whole_with_at_most_two_recompilations(options: dict) -> None:
+    def step(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        return conr_loss(x, y, p, **options)
+
+    assert compiled_sizes(step, "aot_eager", SIZES) <= 3
+
+
+def test_compiles_with_weights_and_keys() -> None:
+    key_x, key_y, key_p = make_rows(40, seed=77)
+
+    def step(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        return conr_loss(x, y, p, y + 1, keys=(key_x, key_y, key_p), reduction="none").sum()
+
+    assert compiled_sizes(step, "aot_eager", (33, 64, 700)) <= 3
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(7, 12), nn.Linear(12, 1)
+        self.conr = ConRLoss(temperature=0.1)
+
+    def forward(self, x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        features = self.body(x).relu()
+        predictions = self.head(features)[:, 0]
+        regression = nn.functional.l1_loss(predictions, y)
+        return regression + 0.5 * self.conr(features, y, predictions)
+
+
+def test_compiles_inside_a_model_with_a_regression_loss() -> None:
+    torch.manual_seed(0)
+    assert compiled_sizes(Model(), "aot_eager", SIZES) <= 3
+
+
+def test_inductor() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler for the CPU: no g++ here")
+    torch.manual_seed(0)
+    assert compiled_sizes(Model(), "inductor", (33, 64)) <= 2
+
+
+def test_compiled_group_says_why_it_is_not_traced() -> None:
+    torch._dynamo.reset()
+    x, y, p = make_rows(5)
+    loss = ConRLoss(group="a group")
+    step = torch.compile(lambda: loss(x, y, p), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="exchanges sizes between processes"):
+        step()
+
+
+def test_func_grad_equals_autograd() -> None:
+    x, y, p = make_rows(33)
+    got = torch.func.grad(lambda x: conr_loss(x, y, p))(x)
+    x.requires_grad_()
+    conr_loss(x, y, p).backward()
+    assert torch.equal(got, x.grad)
+
+
+def test_second_derivative_names_the_reference_which_has_one() -> None:
+    x, y, p = make_rows(12)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(conr_loss(x, y, p), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.func.grad(lambda x: torch.func.grad(lambda x: conr_loss(x, y, p))(x).sum())(
+            x.detach()
+        )
+    loss = conr_loss(x.double(), y, p, backend="reference")
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), x)
+    assert second.abs().max() > 0
+
+
+def test_vmap_names_the_reference_which_supports_it() -> None:
+    x, y, p = make_rows(12)
+    stacked = torch.stack([x, 2 * x + 1])
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.vmap(lambda x: conr_loss(x, y, p))(stacked)
+    got = torch.vmap(lambda x: conr_loss(x, y, p, backend="reference"))(stacked)
+    expected = torch.stack([conr_loss(x, y, p) for x in stacked])
+    torch.testing.assert_close(got, expected)
+
+
+def test_make_fx_and_export_see_one_operator() -> None:
+    x, y, p = make_rows(9)
+
+    class Loss(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+            return conr_loss(x, y, p)
+
+    program = torch.export.export(Loss(), (x, y, p))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert sum(name.startswith("conr_kernels.forward") for name in names) == 1
+    torch.testing.assert_close(program.module()(x, y, p), conr_loss(x, y, p))
