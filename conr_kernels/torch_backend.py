@@ -74,7 +74,8 @@ def forward(
     norm = row_norms(x)
     if _is_one_tile(x, keys):
         rows = take_rows(x, _inverse(norm), y, p, None, None)
-        sums, layout = one_tile_sums(rows, settings, is_shifted)
+        sums, pairs = one_tile_sums(rows, settings, is_shifted)
+        layout = torch.stack(pairs)
     else:
         sums = row_sums(x, y, p, keys, self_offset, settings, norm, is_shifted)
         layout = norm.new_empty(0)
@@ -95,9 +96,9 @@ def loss_with_gradient(
     norm = row_norms(x)
     inverse = _inverse(norm)
     rows = take_rows(x, inverse, y, p, None, None)
-    sums, kept = one_tile_sums(rows, settings, is_shifted)
+    sums, pairs = one_tile_sums(rows, settings, is_shifted)
     loss, stats = _finish(sums, norm, y, p, w, None, settings, is_shifted)
-    G = _one_tile_gradient(kept, rows.q, stats.to(norm.dtype), settings)
+    G = _one_tile_gradient(*pairs, rows.q, stats.to(norm.dtype), settings)
     count = len(x) if is_mean else 1
     loss = loss.mean() if is_mean else loss.sum()
     return loss.to(norm.dtype), _project(G, rows.q, inverse, settings.temperature * count)
@@ -173,7 +174,8 @@ def backward(
     norm = row_norms(x)
     if _is_one_tile(x, keys):
         q = x * _inverse(norm)
-        G = _one_tile_gradient(layout.view(norm.dtype), q, coef_i, settings)
+        pairs = layout.view(norm.dtype).view(2, len(q), len(q)).unbind()
+        G = _one_tile_gradient(*pairs, q, coef_i, settings)
         return _project(G, q, _inverse(norm), settings.temperature).to(x.dtype)
     G = G_sorted = None
     for sweep, rows_i, rows_j in _sorted_rows(
@@ -297,33 +299,31 @@ def _sorted_rows(
 
 def one_tile_sums(
     rows: Rows, settings: Settings, is_shifted: bool
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The sums of ``row_sums`` from one tile, and the tile's weighted pairs [2, N, N]."""
-    N = len(rows.q)
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """The sums of ``row_sums`` from one tile, and the tile's pairs weighted by either mask."""
     s_ij = similarities(rows.q[None], rows.q[None], settings)[0]
     d_ij = pair_distance(rows.y, rows.y, settings.distance)
-    positive = window_mask(d_ij.clone(), settings, s_ij.dtype).fill_diagonal_(0.0)
-    weight, log_phi = negative_weight(d_ij, rows, rows, EVERY, settings)
+    positive = torch.le(d_ij, settings.window, out=torch.empty_like(s_ij)).fill_diagonal_(0.0)
+    negative, log_phi = negative_weight(d_ij, rows, rows, EVERY, settings)
     # Counts up to 2²⁴ are exact in float32; a sum that converts its terms is several times slower.
-    sums = {"n": positive.sum(1), "m": weight.sign().sum(1)}
+    sums = {"n": positive.sum(1), "m": negative.sign().sum(1)}
     if settings.variant.log == "inside":
         sums["s_sum"] = (s_ij * positive).sum(1)
-    kept = s_ij.new_empty(2, N, N)
-    kept_positive, kept_negative = kept.unbind()
     if is_shifted:
-        torch.add(s_ij, positive.log_(), out=kept_positive)
-        torch.add(push(s_ij, log_phi, True), weight.log_(), out=kept_negative)
-        sums["E"], sums["B"] = kept.logsumexp(2).unbind()
+        positive.log_().add_(s_ij)
+        negative.log_().add_(push(s_ij, log_phi, True))
+        sums["E"], sums["B"] = positive.logsumexp(1), negative.logsumexp(1)
     else:
-        torch.mul(s_ij.exp_(), positive, out=kept_positive)
-        torch.mul(push(s_ij, log_phi, False), weight, out=kept_negative)
-        sums["E"], sums["B"] = kept.sum(2).unbind()
-    return sums, kept
+        positive.mul_(s_ij.exp_())
+        negative.mul_(push(s_ij, log_phi, False))
+        sums["E"], sums["B"] = positive.sum(1), negative.sum(1)
+    return sums, (positive, negative)
 
 
-def _one_tile_gradient(kept: Tensor, q: Tensor, coef: Tensor, settings: Settings) -> Tensor:
-    """``τ ∂L/∂q_i`` [N, D] from the kept pairs."""
-    positive, negative = kept.view(2, len(q), len(q)).unbind()
+def _one_tile_gradient(
+    positive: Tensor, negative: Tensor, q: Tensor, coef: Tensor, settings: Settings
+) -> Tensor:
+    """``τ ∂L/∂q_i`` [N, D] from the weighted pairs."""
     H_ij = times_coefficients(positive, coef[:, 0::3], coef[:, 0::3])
     H_ij += times_coefficients(negative, coef[:, 2::2], coef[:, 2::2])
     if settings.variant.log == "inside":
