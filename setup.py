@@ -120,6 +120,10 @@ class BuildExtension(build_ext):
         names = [f"sm_{arch}" for arch in archs]
         write_record(output.parent, built=True, why="", abi=ABI, architectures=names)
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        shutil.copy(Path(self.build_lib) / "conr_kernels" / RECORD, ROOT / "conr_kernels")
+
 
 if __name__ == "__main__":
     setup(

@@ -98,8 +98,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     problem = _load()
     if problem is None:
         return None
+    why = build_record()["why"]
     return (
-        f"{problem}: {build_record().get('why', '')}; reinstall from source with nvcc on PATH and "
+        f"{problem}{f' ({why})' if why else ''}; reinstall from source with nvcc on PATH by "
         '`pip install --no-build-isolation .`, or use backend="triton" or "torch"'
     )
 
