@@ -64,7 +64,7 @@ def main() -> None:
         ("chunk", 512, "rows that the encoder sees at a time"),
         ("steps", 5, "training steps"),
         ("width", 256, "width of the encoder"),
-        ("depth", 6, "hidden layers of the encoder"),
+        ("depth", 8, "hidden layers of the encoder"),
         ("features", 32, "dimension of the features"),
         ("inputs", 16, "dimension of the inputs"),
         ("bank", 0, "rows of a memory bank that serve as further keys"),
