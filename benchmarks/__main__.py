@@ -31,7 +31,7 @@ def cases(device: str, largest: int) -> Iterable[tuple[int, str, list[Step]]]:
     for n, labels in sizes:
         names = [t.name for t in providers(device) if n <= t.largest]
         if n in PRODUCT_SIZES and labels == "agedb":
-            names.append("q @ q.T")
+            names.append(report.PRODUCT)
         yield n, labels, [Step(name, n, labels, device) for name in names]
 
 
@@ -100,9 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     print(report.table(found))
     print(
-        "\ntime: median of one forward+backward step; memory: peak above what was there before it; "
-        "faster, smaller: eager's over this;\ndifference: largest error of a row loss against the "
-        "float64 reference, over the largest row loss\n"
+        "\ntime: median of one forward+backward step; memory: its peak above what was there;\n"
+        "speed, saving: eager's time, memory over this; difference: largest error\n"
+        "of a row loss against the float64 reference, over the largest row loss\n"
     )
     print(report.summary(found))
     print(f"\n{options.output}/{name}.csv, {name}.png; {time.perf_counter() - start:.0f} s in all")

@@ -35,7 +35,7 @@ class Step:
     def prepare(self) -> Callable[[], object]:
         batch = make_batch(self.n, labels=self.labels, device=self.device)
         if self.provider == "q @ q.T":
-            return lambda: product(batch)
+            return product(batch)
         (provider,) = [t for t in providers(self.device) if t.name == self.provider]
         return lambda: provider.step(batch)
 
@@ -97,15 +97,16 @@ def _first_step_gpu(step: Step) -> tuple[float, int]:
 
 
 def times(steps: list[Step], budget_s: float = 1.0) -> dict[Step, list[float]]:
-    """Seconds of repeated steps, in turns, so that a change of the machine's pace meets all."""
+    """Seconds of repeated steps, in rotating turns: a change of the machine's pace meets all."""
     runs = {step: step.prepare() for step in steps}
     found: dict[Step, list[float]] = {step: [] for step in steps}
     for run in runs.values():
         run()
     start = time.perf_counter()
     for n_rounds in range(1, 101):
-        for step, run in runs.items():
-            found[step].append(_seconds(run, step.device))
+        turn = n_rounds % max(len(steps), 1)
+        for step in steps[turn:] + steps[:turn]:
+            found[step].append(_seconds(runs[step], step.device))
         if n_rounds >= 3 and time.perf_counter() - start > budget_s:
             break
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend without a display)
+from matplotlib import pyplot as plt  # noqa: E402  (a backend without a display comes first)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 
@@ -16,10 +16,9 @@ from . import report, rows  # noqa: E402
 from .providers import BASELINE  # noqa: E402
 
 GREY, DARK = "#8a8f98", "#30343b"
-COLORS = {BASELINE: "#c8553d", "eager, row loop": "#e6a57e", "q @ q.T": GREY}
+COLORS = {BASELINE: "#c8553d", "eager, row loop": "#e6a57e", report.PRODUCT: GREY}
 FUSED_COLORS = ("#1f6f8b", "#3a9d6e", "#7b4ea3")
 KERNEL = "conr paper, AgeDB"
-SMALLEST_MEMORY = 2**20
 
 
 def picture(found: list[rows.Row], path: Path) -> None:
@@ -44,7 +43,7 @@ def picture(found: list[rows.Row], path: Path) -> None:
         figure.text(
             0.01,
             -0.035,
-            f"{first.device}, {first.threads} threads, torch {first.torch}",
+            f"{first.device}, {first.threads} thread(s), torch {first.torch}",
             color=GREY,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +54,12 @@ def picture(found: list[rows.Row], path: Path) -> None:
 def _panel(axes: Axes, found: list[rows.Row], metric: str, title: str, colors: dict) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in found:
-        if row.metric == metric and not (metric == "memory" and row.provider == "q @ q.T"):
-            value = max(row.value, SMALLEST_MEMORY) if metric == "memory" else row.value
-            lines.setdefault(row.provider, []).append((row.size, value))
+        if metric == "memory" and (
+            row.provider == report.PRODUCT or row.value < report.SMALLEST_MEMORY
+        ):
+            continue
+        if row.metric == metric:
+            lines.setdefault(row.provider, []).append((row.size, row.value))
     for provider, points in lines.items():
         sizes, values = zip(*points, strict=True)
         is_fused = provider.startswith("conr_kernels")
@@ -66,31 +68,34 @@ def _panel(axes: Axes, found: list[rows.Row], metric: str, title: str, colors: d
             values,
             color=colors[provider],
             linewidth=3 if is_fused else 2,
-            linestyle="none" if provider == "q @ q.T" else "-",
-            marker="D" if provider == "q @ q.T" else "o",
+            linestyle="none" if provider == report.PRODUCT else "-",
+            marker="D" if provider == report.PRODUCT else "o",
             markersize=5.5,
-            label=f"{provider} (forward only)" if provider == "q @ q.T" else provider,
+            label=f"{provider} (forward only)" if provider == report.PRODUCT else provider,
             zorder=3 if is_fused else 2,
         )
     _annotate(axes, lines, metric)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     sizes = sorted({row.size for row in found})
+    axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
     axes.set_xticks(sizes, [f"{n:,}" if n < 1024 else f"{n // 1024}k" for n in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())
     text = _seconds if metric == "time" else _bytes
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     if metric == "memory":
-        top = max(value for points in lines.values() for _, value in points)
+        top = max((value for points in lines.values() for _, value in points), default=2**30)
         ticks = [2.0**k for k in range(20, 41, 2) if 2**k <= 2 * top]
         axes.set_yticks(ticks)
+        axes.set_ylim(bottom=report.SMALLEST_MEMORY)
     axes.set_xlabel("rows in the batch, N")
     axes.set_title(title, loc="left", fontsize=13)
     axes.grid(True, color="#e4e6ea", linewidth=0.8)
     axes.tick_params(color=GREY, labelcolor=DARK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
+    if lines:
+        axes.legend(frameon=False, loc="upper left")
 
 
 def _annotate(axes: Axes, lines: dict[str, list[tuple[int, float]]], metric: str) -> None:

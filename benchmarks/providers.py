@@ -85,11 +85,10 @@ def package_row_losses(backend: str) -> Callable[[Batch], Tensor]:
     return row_losses
 
 
-def product(batch: Batch) -> Tensor:
+def product(batch: Batch) -> Callable[[], Tensor]:
     """``q @ q.T``, the one matrix product that every N×N formulation starts with."""
-    with torch.no_grad():
-        q = F.normalize(batch.x, dim=1)
-        return q @ q.T
+    q = F.normalize(batch.x.detach(), dim=1)
+    return lambda: q @ q.T
 
 
 def providers(device: str) -> list[Provider]:

@@ -1,6 +1,6 @@
 """Rows as a table and as the few sentences that matter.
 
-``python -m benchmarks.report FILE.csv`` prints the README's table.
+``python -m benchmarks.report FILE.csv [README.md]`` prints the README's table, or writes it there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from .providers import BASELINE
 from .rows import Row, read
 
 Key = tuple[str, int, str]
+PRODUCT = "q @ q.T"
+#: Smaller growth says nothing: it depends on what the allocator happens to have left over.
+SMALLEST_MEMORY = 2**20
 
 
 def by_case(rows: list[Row]) -> dict[Key, dict[str, float]]:
@@ -38,7 +41,7 @@ def table(rows: list[Row]) -> str:
     """One line per kernel, N and provider; ratios are eager's value over the line's."""
     lines = [
         f"{'kernel':<25}{'N':>7}  {'provider':<21}{'time':>11}{'memory':>12}"
-        f"{'faster':>9}{'smaller':>9}{'difference':>12}"
+        f"{'speed':>9}{'saving':>9}{'difference':>12}"
     ]
     cases = by_case(rows)
     previous = None
@@ -46,9 +49,9 @@ def table(rows: list[Row]) -> str:
         base = cases.get((kernel, size, BASELINE), {})
         ratios = [
             ratio_text(base[metric] / metrics[metric])
-            if provider != BASELINE and metrics.get(metric) and base.get(metric)
+            if provider not in (BASELINE, PRODUCT) and metric in base and metrics[metric] >= least
             else ""
-            for metric in ("time", "memory")
+            for metric, least in (("time", 0.0), ("memory", SMALLEST_MEMORY))
         ]
         if previous not in (None, (kernel, size)):
             lines.append("")
@@ -70,8 +73,8 @@ def summary(rows: list[Row], features: int = 128) -> str:
             continue
         notes = []
         if base := cases.get((kernel, size, BASELINE)):
-            notes.append(f"{ratio_text(base['time'] / metrics['time'])} faster than eager")
-        if bare := cases.get((kernel, size, "q @ q.T")):
+            notes.append(f"{ratio_text(base['time'] / metrics['time'])} the speed of eager")
+        if bare := cases.get((kernel, size, PRODUCT)):
             notes.append(f"{metrics['time'] / bare['time']:.2f} of the time of q @ q.T alone")
         if size == 65_536:
             share = metrics["memory"] / (4 * size * features)
@@ -88,7 +91,7 @@ def markdown(rows: list[Row]) -> str:
     """Eager against each fused backend, one line per N and backend."""
     cases = by_case(rows)
     lines = [
-        "| labels, N | eager | | conr_kernels | | faster | less memory |",
+        "| labels, N | eager | | conr_kernels | | speed | memory saved |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (kernel, size, provider), metrics in cases.items():
@@ -99,7 +102,10 @@ def markdown(rows: list[Row]) -> str:
         if base:
             eager = [seconds_text(base["time"]), bytes_text(base["memory"])]
             ratios = [
-                ratio_text(base[t] / metrics[t]) if metrics[t] else "" for t in ("time", "memory")
+                ratio_text(base["time"] / metrics["time"]),
+                ratio_text(base["memory"] / metrics["memory"])
+                if metrics["memory"] >= SMALLEST_MEMORY
+                else "",
             ]
         backend = provider.removeprefix("conr_kernels ").strip("()")
         ours = [f"{seconds_text(metrics['time'])} ({backend})", bytes_text(metrics["memory"])]
@@ -113,3 +119,10 @@ if __name__ == "__main__":
     print(markdown(found))
     print()
     print(summary(found))
+    for name in sys.argv[2:]:
+        readme = Path(name)
+        text = readme.read_text(encoding="utf-8")
+        start, end = text.index("<!-- figures"), text.index("<!-- end of figures")
+        start = text.index("-->", start) + len("-->")
+        filled = f"{text[:start]}\n\n{markdown(found)}\n\n{text[end:]}"
+        readme.write_text(filled, encoding="utf-8")

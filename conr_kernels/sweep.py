@@ -64,20 +64,14 @@ def banded_sweep(
     """
     is_symmetric = y_j is None
     y_j = y_i if y_j is None else y_j
-    n_components = y_i.shape[1]
-    component, reach = 0, float(window)
-    if n_components > 1:
-        # |Δ_c| ≤ L·d (mae), √L·d (rmse) for every component c; the margin covers d's rounding.
-        component = int((y_j.amax(0) - y_j.amin(0)).nan_to_num(0.0).argmax()) if len(y_j) else 0
-        reach *= n_components if distance == "mae" else n_components**0.5
-        reach += abs(reach) * 1e-5
-    sorted_j, key_order = y_j[:, component].sort(stable=True)
+    component, reach = sort_reach(y_j, window, distance)
+    sorted_j, key_order = y_j.index_select(1, component)[:, 0].sort(stable=True)
     if is_symmetric:
         anchor_order, sorted_i = key_order, sorted_j
     else:
-        sorted_i, anchor_order = y_i[:, component].sort(stable=True)
+        sorted_i, anchor_order = y_i.index_select(1, component)[:, 0].sort(stable=True)
     lo, hi = bands(sorted_i, sorted_j, reach)
-    is_exact = n_components == 1
+    is_exact = y_i.shape[1] == 1
     return Sweep(
         serves,
         anchor_order,
@@ -89,6 +83,21 @@ def banded_sweep(
         n_anchors=len(y_i),
         n_keys=len(y_j),
     )
+
+
+def sort_reach(y_j: Tensor, window: float, distance: str) -> tuple[Tensor, float]:
+    """The component to sort by, int64 [1] on the labels' device, and how far a band reaches in
+    it.
+    """
+    n_components = y_j.shape[1]
+    component = torch.zeros(1, dtype=torch.int64, device=y_j.device)
+    if n_components == 1 or len(y_j) == 0:
+        return component, float(window)
+    # |Δ_c| ≤ L·d (mae), √L·d (rmse) for every component c; the margin covers d's rounding, down to
+    # squares that underflow.
+    reach = window * (n_components if distance == "mae" else n_components**0.5)
+    spread = (y_j.amax(0) - y_j.amin(0)).nan_to_num(0.0)
+    return spread.argmax().reshape(1), reach * (1 + 1e-5) + 1e-18
 
 
 def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Tensor]:

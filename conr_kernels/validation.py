@@ -39,12 +39,16 @@ def check_scalars(window: float, temperature: float, push_scale: float) -> None:
         raise ValueError(f"push_scale must be finite, got {push_scale}")
 
 
+def check_dense(name: str, t: Tensor) -> None:
+    if t.is_nested or t.layout != torch.strided:
+        kind = "nested" if t.is_nested else str(t.layout)
+        raise TypeError(f"{name} must be a dense (strided) Tensor, got a {kind} one")
+
+
 def check_features(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor of floating dtype, got {type(x).__name__}")
-    if x.is_nested or x.layout != torch.strided:
-        kind = "nested" if x.is_nested else str(x.layout)
-        raise TypeError(f"{name} must be a dense (strided) Tensor, got a {kind} one")
+    check_dense(name, x)
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         raise TypeError(
             f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}"
@@ -59,8 +63,7 @@ def check_labels(name: str, y: Any, n_rows: int, rows_of: str) -> None:
         raise TypeError(f"{name} must be a Tensor of real dtype, got {type(y).__name__}")
     if y.dtype == torch.bool or y.dtype.is_complex:
         raise TypeError(f"{name} must have a floating or integer dtype, got {y.dtype}")
-    if y.is_nested or y.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) Tensor, got {y.layout}")
+    check_dense(name, y)
     if y.dim() not in (1, 2) or y.shape[0] != n_rows or (y.dim() == 2 and y.shape[1] == 0):
         raise ValueError(
             f"{name} must have shape (N,), (N, 1) or (N, L) with N = {n_rows} as in {rows_of}, "
@@ -87,6 +90,7 @@ def check_weights(w: Any, x: Tensor) -> None:
         raise TypeError(f"weights must be a Tensor, a number or None, got {type(w).__name__}")
     if w.dtype == torch.bool or w.dtype.is_complex:
         raise TypeError(f"weights must have a floating or integer dtype, got {w.dtype}")
+    check_dense("weights", w)
     if w.dim() != 0 and w.shape not in ((x.shape[0],), (x.shape[0], 1)):
         raise ValueError(
             f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in features "
@@ -98,7 +102,7 @@ def check_devices(tensors: dict[str, Any]) -> None:
     devices = {name: t.device for name, t in tensors.items() if isinstance(t, Tensor)}
     # A 0-d weight on the CPU is a scalar, as everywhere in PyTorch.
     weight = tensors.get("weights")
-    if isinstance(weight, Tensor) and weight.dim() == 0:
+    if isinstance(weight, Tensor) and weight.dim() == 0 and weight.device.type == "cpu":
         del devices["weights"]
     if len(set(devices.values())) > 1:
         listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -161,9 +165,7 @@ def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
     for name, t in named.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if t.is_nested or t.layout != torch.strided:
-            kind = "nested" if t.is_nested else str(t.layout)
-            raise TypeError(f"{name} must be a dense (strided) Tensor, got a {kind} one")
+        check_dense(name, t)
         if t.dtype == torch.bool or t.dtype.is_complex:
             raise TypeError(f"{name} must have a floating or integer dtype, got {t.dtype}")
         if t.dim() == 0 or 0 in t.shape[1:]:

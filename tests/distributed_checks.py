@@ -38,7 +38,9 @@ def part(rows: list[Tensor], sizes: list[int], rank: int) -> list[Tensor]:
 
 
 def check_union(group: dist.ProcessGroup) -> str:
-    """Values and gradients are the union's, whatever the sizes, reduction, keys, backend and variant."""
+    """Values and gradients are the union's, whatever the sizes, reduction, keys, backend and
+    variant.
+    """
     rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
     cases = [
         (sizes, keys, reduction, backend, options)
@@ -306,7 +308,9 @@ def objective(features: Tensor, predictions: Tensor, y: Tensor, group: object) -
 
 
 def check_ddp_training(group: dist.ProcessGroup) -> str:
-    """Ranks with DDP train as one process with the union batch, with and without a gradient cache."""
+    """Ranks with DDP train as one process with the union batch, with and without a gradient
+    cache.
+    """
     rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
     n = 24 // n_ranks
     g = torch.Generator().manual_seed(1)

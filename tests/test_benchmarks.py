@@ -108,4 +108,4 @@ def test_table_ratios_are_eager_over_ours():
     ]
     line = report.table(found).splitlines()[-1]
     assert "80.00 ms" in line and "32.0 MiB" in line and " 50×" in line and " 64×" in line
-    assert "50× faster than eager" in report.summary(found)
+    assert "50× the speed of eager" in report.summary(found)

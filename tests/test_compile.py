@@ -64,7 +64,9 @@ def test_opcheck_of_both_operators(
 
 
 def compiled_sizes(step, compiler: str, sizes: tuple[int, ...]) -> int:
-    """Compiles a step, compares value and gradient with eager for each size; number of compilations."""
+    """Compiles a step, compares value and gradient with eager for each size; number of
+    compilations.
+    """
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)

@@ -1,4 +1,6 @@
-"""``group=``: the loss of the union of all ranks' rows, its gradient, its traffic and its errors."""
+"""``group=``: the loss of the union of all ranks' rows, its gradient, its traffic and its
+errors.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_example_runs_and_gives_a_gradient(number):
 def test_there_are_examples_and_the_files_that_are_named_exist():
     text = README.read_text(encoding="utf-8")
     assert len(EXAMPLES) >= 2
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+    for target in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (README.parent / target).exists(), target
 
 

@@ -1,0 +1,169 @@
+"""The torch backend against the float64 reference, in each of its regimes."""
+
+import pytest
+import torch
+
+from conr_kernels import conr_loss, reference, torch_backend, torch_tiles
+from conr_kernels.rows import scale_statistics
+from conr_kernels.variants import PRESETS, Settings
+
+from .cases import structured_cases
+
+
+@pytest.fixture(params=["one tile", "bands", "all pairs", "small tiles"])
+def regime(request, monkeypatch):
+    """Forces a regime at any size; small tiles cut the bands and the chunks everywhere."""
+    if request.param != "one tile":
+        monkeypatch.setattr(torch_backend, "KEPT_ROWS", 0)
+        monkeypatch.setattr(
+            torch_backend, "DENSE_SHARE", -1.0 if request.param == "all pairs" else 9.0
+        )
+    if request.param in ("all pairs", "small tiles"):
+        monkeypatch.setattr(torch_tiles, "BLOCK_I", 8)
+        monkeypatch.setattr(torch_tiles, "TILE_PAIRS", 1000)
+    return request.param
+
+
+def fused(case, dtype, g):
+    """Row losses and gradient of the torch backend, with the features in the given dtype."""
+    x, y, p, w = case.x.to(dtype), case.y, case.p, case.w.to(dtype)
+    loss, stats, layout = torch_backend.forward(x, y, p, w, None, 0, case.settings)
+    coef = scale_statistics(stats, g.to(dtype))
+    return loss, torch_backend.backward(coef, None, layout, x, y, p, None, 0, case.settings)
+
+
+def oracle(case, dtype, g):
+    """The reference computed in ``dtype`` on the features as they round to float32."""
+    x = case.x.float().to(dtype).requires_grad_()
+    w = case.w.float().to(dtype)
+    loss = reference.row_losses(x, case.y, case.p, w, None, 0, case.settings)
+    (gradient,) = torch.autograd.grad(loss, x, g.to(dtype))
+    return loss.detach(), gradient
+
+
+def largest_term(case):
+    """Of a row loss: its parts are logarithms of sums of exponentials up to ``1/τ + e·d``."""
+    s = case.settings
+    spread = float(case.y.max() - case.y.min())
+    return 1 / s.temperature + s.push_scale * spread + 10
+
+
+def test_float32_is_within_three_times_the_error_of_eager_on_structured_cases(regime):
+    """Loss and gradient: error ≤ 3× careful eager's + 1e-6 of the largest term; 320 cases."""
+    count = 320 if regime in ("one tile", "bands") else 80
+    for case in structured_cases(count):
+        g = torch.rand(len(case.x), generator=torch.Generator().manual_seed(9)).double() + 0.5
+        exact_loss, exact_gradient = oracle(case, torch.float64, g)
+        eager_loss, eager_gradient = oracle(case, torch.float32, g)
+        loss, gradient = fused(case, torch.float32, g)
+        assert torch.isfinite(loss).all() and torch.isfinite(gradient).all(), case.name
+
+        def error(t, exact):
+            return (t.double() - exact).abs().max().item()
+
+        allowed = 3 * error(eager_loss, exact_loss) + 1e-6 * largest_term(case)
+        assert error(loss, exact_loss) <= allowed, case.name
+        # Gradients of a row are sums of terms of size up to |g|·(rate of s) = 1/(τ‖x‖).
+        norms = case.x.norm(dim=1)
+        steepest = (
+            1 / (case.settings.temperature * norms[norms > 0].min()).item() if norms.any() else 0
+        )
+        if case.settings.variant.weighted_rows:
+            steepest *= case.w.max().item()
+        allowed = 3 * error(eager_gradient, exact_gradient) + 1e-6 * 2 * steepest
+        assert error(gradient, exact_gradient) <= allowed, case.name
+
+
+def test_float64_equals_the_reference_to_rounding(regime):
+    for case in structured_cases(84, seed=1000):
+        g = torch.randn(len(case.x), generator=torch.Generator().manual_seed(3)).double()
+        x = case.x.clone().requires_grad_()
+        exact = reference.row_losses(x, case.y, case.p, case.w, None, 0, case.settings)
+        (exact_gradient,) = torch.autograd.grad(exact, x, g)
+        loss, gradient = fused(case, torch.float64, g)
+        torch.testing.assert_close(loss, exact, rtol=1e-11, atol=1e-11, msg=case.name)
+        scale = max(exact_gradient.abs().max().item(), 1.0)
+        assert (gradient - exact_gradient).abs().max().item() <= 1e-9 * scale, case.name
+
+
+def test_anchors_among_further_keys_equal_rows_of_one_batch(regime):
+    for case in structured_cases(70, seed=2000):
+        x, y, p, w = case.inputs
+        g = torch.rand(len(x), generator=torch.Generator().manual_seed(3)).double()
+        loss, stats, layout = torch_backend.forward(x, y, p, w, None, 0, case.settings)
+        coef = scale_statistics(stats, g)
+        gradient = torch_backend.backward(coef, None, layout, x, y, p, None, 0, case.settings)
+        first, last = len(x) // 3, len(x) - len(x) // 4
+        rows = slice(first, last)
+        anchors, keys = (x[rows], y[rows], p[rows]), (x, y, p)
+        part, part_stats, layout = torch_backend.forward(
+            *anchors, w[rows], keys, first, case.settings
+        )
+        torch.testing.assert_close(part, loss[rows], rtol=1e-11, atol=1e-11, msg=case.name)
+        torch.testing.assert_close(part_stats, stats[rows], rtol=1e-9, atol=1e-9, msg=case.name)
+        part_gradient = torch_backend.backward(
+            coef[rows], coef, layout, *anchors, keys, first, case.settings
+        )
+        scale = max(gradient.abs().max().item(), 1.0)
+        assert (part_gradient - gradient[rows]).abs().max() <= 1e-9 * scale, case.name
+
+
+def counts(x, y, p, settings):
+    norm = torch_backend.row_norms(x)
+    if torch_backend._is_one_tile(x, None):
+        rows = torch_tiles.take_rows(x, 1 / norm, y, p, None, None)
+        sums, _ = torch_backend.one_tile_sums(rows, settings, False)
+    else:
+        sums = torch_backend.row_sums(x, y, p, None, 0, settings, norm, False)
+    return sums["n"].tolist(), sums["m"].tolist()
+
+
+def test_counts_equal_the_reference_as_integers_on_decimal_grids_with_ties(regime):
+    """``n_i`` and ``m_i`` decide what is an anchor: 320 batches full of ties at the window."""
+    for seed in range(320):
+        generator = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(1, 160, (), generator=generator))
+        n_components = 1 + (seed % 4 == 3)
+        step, h = [(0.1, 0.2), (0.1, 0.3), (0.01, 0.07), (0.7, 1.4), (1.0, 1.0)][seed % 5]
+        offset = [0.0, -2.0, 100.0][seed % 3]
+        shape = (n, n_components)
+        y = torch.randint(0, 25, shape, generator=generator).float() * step + offset
+        p = torch.randint(0, 25, shape, generator=generator).float() * step + offset
+        settings = Settings(h, 0.2, 0.01, PRESETS["paper"], ("mae", "rmse")[seed % 2])
+        x = torch.randn(n, 3, generator=generator)
+        _, positive, negative = reference.masks(y, p, y, p, 0, settings)
+        n_i, m_i = counts(x, y, p, settings)
+        assert n_i == positive.sum(1).tolist(), f"seed {seed}"
+        assert m_i == negative.sum(1).tolist(), f"seed {seed}"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("temperature", [0.2, 0.02])
+def test_gradcheck_of_every_preset(preset, temperature, regime):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([1.0, 1.0, 2.0, 5.0, 5.0, 9.0, 1.5, 5.0, 1.0])
+    p = torch.tensor([1.0, 5.0, 4.5, 1.2, 5.0, 5.0, 0.5, 1.0, 2.0])
+    w = torch.rand(9, generator=generator, dtype=torch.float64)
+
+    def loss(x):
+        return conr_loss(
+            x, y, p, w, temperature=temperature, push_scale=0.1, variant=preset,
+            reduction="none", backend="torch",
+        )  # fmt: skip
+
+    assert (loss(x) != 0).sum() >= 5
+    assert torch.autograd.gradcheck(loss, x)
+
+
+def test_no_tile_holds_more_pairs_than_its_bound():
+    """Whatever the bands: memory is O(N·D) and one tile."""
+    generator = torch.Generator().manual_seed(0)
+    for n, spread in ((2000, 1e-3), (3000, 100.0), (5000, 2.0)):
+        y = spread * torch.rand(n, 1, generator=generator)
+        for key_y in (None, torch.cat([y[:500], y])):
+            sweep = torch_backend.banded_sweep("positives", y, key_y, 1.0, "mae")
+            n_keys = None if key_y is None else len(key_y)
+            everything = torch_backend.dense_sweep(n, n_keys, y.device)
+            for tiles in (torch_tiles.make_tiles(sweep), torch_tiles.make_tiles(everything)):
+                assert max(t.count * t.rows * t.width for t in tiles) <= torch_tiles.TILE_PAIRS
