@@ -48,7 +48,7 @@ CONR_HD float absolute_difference(float a, float b) {
 // d_ij of label rows with L > 1 components, added one after another in their order.
 CONR_HD float label_distance(const float* y_i, const float* y_j, int64_t n_components, bool rmse) {
   float total = 0.0f;
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
   for (int64_t c = 0; c < n_components; ++c) {
