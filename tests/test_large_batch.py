@@ -1,4 +1,4 @@
-"""Memory bank and gradient cache: more keys than a batch, and a batch larger than the encoder's memory."""
+"""Memory bank and gradient cache: more keys than a batch, batches beyond the encoder's memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_bank_is_in_the_state_dict_and_goes_on_where_it_was() -> None:
     for one in (bank, loaded):
         one.push(*make_rows(4, 1))
     assert len(loaded) == 6
-    assert all(torch.equal(a, b) for a, b in zip(bank.keys(), loaded.keys(), strict=True))
+    held, held_too = bank.keys(), loaded.keys()
+    assert all(torch.equal(a, b) for a, b in zip(held, held_too, strict=True))
 
 
 def test_bank_changes_the_features_dtype_and_not_the_labels() -> None:
@@ -62,8 +63,9 @@ def test_bank_changes_the_features_dtype_and_not_the_labels() -> None:
     y = y.double() + 1e-9
     bank.push(x, y, p)
     bank.to(torch.bfloat16)
-    assert [t.dtype for t in bank.keys()] == [torch.bfloat16, torch.float64, torch.float64]
-    assert torch.equal(bank.keys()[1], y)
+    held = bank.keys()
+    assert [t.dtype for t in held] == [torch.bfloat16, torch.float64, torch.float64]
+    assert torch.equal(held[1], y)
     assert bank.keys(torch.float32)[0].dtype == torch.float32
     bank.push(x.half().requires_grad_(), y, p)
     assert not bank.features.requires_grad
@@ -87,7 +89,7 @@ def test_bank_takes_labels_as_vectors_and_refuses_other_shapes() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_loss_with_a_bank_is_the_loss_against_batch_and_bank(backend: str) -> None:
-    """Rows of the batch are rows of one larger batch; the bank's rows have no loss and no gradient."""
+    """Rows of the batch are rows of one larger batch; the bank's have no loss and no gradient."""
     bank = MemoryBank(30, 4)
     x, y, p = make_rows(20, 5)
     for step in range(4):  # at first an empty bank
