@@ -292,8 +292,8 @@ def _one_tile_gradient(kept: Tensor, q: Tensor, coef: Tensor, settings: Settings
     H_ij = times_coefficients(positive, coef[:, 0::3], coef[:, 0::3])
     H_ij += times_coefficients(negative, coef[:, 2::2], coef[:, 2::2])
     if settings.variant.log == "inside":
-        mask = positive if coef.shape[1] == 3 else positive.exp()
-        H_ij -= mask.sign().mul_(coef[:, 1:2] + coef[:, 1])
+        absent = 0.0 if coef.shape[1] == 3 else -torch.inf
+        H_ij -= (positive > absent).to(q.dtype).mul_(coef[:, 1:2] + coef[:, 1])
     return H_ij @ q
 
 
