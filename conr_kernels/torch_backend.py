@@ -184,9 +184,10 @@ def _project(G: Tensor, q: Tensor, inverse: Tensor, temperature: float) -> Tenso
 
 def _poison(norm: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | None) -> Tensor:
     """0 for each row [N] with finite inputs, else NaN; NaN everywhere if a key is not finite."""
+    y, p = y * 0, p * 0  # before the sum, which might overflow
     if y.shape[1] > 1:
         y, p = y.sum(dim=1, keepdim=True), p.sum(dim=1, keepdim=True)
-    total = (norm + y + p).mul_(0)[:, 0]
+    total = (norm * 0 + y + p)[:, 0]
     if w is not None:
         total = total + w * 0
     return total if keys is None else total + not_finite(*keys)
