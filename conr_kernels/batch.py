@@ -112,5 +112,8 @@ def _labels(y: Tensor) -> Tensor:
 def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
     if w is None:
         return None
-    w = torch.as_tensor(w).detach().to(device=x.device, dtype=accumulation_dtype(x))
+    dtype = accumulation_dtype(x)
+    if not isinstance(w, Tensor):
+        return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
+    w = w.detach().to(device=x.device, dtype=dtype)
     return w.reshape(-1).expand(x.shape[0]).contiguous()
