@@ -94,7 +94,7 @@ def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: in
         if keys is not None:
             keys = (keys[0].to(dtype), *keys[1:])
         return reference.row_losses(
-            x.to(dtype), batch.y, batch.p, batch.w, keys, self_offset, batch.settings
+            x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset, batch.settings
         )
 
 

@@ -70,6 +70,7 @@ def forward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py) and the layout (see ``layout_size``)."""
+    x = x.contiguous()  # results keep a transposed layout, and products its rounding
     is_shifted = _is_shifted(y, keys, settings)
     norm = row_norms(x)
     if _is_one_tile(x, keys):
@@ -135,6 +136,7 @@ def backward(
     if coef_i.shape[1] == 5 and not _is_shifted(y, keys, settings):
         coef_i = collapse_statistics(coef_i)
         coef_j = None if coef_j is None else collapse_statistics(coef_j)
+    x = x.contiguous()
     norm = row_norms(x)
     if _is_one_tile(x, keys):
         q = x * _inverse(norm)
