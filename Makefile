@@ -3,13 +3,16 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: test lint bench clean
+# Where make gpu puts its rows.
+OUT ?= out/gpu
+
+.PHONY: test lint bench static gpu clean
 
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet torch==2.13.0
-	$(PYTHON) -m pip install --quiet numpy triton==3.6.0 pytest pytest-benchmark matplotlib tqdm ruff
+	$(PYTHON) -m pip install --quiet 'numpy<2.4' triton==3.6.0 pytest pytest-benchmark matplotlib tqdm ruff
 	touch $(READY)
 
 test: $(READY) lint
@@ -21,6 +24,12 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m benchmarks
+
+static: $(READY)
+	$(PYTHON) -m benchmarks.static
+
+gpu:
+	python3 -m benchmarks.gpu --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .variants import Settings
 
 Keys = tuple[Tensor, Tensor, Tensor]
 
-LIBRARY = "_conr_cuda.so"
+LIBRARY = "_conr_cuda.dll" if os.name == "nt" else "_conr_cuda.so"
 #: Up to this many pairs one sweep over all of them is faster than two sorts.
 DENSE_PAIRS = 1024 * 1024
 #: Where the bands hold more than this share of all pairs, one sweep serves both masks.
@@ -79,11 +80,11 @@ def describe() -> str:
     """The extension in one line: built or not and why, ABI target, architectures."""
     record = build_record()
     if not record["built"]:
-        return f"CUDA extension: not built ({record['why']})"
+        return f"extension not built ({record['why']})"
     problem = _load()
     state = "loaded" if problem is None else problem
     architectures = ", ".join(record["architectures"])
-    return f"CUDA extension: built for {architectures}, PyTorch stable ABI {record['abi']}; {state}"
+    return f"extension built for {architectures}, PyTorch stable ABI {record['abi']}; {state}"
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -48,7 +48,9 @@ CONR_HD float absolute_difference(float a, float b) {
 // d_ij of label rows with L > 1 components, added one after another in their order.
 CONR_HD float label_distance(const float* y_i, const float* y_j, int64_t n_components, bool rmse) {
   float total = 0.0f;
+#ifdef __CUDA_ARCH__
 #pragma unroll 1
+#endif
   for (int64_t c = 0; c < n_components; ++c) {
     const float difference = absolute_difference(y_i[c], y_j[c]);
     total = total + (rmse ? multiply_exactly_rounded(difference, difference) : difference);
@@ -178,7 +180,7 @@ struct RowSums {
 CONR_HD void finish_row(const RowSums& row, int64_t n_keys, double w, double rate, int flags,
                         double* loss, Coefficients<double>* stats) {
   *loss = 0.0;
-  *stats = Coefficients<double>{0.0, 0.0, 0.0, 0.0, 0.0};
+  *stats = Coefficients<double>{0.0, 0.0, 0.0, -INFINITY, -INFINITY};
   if (row.n <= 0 || row.m <= 0) return;
   const double log_r = log(fabs(rate));
   const double sign_r = rate > 0.0 ? 1.0 : (rate < 0.0 ? -1.0 : 0.0);

@@ -1,0 +1,94 @@
+"""The static table of tile shapes and launch options: keyed by capability, bucket of D and dtype.
+
+No value is tuned at run time; ``benchmarks.static`` ranks candidates from their machine code and
+``make gpu`` proposes a new table from measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of BLOCK_I anchors × BLOCK_J keys, chunk of BLOCK_D columns, and how it is launched."""
+
+    BLOCK_I: int
+    BLOCK_J: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        return {"BLOCK_I": self.BLOCK_I, "BLOCK_J": self.BLOCK_J, "BLOCK_D": self.BLOCK_D}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+#: Largest D whose gradient tile stays in the registers.
+REGISTER_D = {"float16": 256, "bfloat16": 256, "float32": 128, "float32 highest": 64, "float64": 64}
+KINDS = ("forward", "backward", "wide", "dense")
+BUCKETS = (16, 32, 64, 128, 256)
+ARCHITECTURES = (80, 90, 100)
+
+
+def bucket(D: int, arithmetic: str) -> int:
+    """The padded width of a row that is read at once, or 0 where it is read in chunks."""
+    if D > REGISTER_D[arithmetic]:
+        return 0
+    return next(width for width in BUCKETS if D <= width)
+
+
+#: By kind and arithmetic; of several entries the first whose architecture and bucket match.
+#: Columns: architecture (None: all), bucket (None: all), tile and launch (BLOCK_D None: the bucket).
+_HALVES = {
+    "forward": [
+        (80, 0, (128, 64, 64, 8, 2)),
+        (None, 0, (128, 128, 64, 8, 3)),
+        (None, None, (128, 128, None, 8, 2)),
+    ],
+    "backward": [
+        (None, 256, (64, 64, None, 8, 2)),
+        (None, None, (128, 64, None, 8, 2)),
+    ],
+    "wide": [(None, None, (64, 64, 64, 4, 2))],
+    "dense": [(None, None, (16, 64, 64, 4, 2))],
+}
+_FLOAT32 = {
+    "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "backward": [(None, None, (64, 64, None, 4, 2))],
+    "wide": [(None, None, (64, 32, 32, 4, 2))],
+    "dense": [(None, None, (16, 32, 32, 4, 2))],
+}
+_FLOAT32_HIGHEST = {
+    "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "backward": [(None, 64, (64, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
+    "wide": [(None, None, (64, 32, 32, 4, 2))],
+    "dense": [(None, None, (16, 32, 32, 4, 2))],
+}
+_FLOAT64 = {
+    "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
+    "backward": [(None, None, (16, 16, None, 4, 1))],
+    "wide": [(None, None, (16, 16, 32, 4, 1))],
+    "dense": [(None, None, (16, 16, 32, 4, 1))],
+}
+TABLE = {
+    "float16": _HALVES,
+    "bfloat16": _HALVES,
+    "float32": _FLOAT32,
+    "float32 highest": _FLOAT32_HIGHEST,
+    "float64": _FLOAT64,
+}
+
+
+@functools.cache
+def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
+    """The configuration of a kernel: ``architecture`` 80, 90 or 100, the largest not above the device's."""
+    for on, width, (block_i, block_j, block_d, num_warps, num_stages) in TABLE[arithmetic][kind]:
+        if on in (None, architecture) and width in (None, D_bucket):
+            return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)
+    raise KeyError((kind, architecture, D_bucket, arithmetic))

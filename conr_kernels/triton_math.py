@@ -1,0 +1,261 @@
+"""Device functions shared by the Triton kernels: distances, sums of exponentials, the end of a row.
+
+Exponents are in units of log 2 throughout: features carry the factor ``√(log₂e/τ)``, so that
+``exp(s_ij) = exp2(q_i·q_j)`` costs one instruction.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(ptr, k, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST):
+    """Rows ``ptr[0:ROWS]``, columns ``k:k+COLS`` of a padded row-major matrix."""
+    offsets = tl.arange(0, ROWS)[:, None] * D_PAD + tl.arange(0, COLS)[None, :]
+    tile = tl.load(ptr + k + offsets)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``a·b + acc``, accumulated in float32, or in float64 for float64."""
+    OUT: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=OUT)
+
+
+@triton.jit
+def similarity(
+    q_i,
+    q_i_ptr,
+    q_j,
+    q_j_ptr,
+    width,
+    D_PAD: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``log₂e·s_ij`` of a tile: of the loaded tiles, or over chunks of D where they do not fit.
+
+    ``width`` is D_PAD at run time: a loop over a constant would be unrolled.
+    """
+    if D_PAD == BLOCK_D:
+        s_ij = dot(q_i, tl.trans(q_j), None, PRECISION)
+    else:
+        dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
+        s_ij = tl.zeros((BLOCK_I, BLOCK_J), dtype)
+        for k in range(0, width, BLOCK_D):
+            a = load_tile(q_i_ptr, k, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
+            b = load_tile(q_j_ptr, k, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
+            s_ij = dot(a, tl.trans(b), s_ij, PRECISION)
+    return s_ij
+
+
+@triton.jit
+def pair_distance(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L: tl.constexpr, RMSE: tl.constexpr):
+    """``d_ij`` of a tile, rounded as the reference rounds it.
+
+    ``y_i`` holds the anchors' first components; ``step_*`` leads from a row's component to its next.
+    Compiled with ``enable_fp_fusion=False`` where squares are added.
+    """
+    d_ij = tl.abs(y_i[:, None] - tl.load(y_j_ptrs)[None, :])
+    if L > 1:
+        if RMSE:
+            d_ij = d_ij * d_ij
+        for c in range(1, L):
+            offset = tl.full((), c, tl.int64)
+            y_ic = tl.load(y_i_ptrs + offset * step_i)
+            y_jc = tl.load(y_j_ptrs + offset * step_j)
+            difference = tl.abs(y_ic[:, None] - y_jc[None, :])
+            if RMSE:
+                difference = difference * difference
+            d_ij += difference
+        n_components = tl.full((), L, d_ij.dtype)
+        if d_ij.dtype == tl.float64:
+            d_ij = d_ij / n_components
+            if RMSE:
+                d_ij = tl.sqrt(d_ij)
+        else:
+            d_ij = tl.div_rn(d_ij, n_components + tl.zeros_like(d_ij))
+            if RMSE:
+                d_ij = tl.sqrt_rn(d_ij)
+    return d_ij
+
+
+@triton.jit
+def add_exponentials(total, top, t_ij, phi_ij, is_in, SHIFTED: tl.constexpr, MASKED: tl.constexpr):
+    """Adds ``φ_ij·exp2(t_ij)`` of a tile's pairs to ``total·exp2(top)``.
+
+    Unshifted, ``total`` is a tile that is reduced after the loop, and ``top`` is not used; shifted,
+    both are one number a row. ``phi_ij`` is 0 outside the mask ``is_in``.
+    """
+    if SHIFTED:
+        if MASKED:
+            t_ij = tl.where(is_in, t_ij, float("-inf"))
+        new_top = tl.maximum(top, tl.max(t_ij, axis=1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        terms = tl.exp2(t_ij - shift[:, None]) * phi_ij
+        total = total * tl.exp2(top - shift) + tl.sum(terms, axis=1)
+        top = new_top
+    else:
+        total += tl.exp2(t_ij) * phi_ij
+    return total, top
+
+
+@triton.jit
+def sum_of(total, top, SHIFTED: tl.constexpr):
+    """A row's sum in float64, or its natural logarithm where it was shifted."""
+    if SHIFTED:
+        result = (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN2
+        return tl.where(top == float("-inf"), float("-inf"), result)
+    else:
+        return tl.sum(total, axis=1).to(tl.float64)
+
+
+@triton.jit
+def scale_pair(t_ij, of_i, of_j, log_i, log_j, SHIFTED: tl.constexpr):
+    """``exp2(t_ij)·(c_i + c_j)``, the coefficients as they are or as sign and log₂."""
+    if SHIFTED:
+        part_i = of_i[:, None] * tl.exp2(t_ij + log_i[:, None])
+        return part_i + of_j[None, :] * tl.exp2(t_ij + log_j[None, :])
+    else:
+        return tl.exp2(t_ij) * (of_i[:, None] + of_j[None, :])
+
+
+@triton.jit
+def to_base_2(of, log):
+    """Sign and log₂ of a coefficient from sign and logarithm; the sign takes the rounding of the log₂."""
+    exact = log.to(tl.float64) * LOG2E
+    rounded = exact.to(log.dtype)
+    return of * (1 + lost_in(rounded, exact) * LN2).to(of.dtype), rounded
+
+
+@triton.jit
+def lost_in(rounded, exact):
+    """What rounding took from a float64 logarithm; 0 for −inf."""
+    rest = exact - rounded.to(tl.float64)
+    return tl.where(exact == float("-inf"), 0.0, rest)
+
+
+@triton.jit
+def log1p(u):
+    v = 1 + u
+    is_lost = v == 1
+    return tl.where(is_lost, u, tl.log(v) * (u / tl.where(is_lost, 1.0, v - 1)))
+
+
+@triton.jit
+def log_add(a, b):
+    """``log(exp(a) + exp(b))`` where not both are −inf."""
+    top = tl.maximum(a, b)
+    return top + log1p(tl.exp(tl.minimum(a, b) - top))
+
+
+@triton.jit
+def finish_rows(
+    E,
+    B,
+    s_sum,
+    n,
+    has_negative,
+    w,
+    n_keys,
+    push_scale,
+    SHIFTED: tl.constexpr,
+    INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr,
+    UNIT_TERMS: tl.constexpr,
+    COUNT_SELF: tl.constexpr,
+    WEIGHTED_ROWS: tl.constexpr,
+):
+    """Losses and statistics (rows.py) in float64: ``(ℓ, α or sign, β, γ or sign, log|α|, log|γ|)``."""
+    is_anchor = (n > 0) & has_negative
+    one = tl.full(E.shape, 1.0, tl.float64)
+    n = tl.where(is_anchor, n, 1.0)
+    E = tl.where(is_anchor, E, 0.0 if SHIFTED else 1.0)
+    B = tl.where(is_anchor, B, 0.0)
+    if PUSHING == "linear" or PUSHING == "weight":
+        r = w * push_scale
+    elif PUSHING == "exponential":
+        r = w
+    elif PUSHING == "distance":
+        r = one * push_scale
+    else:
+        r = one
+    count = n + 1 if COUNT_SELF else n
+    log_alpha, log_gamma = tl.zeros_like(E), tl.zeros_like(E)
+    if SHIFTED:
+        log_r = tl.log(tl.where(r == 0, 1.0, tl.abs(r)))
+        log_r = tl.where(r == 0, float("-inf"), log_r)
+        sign_r = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0)).to(tl.float64)
+        log_T, sign_T = log_r + B, sign_r
+        if UNIT_TERMS:
+            log_a = tl.log(n_keys - n)
+            gap = -tl.abs(log_a - log_T)
+            difference = tl.maximum(log_a, log_T) + log1p(-tl.exp(gap))
+            is_down = r < 0
+            sign_T = tl.where(is_down & (log_T > log_a), -1.0, 1.0).to(tl.float64)
+            log_T = tl.where(is_down, difference, log_add(log_a, log_T))
+        x = log_T - E
+        down = log1p(-tl.exp(tl.where(sign_T < 0, x, float("-inf"))))
+        excess = tl.where(sign_T < 0, down, log_add(tl.zeros_like(x), x))
+        log_Z = E + excess
+        if INSIDE:
+            loss = (n * log_Z - s_sum) / count
+            alpha, beta = one, 1 / count
+            log_alpha = tl.log(n / count) - log_Z
+            log_gamma = log_alpha + log_r
+        else:
+            loss = tl.log(n) + excess
+            alpha, beta = -sign_T, tl.zeros_like(E)
+            log_alpha, log_gamma = log_T - log_Z - E, log_r - log_Z
+        gamma = sign_r
+    else:
+        other = B * r
+        if UNIT_TERMS:
+            other += n_keys - n
+        Z = E + other
+        excess = log1p(other / E)
+        if INSIDE:
+            loss = (n * (tl.log(E) + excess) - s_sum) / count
+            alpha, beta = n / (count * Z), 1 / count
+            gamma = alpha * r
+        else:
+            loss = tl.log(n) + excess
+            alpha, beta, gamma = -other / (Z * E), tl.zeros_like(E), r / Z
+    factor = tl.where(is_anchor, w if WEIGHTED_ROWS else one, 0.0)
+    loss = tl.where(is_anchor, loss * factor, 0.0)
+    alpha = tl.where(is_anchor, alpha * factor, 0.0)
+    beta = tl.where(is_anchor, beta * factor, 0.0)
+    gamma = tl.where(is_anchor, gamma * factor, 0.0)
+    log_alpha = tl.where(is_anchor, log_alpha, float("-inf"))
+    log_gamma = tl.where(is_anchor, log_gamma, float("-inf"))
+    return loss, alpha, beta, gamma, log_alpha, log_gamma
+
+
+@triton.jit
+def store_rows(
+    loss_ptr, stats_ptr, rows, mask, poison,
+    loss, alpha, beta, gamma, log_alpha, log_gamma, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """Stores losses [N] and statistics [N, 3 or 5], NaN where the poison is."""
+    dtype: tl.constexpr = loss_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = 5 if SHIFTED else 3
+    tl.store(loss_ptr + rows, (loss + poison).to(dtype), mask=mask)
+    if SHIFTED:
+        # The sign takes what the logarithm loses: near exp(±200) that is what limits the gradient.
+        rounded_alpha, rounded_gamma = log_alpha.to(dtype), log_gamma.to(dtype)
+        alpha *= 1 + lost_in(rounded_alpha, log_alpha)
+        gamma *= 1 + lost_in(rounded_gamma, log_gamma)
+    stats_ptrs = stats_ptr + rows * COLUMNS
+    tl.store(stats_ptrs, (alpha + poison).to(dtype), mask=mask)
+    tl.store(stats_ptrs + 1, (beta + poison).to(dtype), mask=mask)
+    tl.store(stats_ptrs + 2, (gamma + poison).to(dtype), mask=mask)
+    if SHIFTED:
+        tl.store(stats_ptrs + 3, (log_alpha + poison).to(dtype), mask=mask)
+        tl.store(stats_ptrs + 4, (log_gamma + poison).to(dtype), mask=mask)

@@ -1,0 +1,188 @@
+"""The Triton backend without a GPU: the interpreter's cases in a process of their own, launches, machine code."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks import compiled, static
+from conr_kernels import conr_loss, triton_backend
+from conr_kernels.triton_configs import ARCHITECTURES
+
+ROOT = Path(__file__).parent.parent
+
+
+def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def test_interpreted_kernels_agree_with_the_float64_reference() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/triton_interpreted.py", "-q", "--tb=short"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]
+    passed = re.search(r"(\d+) passed", run.stdout) or re.search(r"\[100%\]", run.stdout)
+    assert passed, run.stdout[-2000:]
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused_with_a_remedy() -> None:
+    x, y = torch.randn(4, 3), torch.zeros(4)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        conr_loss(x, y, y, backend="triton")
+
+
+def test_without_triton_the_package_works_and_says_what_to_do() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, conr_kernels\n"
+        "from conr_kernels.triton_backend import unavailable\n"
+        "x, y = torch.randn(4, 3), torch.zeros(4)\n"
+        "conr_kernels.conr_loss(x, y, y)\n"
+        "print(unavailable(torch.device('cuda'), torch.float32))\n"
+    )
+    run = in_process(code)
+    assert run.returncode == 0, run.stderr
+    assert "not installed" in run.stdout and "pip install triton" in run.stdout
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    run = in_process("import sys, conr_kernels; assert 'triton' not in sys.modules")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("variant", ["paper", "released-age", "contrastive"])
+@pytest.mark.parametrize(
+    ("N", "D", "limit"),
+    [(1, 1, 4), (128, 128, 4), (1024, 2048, 4), (1100, 128, 12), (65_536, 128, 12),
+     (65_536, 2048, 12), (1_048_576, 128, 12)],
+)  # fmt: skip
+def test_launches_of_forward_and_backward(variant: str, N: int, D: int, limit: int) -> None:
+    for L, K in ((1, None), (3, None), (3, N + 500)):
+        if K is not None and N <= 1024 < K:
+            continue
+        launches = compiled.recorded_launches(N, D, torch.bfloat16, variant=variant, L=L, K=K)
+        assert len(launches) <= limit, [launch.name for launch in launches]
+        assert all(len(launch.grid) == 1 for launch in launches)
+
+
+def test_batch_sizes_share_one_compiled_kernel() -> None:
+    """No size of a batch is baked into a kernel, unlike D and the variant."""
+    per_size = []
+    for N in (1531, 4096, 4113):
+        launches = compiled.recorded_launches(N, 128, torch.bfloat16)
+        sources = [compiled.source_of(launch) for launch in launches]
+        per_size.append([(s.signature, s.constants, s.attrs) for s in sources])
+    assert per_size[0] == per_size[1] == per_size[2]
+
+
+#: One of each kind of loop and arithmetic; `python -m benchmarks.static --check` compiles every row.
+SAMPLE = [
+    ("paper", 128, "bfloat16", 90),
+    ("released-age", 128, "float16", 90),
+    ("paper", 128, "bfloat16", 80),
+    ("paper", 128, "bfloat16", 100),
+    ("paper", 64, "float32 highest", 90),
+    ("paper", 128, "float32", 90),
+    ("paper", 2048, "bfloat16", 90),
+]
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[tuple, list[dict[str, str]]]:
+    rows: dict[tuple, list[dict[str, str]]] = {}
+    with static.TABLE.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = (row["variant"], int(row["D"]), row["arithmetic"], int(row["arch"]))
+            rows.setdefault(key, []).append(row)
+    return rows
+
+
+def test_the_committed_table_has_every_shipped_configuration(committed) -> None:
+    assert set(committed) == set(static.shipped())
+    assert {arch for *_, arch in committed} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("key", SAMPLE, ids=str)
+def test_the_committed_rows_regenerate(committed, key) -> None:
+    fresh = [{k: str(v) for k, v in row.items()} for row in static.rows_of(*key)]
+    assert fresh == committed[key]
+
+
+def test_no_kernel_spills_or_uses_atomics(committed) -> None:
+    rows = [row for group in committed.values() for row in group]
+    assert [row for row in rows if row["spill_bytes"] != "0"] == []
+    assert [row for row in rows if row["atomics"] != "0"] == []
+    limit = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
+    assert all(int(row["shared_bytes"]) <= limit[row["arch"]] for row in rows)
+
+
+def test_tensor_cores_serve_every_16_bit_and_tf32_loop_on_sm_90(committed) -> None:
+    for (_, _, arithmetic, arch), rows in committed.items():
+        sweeps = [row for row in rows if "ward_" in row["kernel"] and "dense" not in row["kernel"]]
+        assert sweeps
+        if arch == 90 and arithmetic != "float64":
+            assert all("HGMMA" in row["tensor_core"] for row in sweeps)
+
+
+def test_instructions_per_pair_are_within_the_targets(committed) -> None:
+    rows = {row["kernel"]: row for row in committed["paper", 128, "bfloat16", 90]}
+    targets = {
+        "conr_forward_positives_kernel": 5,
+        "conr_forward_negatives_kernel": 10,
+        "conr_backward_positives_kernel": 9,
+        "conr_backward_negatives_kernel": 18,
+    }
+    for kernel, most in targets.items():
+        assert 0 < float(rows[kernel]["per_pair_full"]) <= most
+
+
+def ptx(N: int, D: int, dtype: torch.dtype, name: str, **options) -> str:
+    launches = compiled.recorded_launches(N, D, dtype, 90, **options)
+    launch = next(launch for launch in launches if name in launch.name)
+    return compiled.compile_launch(launch, 90).asm["ptx"]
+
+
+def test_float64_products_use_no_tf32_and_highest_uses_three_passes() -> None:
+    assert "tf32" not in ptx(1500, 32, torch.float64, "forward_positives")
+    once = ptx(1500, 32, torch.float32, "forward_positives", precision="high").count(".tf32")
+    thrice = ptx(1500, 32, torch.float32, "forward_positives", precision="highest").count(".tf32")
+    assert once > 0 and thrice == 3 * once
+
+
+def test_rows_are_addressed_in_64_bits() -> None:
+    """Row offsets are products of 64-bit numbers: N·D and strides beyond 2³¹ are safe."""
+    for name in ("gather", "forward_positives", "backward_negatives"):
+        assert re.search(
+            r"(mul\.wide\.[su]32|mul\.lo\.s64|mad\.lo\.s64|mad\.wide)",
+            ptx(1500, 64, torch.bfloat16, name),
+        )  # noqa: E501
+
+
+def test_squares_of_differences_are_not_contracted() -> None:
+    launches = compiled.recorded_launches(1500, 16, torch.float32, L=2, distance="rmse")
+    for launch in launches:
+        if "ward_" in launch.name:
+            assert launch.options["enable_fp_fusion"] is False
+    text = ptx(1500, 16, torch.float32, "forward_positives", L=2, distance="rmse")
+    assert "div.rn.f32" in text and "sqrt.rn.f32" in text and "fma.rn.f32" not in text
+
+
+def test_the_tensors_given_are_the_ones_on_which_the_launcher_counts() -> None:
+    """Slices of the layout start on 16 bytes, as the compiled kernels assume."""
+    assert triton_backend.ROW_PAD * 4 % 16 == 0
