@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from conr_kernels import ConRLoss, Variant, conr_loss
+from conr_kernels import ConRLoss, Variant, conr_loss, density_weights
 from tests.regimes import PRESETS, REGIMES, force, make_batch, same_bits, value_and_gradient
 
 ROOT = Path(__file__).parent.parent
@@ -393,3 +393,24 @@ def test_memory_grows_with_the_rows_not_with_the_pairs(predictions, n):
         """
     )
     assert int(grown) < n**2 * 4 / 8 / 1024  # KiB
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_default_dtype_and_device_of_pytorch_change_nothing(monkeypatch, regime):
+    backend = force(monkeypatch, regime)
+    batch, bank = make_batch(33) | dict(weights=0.1), make_batch(20, seed=1)
+    keys = tuple(bank[name] for name in ("features", "targets", "predictions"))
+    for further in (None, keys):
+        options = dict(keys=further, variant="released-age", temperature=0.01, backend=backend)
+        expected = value_and_gradient(**batch, **options)
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                assert same_bits(value_and_gradient(**batch, **options), expected)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        with torch.device("meta"):
+            assert same_bits(value_and_gradient(**batch, **options), expected)
+    weights = density_weights(bank["targets"], smoothing="gaussian")
+    with torch.device("meta"):
+        assert torch.equal(density_weights(bank["targets"], smoothing="gaussian"), weights)
