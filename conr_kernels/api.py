@@ -105,11 +105,7 @@ def conr_loss(
 
             return tracing.union_loss(group, prepare)
         return distributed.union_loss(group, prepare)
-    batch = prepare()
-    rows = batches.row_losses(batch, batch.all_keys())
-    if reduction == "none":
-        return rows
-    return rows.mean() if reduction == "mean" and rows.shape[0] > 0 else rows.sum()
+    return batches.loss(prepare())
 
 
 class ConRLoss(nn.Module):

@@ -78,6 +78,19 @@ def prepare(
     return Batch(features, y, p, w, keys, settings, reduction, plan.backend)
 
 
+def loss(batch: Batch) -> Tensor:
+    """The batch's loss, reduced as it asks for."""
+    if batch.keys is None:
+        x, y, p, w, _, settings, reduction, backend = batch
+        reduced = ops.reduced_loss(x, y, p, w, settings, reduction, backend)
+        if reduced is not None:
+            return reduced
+    rows = row_losses(batch, batch.all_keys())
+    if batch.reduction == "none":
+        return rows
+    return rows.mean() if batch.reduction == "mean" and rows.shape[0] > 0 else rows.sum()
+
+
 def row_losses(batch: Batch, keys: Keys | None) -> Tensor:
     """``ℓ_i`` [N] of the batch against the keys, of which its own rows are the first."""
     if batch.backend == "reference":

@@ -125,15 +125,79 @@ def row_losses(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
-    if torch.compiler.is_compiling():
-        function = torch.ops.conr_kernels.forward
-    elif torch._C._are_functorch_transforms_active():
-        function = _TransformedForward.apply
-    elif type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0:
+    if _is_plain(x):
         function = _EagerForward.apply
+    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        function = _TransformedForward.apply
     else:
         function = torch.ops.conr_kernels.forward
     return function(x, y, p, w, *(keys or (None,) * 3), self_offset, *settings.scalars, backend)
+
+
+def reduced_loss(
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    settings: Settings,
+    reduction: str,
+    backend: str,
+) -> Tensor | None:
+    """The mean or sum of ``ℓ_i``, where one pass can give it with its gradient; else None."""
+    is_served = backend == "torch" and reduction != "none" and _is_plain(x)
+    if not is_served or not torch.is_grad_enabled() or not x.requires_grad:
+        return None
+    if not 0 < x.shape[0] <= backend_module(backend).KEPT_ROWS:
+        return None
+    return _EagerReduced.apply(x, y, p, w, settings, reduction == "mean", backend)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """A plain tensor in plain eager mode: no compiler, function transform, subclass or tracer."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+class _EagerReduced(torch.autograd.Function):
+    """Mean or sum of the row losses of a small batch, with the gradient found on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        *rows, backend = args
+        function = backend_module(backend).loss_with_gradient
+        loss, gradient = _without_autocast(function, x.device, x, *rows)
+        ctx.save_for_backward(x, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, gradient = ctx.saved_tensors
+        scale = _ScaleOnce.apply if torch.is_grad_enabled() else _scale
+        return scale(x, gradient, g), *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        _refuse()
+
+
+def _scale(x: Tensor, gradient: Tensor, g: Tensor) -> Tensor:
+    return (gradient * g).to(x.dtype)
+
+
+class _ScaleOnce(torch.autograd.Function):
+    """The scaled gradient where a graph of it is asked for: it has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Tensor) -> Tensor:
+        return _scale(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        _refuse()
 
 
 class _EagerForward(torch.autograd.Function):

@@ -61,10 +61,10 @@ def finish_rows(
     B: Tensor,
     n: Tensor,
     m: Tensor,
-    n_keys: int,
-    w: Tensor | None,
     poison: Tensor,
+    n_keys: int,
     settings: Settings,
+    w: Tensor | None = None,
     s_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses [N] and statistics [N, 3] from ``E_i = Σ_P exp s``, ``B_i = Σ_M φ exp s`` and counts.
@@ -103,10 +103,10 @@ def finish_log_rows(
     B: Tensor,
     n: Tensor,
     m: Tensor,
-    n_keys: int,
-    w: Tensor | None,
     poison: Tensor,
+    n_keys: int,
     settings: Settings,
+    w: Tensor | None = None,
     s_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same where E and B are ``log E_i`` and ``log B_i``: losses [N] and statistics [N, 5]."""

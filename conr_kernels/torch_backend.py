@@ -79,17 +79,52 @@ def forward(
     else:
         sums = row_sums(x, y, p, keys, self_offset, settings, norm, is_shifted)
         layout = norm.new_empty(0)
-    # Weights up to 1e30 meet sums up to 1e30 in the rows; there are only N of each.
-    wide = torch.float64 if x.device.type != "mps" else torch.float32
-    sums = {name: total.to(wide) for name, total in sums.items()}
-    n_keys = len(x) if keys is None else len(keys[0])
-    poison = _poison(norm, y, p, w, keys).to(wide)
-    w = None if w is None else w.to(wide)
-    finish = finish_log_rows if is_shifted else finish_rows
-    loss, stats = finish(**sums, n_keys=n_keys, w=w, poison=poison, settings=settings)
+    loss, stats = _finish(sums, norm, y, p, w, keys, settings, is_shifted)
     if not is_shifted and not settings.exponent_is_small:
         stats = to_log_statistics(stats)
     return loss.to(norm.dtype), stats.to(norm.dtype), layout.view(-1).view(torch.int32)
+
+
+def loss_with_gradient(
+    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, is_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
+
+    Where every row has the same upstream gradient nothing need be kept: a third less host time.
+    """
+    is_shifted = _is_shifted(y, None, settings)
+    norm = row_norms(x)
+    inverse = _inverse(norm)
+    rows = take_rows(x, inverse, y, p, None, None)
+    sums, kept = one_tile_sums(rows, settings, is_shifted)
+    loss, stats = _finish(sums, norm, y, p, w, None, settings, is_shifted)
+    G = _one_tile_gradient(kept, rows.q, stats.to(norm.dtype), settings)
+    count = len(x) if is_mean else 1
+    loss = loss.mean() if is_mean else loss.sum()
+    return loss.to(norm.dtype), _project(G, rows.q, inverse, settings.temperature * count)
+
+
+def _finish(
+    sums: dict[str, Tensor],
+    norm: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    keys: Keys | None,
+    settings: Settings,
+    is_shifted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Row losses and statistics in float64: weights up to 1e30 meet sums up to 1e30 in the rows."""
+    wide = torch.float64 if norm.device.type != "mps" else torch.float32
+    of_rows = {**sums, "poison": _poison(norm, y, p, w, keys)}
+    if w is not None:
+        of_rows["w"] = w
+    # One conversion of all of them: on a small batch each costs as much as a sum over its pairs.
+    wide_rows = torch.stack(list(of_rows.values())).to(wide).unbind()
+    of_rows = dict(zip(of_rows, wide_rows, strict=True))
+    n_keys = len(norm) if keys is None else len(keys[0])
+    finish = finish_log_rows if is_shifted else finish_rows
+    return finish(**of_rows, n_keys=n_keys, settings=settings)
 
 
 def row_sums(
