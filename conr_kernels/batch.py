@@ -107,7 +107,7 @@ def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: in
         if keys is not None:
             keys = (keys[0].to(dtype), *keys[1:])
         return reference.row_losses(
-            x.to(dtype), batch.y, batch.p, batch.w, keys, self_offset, batch.settings
+            x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset, batch.settings
         )
 
 
@@ -125,5 +125,8 @@ def _labels(y: Tensor) -> Tensor:
 def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
     if w is None:
         return None
-    w = torch.as_tensor(w).detach().to(device=x.device, dtype=accumulation_dtype(x))
+    dtype = accumulation_dtype(x)
+    if not isinstance(w, Tensor):
+        return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
+    w = w.detach().to(device=x.device, dtype=dtype)
     return w.reshape(-1).expand(x.shape[0]).contiguous()

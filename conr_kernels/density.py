@@ -65,7 +65,7 @@ def density_weights(
     density = torch.stack([_density(b, kernel) for b in bins[is_finite].unbind(1)], dim=1)
     w = density.reciprocal() if method == "inverse" else density.rsqrt()
     w = (w / w.mean(dim=0)).mean(dim=1)
-    weights = torch.full((len(y),), torch.nan, dtype=torch.float64)
+    weights = w.new_full((len(y),), torch.nan)
     weights[is_finite] = w / w.mean()
     return weights.to(device=targets.device, dtype=dtype)
 

@@ -259,7 +259,7 @@ def _exchange(numbers: list[int], text: str, group: Any, device: torch.device) -
     """Every rank's numbers and text, as rows of int64 on the CPU."""
     encoded = text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
     words = torch.frombuffer(bytearray(encoded), dtype=torch.int64)
-    mine = torch.cat([torch.tensor(numbers), words]).to(device)
+    mine = torch.cat([words.new_tensor(numbers), words]).to(device)
     headers = mine.new_empty(dist.get_world_size(group), len(mine))
     _all_gather(headers.view(-1), mine, group)
     return headers.cpu()

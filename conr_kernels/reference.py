@@ -73,6 +73,10 @@ def row_losses(
     x_j, y_j, p_j = (x_i, y_i, p_i) if keys is None else keys
     w_i = torch.ones(len(x_i), dtype=x_i.dtype, device=x_i.device) if w_i is None else w_i
 
+    not_finite = poison(x_i, y_i, p_i, w_i, *(keys or ()))
+    # As a factor it reaches the gradient even of rows that are no anchors, and is 1 otherwise.
+    x_i = x_i * (1 + not_finite.detach())
+
     q_i = unit_rows(x_i)
     q_j = q_i if keys is None else unit_rows(x_j)
     s_ij = q_i @ q_j.T / tau
@@ -115,7 +119,7 @@ def row_losses(
         loss = (n * log_Z - s_sum) / (n + variant.count_self)
     if variant.weighted_rows:
         loss = loss * w_i
-    return torch.where(is_anchor, loss, 0.0) + poison(x_i, y_i, p_i, w_i, *(keys or ()))
+    return torch.where(is_anchor, loss, 0.0) + not_finite
 
 
 def _log_add_scaled(log_a: Tensor, r: Tensor, log_b: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Ten
         # A guess by rounded addition, right except at ties; taken only where the predicate
         # confirms it.
         wide_i, wide_j = sorted_i.double(), sorted_j.double()
-        margin = float(torch.tensor(reach, dtype=sorted_i.dtype))
+        margin = float(torch.tensor(reach, dtype=sorted_i.dtype, device="cpu"))
         lo = _confirmed(torch.searchsorted(wide_j, wide_i - margin), reaches_back, n_keys)
         hi = _confirmed(torch.searchsorted(wide_j, wide_i + margin, right=True), is_beyond, n_keys)
     lo = _first(n_keys, len(sorted_i), sorted_i.device, reaches_back) if lo is None else lo

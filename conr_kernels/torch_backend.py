@@ -70,6 +70,7 @@ def forward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py) and the layout (see ``layout_size``)."""
+    x = x.contiguous()  # results keep a transposed layout, and products its rounding
     is_shifted = _is_shifted(y, keys, settings)
     norm = row_norms(x)
     if _is_one_tile(x, keys):
@@ -171,6 +172,7 @@ def backward(
     if coef_i.shape[1] == 5 and not _is_shifted(y, keys, settings):
         coef_i = collapse_statistics(coef_i)
         coef_j = None if coef_j is None else collapse_statistics(coef_j)
+    x = x.contiguous()
     norm = row_norms(x)
     if _is_one_tile(x, keys):
         q = x * _inverse(norm)
@@ -221,9 +223,10 @@ def _project(G: Tensor, q: Tensor, inverse: Tensor, temperature: float) -> Tenso
 
 def _poison(norm: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | None) -> Tensor:
     """0 for each row [N] with finite inputs, else NaN; NaN everywhere if a key is not finite."""
+    y, p = y * 0, p * 0  # before the sum, which might overflow
     if y.shape[1] > 1:
         y, p = y.sum(dim=1, keepdim=True), p.sum(dim=1, keepdim=True)
-    total = (norm + y + p).mul_(0)[:, 0]
+    total = (norm * 0 + y + p)[:, 0]
     if w is not None:
         total = total + w * 0
     return total if keys is None else total + not_finite(*keys)
@@ -327,8 +330,8 @@ def _one_tile_gradient(
     H_ij = times_coefficients(positive, coef[:, 0::3], coef[:, 0::3])
     H_ij += times_coefficients(negative, coef[:, 2::2], coef[:, 2::2])
     if settings.variant.log == "inside":
-        mask = positive if coef.shape[1] == 3 else positive.exp()
-        H_ij -= mask.sign().mul_(coef[:, 1:2] + coef[:, 1])
+        absent = 0.0 if coef.shape[1] == 3 else -torch.inf
+        H_ij -= (positive > absent).to(q.dtype).mul_(coef[:, 1:2] + coef[:, 1])
     return H_ij @ q
 
 

@@ -122,7 +122,7 @@ def make_tiles(sweep: Sweep) -> Iterator[Tile]:
     if sweep.serves == "both":
         bounds = [[0, K, 0, 0]] * len(range(0, N, rows))
     else:
-        first = torch.arange(0, N, rows)
+        first = torch.arange(0, N, rows, device=sweep.lo.device)
         last = (first + rows - 1).clamp(max=N - 1)
         of_blocks = (sweep.lo[first], sweep.hi[last], sweep.lo[last], sweep.hi[first])
         bounds = torch.stack(of_blocks, dim=1).tolist()
