@@ -38,13 +38,14 @@ ARCHITECTURES = (80, 90, 100)
 
 def bucket(D: int, arithmetic: str) -> int:
     """The padded width of a row that is read at once, or 0 where it is read in chunks."""
-    if D > REGISTER_D[arithmetic]:
+    if REGISTER_D[arithmetic] < D:
         return 0
-    return next(width for width in BUCKETS if D <= width)
+    return next(width for width in BUCKETS if width >= D)
 
 
 #: By kind and arithmetic; of several entries the first whose architecture and bucket match.
-#: Columns: architecture (None: all), bucket (None: all), tile and launch (BLOCK_D None: the bucket).
+#: Columns: architecture (None: all), bucket (None: all), tile and launch (BLOCK_D None: the
+#: bucket).
 _HALVES = {
     "forward": [
         (80, 0, (128, 64, 64, 8, 2)),
@@ -87,7 +88,9 @@ TABLE = {
 
 @functools.cache
 def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
-    """The configuration of a kernel: ``architecture`` 80, 90 or 100, the largest not above the device's."""
+    """The configuration of a kernel: ``architecture`` 80, 90 or 100, the largest not above the
+    device's.
+    """
     for on, width, (block_i, block_j, block_d, num_warps, num_stages) in TABLE[arithmetic][kind]:
         if on in (None, architecture) and width in (None, D_bucket):
             return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)

@@ -1,4 +1,6 @@
-"""The Triton backend without a GPU: the interpreter's cases in a process of their own, launches, machine code."""
+"""The Triton backend without a GPU: the interpreter's cases in a process of their own, launches,
+machine code.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,8 @@ def test_batch_sizes_share_one_compiled_kernel() -> None:
     assert per_size[0] == per_size[1] == per_size[2]
 
 
-#: One of each kind of loop and arithmetic; `python -m benchmarks.static --check` compiles every row.
+#: One of each kind of loop and arithmetic; `python -m benchmarks.static --check` compiles every
+#: row.
 SAMPLE = [
     ("paper", 128, "bfloat16", 90),
     ("released-age", 128, "float16", 90),
