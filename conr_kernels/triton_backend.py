@@ -44,7 +44,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return 'triton is not installed; install it (pip install triton) or use backend="auto"'
     if device.type == "cpu":
         if interpreted():
-            return None
+            return _interpreter_unavailable()
         return (
             "triton compiles for GPUs and the tensors are on the CPU; move them to a GPU, set "
             'TRITON_INTERPRET=1 before the start for its interpreter, or use backend="auto"'
@@ -58,6 +58,18 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
             'use backend="cuda", "torch" or "auto"'
         )
     return None
+
+
+def _interpreter_unavailable() -> str | None:
+    """Its loops turn one-element arrays into numbers, which numpy 2.4 refuses."""
+    import numpy
+
+    if tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4):
+        return None
+    return (
+        f"triton's interpreter does not work with numpy {numpy.__version__}; "
+        "install numpy below 2.4 (pip install 'numpy<2.4')"
+    )
 
 
 def interpreted() -> bool:
@@ -189,6 +201,8 @@ def precision(arithmetic: str) -> str:
     """``input_precision``: three TF32 products reach float32's accuracy at a third of its
     instructions.
     """
+    if torch.version.hip is not None:
+        return "ieee"  # not every AMD GPU has TF32
     return {"float32 highest": "tf32x3", "float64": "ieee"}.get(arithmetic, "tf32")
 
 

@@ -50,10 +50,12 @@ _HALVES = {
     "forward": [
         (80, 0, (128, 64, 64, 8, 2)),
         (None, 0, (128, 128, 64, 8, 3)),
+        (80, None, (128, 64, None, 8, 2)),
         (None, None, (128, 128, None, 8, 2)),
     ],
     "backward": [
         (None, 256, (64, 64, None, 8, 2)),
+        (80, None, (64, 64, None, 8, 2)),
         (None, None, (128, 64, None, 8, 2)),
     ],
     "wide": [(None, None, (64, 64, 64, 4, 2))],
@@ -61,19 +63,23 @@ _HALVES = {
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
-    "backward": [(None, None, (64, 64, None, 4, 2))],
+    "backward": [(100, None, (64, 32, None, 4, 2)), (None, None, (64, 64, None, 4, 2))],
     "wide": [(None, None, (64, 32, 32, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
 }
 _FLOAT32_HIGHEST = {
-    "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
-    "backward": [(None, 64, (64, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
+    "forward": [
+        (None, 0, (64, 64, 32, 4, 2)),
+        (80, None, (64, 32, None, 8, 2)),
+        (None, None, (64, 64, None, 4, 2)),
+    ],
+    "backward": [(80, None, (32, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
     "wide": [(None, None, (64, 32, 32, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
 }
 _FLOAT64 = {
     "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
-    "backward": [(None, None, (16, 16, None, 4, 1))],
+    "backward": [(100, None, (16, 16, None, 2, 1)), (None, None, (16, 16, None, 4, 1))],
     "wide": [(None, None, (16, 16, 32, 4, 1))],
     "dense": [(None, None, (16, 16, 32, 4, 1))],
 }

@@ -32,15 +32,23 @@ def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_interpreted_kernels_agree_with_the_float64_reference() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/triton_interpreted.py", "-q", "--tb=short"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/triton_interpreted.py",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+        ],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-8000:]
-    passed = re.search(r"(\d+) passed", run.stdout) or re.search(r"\[100%\]", run.stdout)
-    assert passed, run.stdout[-2000:]
+    assert "[100%]" in run.stdout, run.stdout[-2000:]
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused_with_a_remedy() -> None:
@@ -68,6 +76,14 @@ def test_importing_the_package_does_not_import_triton() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_the_interpreter_asks_for_a_numpy_that_it_works_with(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("numpy.__version__", "2.4.1")
+    assert "numpy<2.4" in triton_backend.unavailable(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("numpy.__version__", "2.3.5")
+    assert triton_backend.unavailable(torch.device("cpu"), torch.float32) is None
+
+
 @pytest.mark.parametrize("variant", ["paper", "released-age", "contrastive"])
 @pytest.mark.parametrize(
     ("N", "D", "limit"),
@@ -93,17 +109,8 @@ def test_batch_sizes_share_one_compiled_kernel() -> None:
     assert per_size[0] == per_size[1] == per_size[2]
 
 
-#: One of each kind of loop and arithmetic; `python -m benchmarks.static --check` compiles every
-#: row.
-SAMPLE = [
-    ("paper", 128, "bfloat16", 90),
-    ("released-age", 128, "float16", 90),
-    ("paper", 128, "bfloat16", 80),
-    ("paper", 128, "bfloat16", 100),
-    ("paper", 64, "float32 highest", 90),
-    ("paper", 128, "float32", 90),
-    ("paper", 2048, "bfloat16", 90),
-]
+#: Compiled here; `python -m benchmarks.static --check` compiles every row.
+SAMPLE = [("paper", 128, "bfloat16", 90), ("paper", 128, "bfloat16", 100)]
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +191,3 @@ def test_squares_of_differences_are_not_contracted() -> None:
             assert launch.options["enable_fp_fusion"] is False
     text = ptx(1500, 16, torch.float32, "forward_positives", L=2, distance="rmse")
     assert "div.rn.f32" in text and "sqrt.rn.f32" in text and "fma.rn.f32" not in text
-
-
-def test_the_tensors_given_are_the_ones_on_which_the_launcher_counts() -> None:
-    """Slices of the layout start on 16 bytes, as the compiled kernels assume."""
-    assert triton_backend.ROW_PAD * 4 % 16 == 0
