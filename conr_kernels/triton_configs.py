@@ -63,7 +63,7 @@ _HALVES = {
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
-    "backward": [(100, None, (64, 32, None, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "backward": [(100, None, (64, 64, None, 8, 2)), (None, None, (64, 64, None, 4, 2))],
     "wide": [(None, None, (64, 32, 32, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
 }

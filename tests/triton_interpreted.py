@@ -157,7 +157,7 @@ CASES = [
     *(Case(N, D) for N, D in ((1, 1), (2, 2), (31, 1), (33, 31), (127, 33), (33, 127), (129, 16))),
     *(
         Case(N, D, regime="dense")
-        for N, D in ((1, 1), (2, 3), (17, 31), (33, 1), (17, 129), (16, 64), (129, 16))
+        for N, D in ((1, 1), (2, 3), (17, 31), (33, 1), (17, 129), (16, 64), (65, 16))
     ),
     *(Case(30, 70, v, regime="dense-split") for v in ("paper", "released-age")),
     *(Case(70, 150, v) for v in ("paper", "released-depth", "contrastive")),
