@@ -170,8 +170,11 @@ def ptx(N: int, D: int, dtype: torch.dtype, name: str, **options) -> str:
 
 def test_float64_products_use_no_tf32_and_highest_uses_three_passes() -> None:
     assert "tf32" not in ptx(1500, 32, torch.float64, "forward_positives")
-    once = ptx(1500, 32, torch.float32, "forward_positives", precision="high").count(".tf32")
-    thrice = ptx(1500, 32, torch.float32, "forward_positives", precision="highest").count(".tf32")
+    wgmma = re.compile(r"wgmma\.mma_async\S*\.tf32")
+    once, thrice = (
+        len(wgmma.findall(ptx(1500, 32, torch.float32, "forward_positives", precision=how)))
+        for how in ("high", "highest")
+    )
     assert once > 0 and thrice == 3 * once
 
 
