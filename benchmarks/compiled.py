@@ -1,7 +1,8 @@
-"""Triton launches without a GPU: what a call of the backend would launch, compiled for any architecture.
+"""Triton launches without a GPU: what a call of the backend would launch, compiled for any
+architecture.
 
-``recorded_launches`` intercepts the launcher, ``compile_launch`` turns one record into machine code,
-``loops`` takes its innermost loops apart. Nothing here runs a kernel.
+``recorded_launches`` intercepts the launcher, ``compile_launch`` turns a record into machine code,
+``pair_loops`` takes its innermost loops apart. Nothing here runs a kernel.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @dataclass(frozen=True)
 class Launch:
-    """One intercepted launch: the kernel, its grid and its arguments by name, launch options apart."""
+    """One intercepted launch: the kernel, its grid and its arguments by name, launch options
+    apart.
+    """
 
     kernel: JITFunction
     grid: tuple[int, ...]

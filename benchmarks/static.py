@@ -1,7 +1,9 @@
-"""``python -m benchmarks.static``: what the compiler makes of every shipped Triton configuration, without a GPU.
+"""``python -m benchmarks.static``: what the compiler makes of every shipped Triton configuration,
+without a GPU.
 
-One row for each kernel of each configuration and architecture: resources, instructions per pair of each inner
-loop, the unit that bounds it, and the time predicted for an H200 from the tile counts of AgeDB's labels.
+One row for each kernel of each configuration and architecture: resources, instructions per pair of
+each inner loop, the unit that bounds it, and the time predicted for an H200 from the tile counts
+of AgeDB's labels.
 """
 
 from __future__ import annotations
@@ -37,11 +39,14 @@ CONFIGURATIONS = [
     ("paper", 512, "float32 highest"),
     ("paper", 64, "float64"),
 ]
-#: An H200: multiprocessors, cycles a second; thread instructions, exponentials and FLOP per cycle of one.
+#: An H200: multiprocessors, cycles a second; thread instructions, exponentials and FLOP per cycle
+#: of one.
 SMS, CLOCK, ISSUE, MUFU = 132, 1.755e9, 128, 16
 FLOP = {"bfloat16": 4096, "float16": 4096, "float32": 2048, "float32 highest": 2048, "float64": 256}
 PASSES = {"float32 highest": 3}
 SIZES = (16_384, 65_536)
+#: Atomics on global memory.
+ATOMICS = ("ATOMG", "ATOM.", "RED.")
 
 
 def shipped() -> list[tuple[str, int, str, int]]:
@@ -82,7 +87,7 @@ def _row(launch: Launch, variant: str, D: int, arithmetic: str, arch: int) -> di
         "num_warps": launch.options["num_warps"], "num_stages": launch.options["num_stages"],
         "registers": code.registers, "spill_bytes": code.spill_bytes,
         "shared_bytes": code.shared_bytes, "tensor_core": _tensor_core(code),
-        "atomics": sum(n for op, n in code.counts.items() if op.startswith(("ATOMG", "ATOM.", "RED."))),  # noqa: E501
+        "atomics": sum(n for op, n in code.counts.items() if op.startswith(ATOMICS)),
         "per_pair_full": f"{per_pair[0]:.2f}" if per_pair else "",
         "per_pair_edge": f"{per_pair[1]:.2f}" if per_pair else "",
         "bound_full": bounds[0][0] if bounds else "tensor",

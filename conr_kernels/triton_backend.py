@@ -1,7 +1,9 @@
-"""ConR in Triton: one visit of each pair forward, one backward, no N×N value stored, no host synchronisation.
+"""ConR in Triton: one visit of each pair forward, one backward, no N×N value stored, no host
+synchronisation.
 
-Up to ``DENSE_PAIRS`` pairs: every pair, no sort. Above: two sweeps over the exact bands of the sorted labels
-and predictions, or, chosen on the device where that is less, the negatives outside the label bands.
+Up to ``DENSE_PAIRS`` pairs: every pair, no sort. Above: two sweeps over the exact bands of the
+sorted labels and predictions, or, chosen on the device where that is less, the negatives outside
+the label bands.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from .variants import Settings
 
 #: Up to this many pairs the kernels without a sort serve.
 DENSE_PAIRS = 1024 * 1024
-#: Columns that one program of them reads, and the most numbers in their workspace of partial products.
+#: Columns that one program of them reads, and the most numbers in their workspace of partial
+#: products.
 DENSE_COLUMNS = 4096
 DENSE_WORKSPACE = 2**24
 #: Programs of the wide backward kernel, and key tiles whose H_ij one of them keeps.
@@ -41,7 +44,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return 'triton is not installed; install it (pip install triton) or use backend="auto"'
     if device.type == "cpu":
         if interpreted():
-            return None
+            return _interpreter_unavailable()
         return (
             "triton compiles for GPUs and the tensors are on the CPU; move them to a GPU, set "
             'TRITON_INTERPRET=1 before the start for its interpreter, or use backend="auto"'
@@ -57,13 +60,27 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _interpreter_unavailable() -> str | None:
+    """Its loops turn one-element arrays into numbers, which numpy 2.4 refuses."""
+    import numpy
+
+    if tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4):
+        return None
+    return (
+        f"triton's interpreter does not work with numpy {numpy.__version__}; "
+        "install numpy below 2.4 (pip install 'numpy<2.4')"
+    )
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, as the environment of the process says."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
-    """A head (the choice of sweep), both orders of keys and anchors, the anchors' places, the bands."""
+    """A head (the choice of sweep), both orders of keys and anchors, the anchors' places, the
+    bands.
+    """
     if n_anchors * n_keys <= DENSE_PAIRS:
         return 0
     return ROW_PAD + 2 * _padded(n_keys) + 7 * _padded(n_anchors)
@@ -181,7 +198,11 @@ def arithmetic(dtype: torch.dtype) -> str:
 
 
 def precision(arithmetic: str) -> str:
-    """``input_precision``: three TF32 products reach float32's accuracy at a third of its instructions."""
+    """``input_precision``: three TF32 products reach float32's accuracy at a third of its
+    instructions.
+    """
+    if torch.version.hip is not None:
+        return "ieee"  # not every AMD GPU has TF32
     return {"float32 highest": "tf32x3", "float64": "ieee"}.get(arithmetic, "tf32")
 
 
@@ -230,7 +251,8 @@ def _forward_dense(call: _Call, w: Tensor | None, loss: Tensor, stats: Tensor) -
     gram, n_parts = _gram(call, chosen, call.pair_flags["PRECISION"])
     triton_dense.conr_forward_dense_kernel[(_tiles(call.N, chosen.BLOCK_I),)](
         call.x, call.y, call.p, w, call.key_x, call.key_y, call.key_p, gram, loss, stats,
-        call.N, call.K, call.self_offset, *call.strides(), _tiles(call.K, chosen.BLOCK_J), n_parts, call.D,
+        call.N, call.K, call.self_offset, *call.strides(), _tiles(call.K, chosen.BLOCK_J),
+        n_parts, call.D,
         s.window, s.push_scale, call.scale * call.scale,
         D=call.D, INSIDE=call.is_inside, **call.pair_flags, **call.row_flags,
         **call.options(chosen),
@@ -263,7 +285,7 @@ def _backward_dense(call: _Call, coef_i: Tensor, coef_j: Tensor, gradient: Tenso
 
 
 class _Sorted:
-    """Copies of keys and anchors in one order, made for the positives and again for the negatives."""
+    """Copies of keys and anchors in one order, made for the positives, then the negatives."""
 
     def __init__(self, call: _Call, coef_i: Tensor | None, coef_j: Tensor | None) -> None:
         self.call, self.coef = call, (coef_j, coef_i)
@@ -368,7 +390,8 @@ def _forward_sweeps(
         rows.gather(layout, negatives=True)
     kernels.conr_forward_negatives_kernel[grid](
         layout, rows.i["q"], rows.i["y"], rows.i["p"], rows.j["q"], rows.j["y"], rows.j["p"],
-        w, E, s_sum, n, poison, loss, stats, call.N, call.K, len(poison), call.D_pad, s.window, s.push_scale,
+        w, E, s_sum, n, poison, loss, stats, 
+        call.N, call.K, len(poison), call.D_pad, s.window, s.push_scale,
         TINY=s.scales_by_distance and s.window < TINY_WINDOW, **call.row_flags, **common,
     )  # fmt: skip
 

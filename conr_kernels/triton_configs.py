@@ -38,21 +38,24 @@ ARCHITECTURES = (80, 90, 100)
 
 def bucket(D: int, arithmetic: str) -> int:
     """The padded width of a row that is read at once, or 0 where it is read in chunks."""
-    if D > REGISTER_D[arithmetic]:
+    if REGISTER_D[arithmetic] < D:
         return 0
-    return next(width for width in BUCKETS if D <= width)
+    return next(width for width in BUCKETS if width >= D)
 
 
 #: By kind and arithmetic; of several entries the first whose architecture and bucket match.
-#: Columns: architecture (None: all), bucket (None: all), tile and launch (BLOCK_D None: the bucket).
+#: Columns: architecture (None: all), bucket (None: all), tile and launch (BLOCK_D None: the
+#: bucket).
 _HALVES = {
     "forward": [
         (80, 0, (128, 64, 64, 8, 2)),
         (None, 0, (128, 128, 64, 8, 3)),
+        (80, None, (128, 64, None, 8, 2)),
         (None, None, (128, 128, None, 8, 2)),
     ],
     "backward": [
         (None, 256, (64, 64, None, 8, 2)),
+        (80, None, (64, 64, None, 8, 2)),
         (None, None, (128, 64, None, 8, 2)),
     ],
     "wide": [(None, None, (64, 64, 64, 4, 2))],
@@ -60,19 +63,23 @@ _HALVES = {
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
-    "backward": [(None, None, (64, 64, None, 4, 2))],
+    "backward": [(100, None, (64, 64, None, 8, 2)), (None, None, (64, 64, None, 4, 2))],
     "wide": [(None, None, (64, 32, 32, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
 }
 _FLOAT32_HIGHEST = {
-    "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
-    "backward": [(None, 64, (64, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
+    "forward": [
+        (None, 0, (64, 64, 32, 4, 2)),
+        (80, None, (64, 32, None, 8, 2)),
+        (None, None, (64, 64, None, 4, 2)),
+    ],
+    "backward": [(80, None, (32, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
     "wide": [(None, None, (64, 32, 32, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
 }
 _FLOAT64 = {
     "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
-    "backward": [(None, None, (16, 16, None, 4, 1))],
+    "backward": [(100, None, (16, 16, None, 2, 1)), (None, None, (16, 16, None, 4, 1))],
     "wide": [(None, None, (16, 16, 32, 4, 1))],
     "dense": [(None, None, (16, 16, 32, 4, 1))],
 }
@@ -87,7 +94,9 @@ TABLE = {
 
 @functools.cache
 def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
-    """The configuration of a kernel: ``architecture`` 80, 90 or 100, the largest not above the device's."""
+    """The configuration of a kernel: ``architecture`` 80, 90 or 100, the largest not above the
+    device's.
+    """
     for on, width, (block_i, block_j, block_d, num_warps, num_stages) in TABLE[arithmetic][kind]:
         if on in (None, architecture) and width in (None, D_bucket):
             return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)

@@ -1,7 +1,7 @@
 """The Triton kernels for few rows: no sort, every tile visited, few launches, any D.
 
-The features are read as they are and their norms found on the way. D is split over programs where it is so
-large that one program could not read its rows in time.
+The features are read as they are and their norms found on the way. D is split over programs where
+it is so large that one program could not read its rows in time.
 """
 
 import triton
@@ -54,8 +54,10 @@ def _gram_tile(
 
 @triton.jit
 def _inverse_root(squares):
+    """In float64: it multiplies all of a row's exponents, which reach 200, and is rounded once."""
     is_zero = squares == 0
-    return tl.where(is_zero, 0.0, 1.0 / tl.sqrt(tl.where(is_zero, 1.0, squares))).to(squares.dtype)
+    norm = tl.sqrt(tl.where(is_zero, 1.0, squares).to(tl.float64))
+    return tl.where(is_zero, 0.0, 1.0 / norm)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_tiles_j", "chunk"])
@@ -106,7 +108,7 @@ def _exponents(
     D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``log₂e·s_ij`` of a tile and both inverse norms, from the features or from the parts' sums."""
+    """``log₂e·s_ij`` of a tile and both inverse norms, from features or from the parts' sums."""
     rows, columns = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
     if gram_ptr is None:
         gram, squares_i, squares_j = _gram_tile(
@@ -127,7 +129,8 @@ def _exponents(
             squares_i += tl.load(at + BLOCK_I * BLOCK_J + rows)
             squares_j += tl.load(at + BLOCK_I * BLOCK_J + BLOCK_I + columns)
     inverse_i, inverse_j = _inverse_root(squares_i), _inverse_root(squares_j)
-    factor_i = inverse_i * tl.full((), scale, gram.dtype)
+    factor_i = (inverse_i * scale).to(gram.dtype)
+    inverse_i, inverse_j = inverse_i.to(gram.dtype), inverse_j.to(gram.dtype)
     s_ij = (gram * factor_i[:, None]) * inverse_j[None, :]
     # A non-finite feature has a non-finite squared norm.
     return s_ij, inverse_i, inverse_j, tl.sum(squares_i * 0, axis=0) + tl.sum(squares_j * 0, axis=0)
@@ -283,7 +286,7 @@ def conr_pair_gradient_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of ``H_ij/‖x_j‖`` and its part of ``q_i·∂L/∂q_i = Σ_j H_ij s_ij``; a program each."""
+    """One tile of ``H_ij/‖x_j‖`` and its part of ``q_i·∂L/∂q_i = Σ_j H_ij s_ij``."""
     LN2: tl.constexpr = 0.6931471805599453
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
     pid = tl.program_id(0)
@@ -360,7 +363,9 @@ def conr_feature_gradient_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``( Σ_j W_ij x_j/τ − q_i radial_i )/‖x_i‖`` of BLOCK_I rows and BLOCK_D columns; a program each."""
+    """``( Σ_j W_ij x_j/τ − q_i radial_i )/‖x_i‖`` of BLOCK_I rows and BLOCK_D columns; a program
+    each.
+    """
     dtype: tl.constexpr = W_ptr.dtype.element_ty
     pid = tl.program_id(0)
     n_chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D

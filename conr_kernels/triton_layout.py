@@ -1,4 +1,6 @@
-"""Triton kernels that put rows in order: sort keys, exact bands, the choice of sweep, sorted copies."""
+"""Triton kernels that put rows in order: sort keys, exact bands, the choice of sweep, sorted
+copies.
+"""
 
 import triton
 import triton.language as tl
@@ -45,7 +47,9 @@ def conr_sort_keys_kernel(
     L_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The widest component of labels and of predictions, of keys and of anchors: [2, K] and [2, N]."""
+    """The widest component of labels and of predictions, of keys and of anchors: [2, K] and [2,
+    N].
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     components = tl.arange(0, L_PAD)
     for which in tl.static_range(2):
@@ -147,7 +151,8 @@ def conr_bands_kernel(
     HAS_P: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Every sorted anchor's band, by binary search on ``|y_i − y_j| ≤ reach`` itself; a program per ROWS rows.
+    """Every sorted anchor's band, by binary search on ``|y_i − y_j| ≤ reach`` itself; a program
+    per ROWS rows.
 
     ``lo_i = min { j : y_i − y_j ≤ reach }``, ``hi_i = min { j : not y_j − y_i ≤ reach }``.
     """
@@ -187,7 +192,9 @@ def conr_choose_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes 1 to ``layout[0]`` where the negatives are cheaper outside the label bands; one program."""
+    """Writes 1 to ``layout[0]`` where the negatives are cheaper outside the label bands; one
+    program.
+    """
     keys, anchors = tl.cdiv(n_keys, ROWS) * ROWS, tl.cdiv(n_anchors, ROWS) * ROWS
     lo_ptr = layout_ptr + ROWS + 2 * keys + 3 * anchors
     hi_ptr = lo_ptr + 2 * anchors
@@ -255,10 +262,12 @@ def _gather_tile(
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
         squares += tl.sum(x * x, axis=1)
         poison += tl.sum((x * 0).to(tl.float32), axis=1)
+    # A row's factor multiplies all its exponents, which reach 200: it is rounded once.
     is_zero = squares == 0
-    inverse = tl.where(is_zero, 0.0, 1.0 / tl.sqrt(tl.where(is_zero, 1.0, squares)))
+    norm = tl.sqrt(tl.where(is_zero, 1.0, squares).to(tl.float64))
+    inverse = tl.where(is_zero, 0.0, 1.0 / norm)
     tl.store(inverse_ptr + here, inverse.to(dtype))
-    factor = (inverse * tl.full((), scale, dtype)).to(dtype)
+    factor = (inverse * scale).to(dtype)
     for k in range(0, width, CHUNK):
         offsets = rows[:, None] * stride_n + (k + columns)[None, :] * stride_d
         mask = is_row[:, None] & (k + columns < D)[None, :]
@@ -332,8 +341,8 @@ def conr_gather_kernel(
 ):
     """Unit features times the scale, labels and coefficients in one order; a program per ROWS rows.
 
-    The order of the labels, or for the negatives that of the predictions; where the choice fell on the
-    order of the labels, the copies made for the positives serve the negatives too.
+    The order of the labels, or for the negatives that of the predictions; where the choice fell on
+    the order of the labels, the copies made for the positives serve the negatives too.
     """
     PAD: tl.constexpr = 128
     pid = tl.program_id(0)
@@ -353,7 +362,8 @@ def conr_gather_kernel(
                 _gather_tile(
                     pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, None, key_coef_ptr,
                     q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_at,
-                    n_keys, width, key_stride_n, key_stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    n_keys, width, key_stride_n, key_stride_d, scale,
+                    D, D_PAD, L, COLUMNS, ROWS, CHUNK,
                 )  # fmt: skip
             else:
                 _gather_tile(
@@ -375,7 +385,7 @@ def segments(
     SELF: tl.constexpr, SAME: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles of an anchor tile: its band ``[lo, hi)``, those in every anchor's band ``[f0, f1)``,
+    """Key tiles of an anchor tile: its band ``[lo, hi)``, those in all anchors' bands ``[f0, f1)``,
     and within these the tiles ``[s0, s1)`` that may hold a pair of an anchor with itself."""
     first = tile * BLOCK_I
     last = tl.minimum(first + BLOCK_I, n_anchors) - 1

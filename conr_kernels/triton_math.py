@@ -60,8 +60,8 @@ def similarity(
 def pair_distance(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L: tl.constexpr, RMSE: tl.constexpr):
     """``d_ij`` of a tile, rounded as the reference rounds it.
 
-    ``y_i`` holds the anchors' first components; ``step_*`` leads from a row's component to its next.
-    Compiled with ``enable_fp_fusion=False`` where squares are added.
+    ``y_i`` holds the anchors' first components; ``step_*`` leads from a row's component to its
+    next. Compiled with ``enable_fp_fusion=False`` where squares are added.
     """
     d_ij = tl.abs(y_i[:, None] - tl.load(y_j_ptrs)[None, :])
     if L > 1:
@@ -129,7 +129,9 @@ def scale_pair(t_ij, of_i, of_j, log_i, log_j, SHIFTED: tl.constexpr):
 
 @triton.jit
 def to_base_2(of, log):
-    """Sign and log₂ of a coefficient from sign and logarithm; the sign takes the rounding of the log₂."""
+    """Sign and log₂ of a coefficient from sign and logarithm; the sign takes the rounding of the
+    log₂.
+    """
     exact = log.to(tl.float64) * LOG2E
     rounded = exact.to(log.dtype)
     return of * (1 + lost_in(rounded, exact) * LN2).to(of.dtype), rounded
@@ -173,7 +175,9 @@ def finish_rows(
     COUNT_SELF: tl.constexpr,
     WEIGHTED_ROWS: tl.constexpr,
 ):
-    """Losses and statistics (rows.py) in float64: ``(ℓ, α or sign, β, γ or sign, log|α|, log|γ|)``."""
+    """Losses and statistics (rows.py) in float64: ``(ℓ, α or sign, β, γ or sign, log|α|,
+    log|γ|)``.
+    """
     is_anchor = (n > 0) & has_negative
     one = tl.full(E.shape, 1.0, tl.float64)
     n = tl.where(is_anchor, n, 1.0)

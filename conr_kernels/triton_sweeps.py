@@ -1,7 +1,7 @@
 """The Triton kernels of the two banded sweeps, forward and backward with the gradient in registers.
 
-A program owns BLOCK_I sorted anchors. Tiles of keys outside its bands are never visited; tiles inside every
-anchor's band (*full*) and those across a border (*edge*) go through separate loops.
+A program owns BLOCK_I sorted anchors. Tiles of keys outside its bands are never visited; tiles
+inside every anchor's band (*full*) and those across a border (*edge*) go through separate loops.
 """
 
 import triton
@@ -26,7 +26,9 @@ def negative_weights(
     y_i, y_i_ptrs, y_j_ptrs, p_i, p_i_ptrs, p_j_ptrs, step_i, step_j, h, exponent, t_ij,
     DELTA: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, PUSHING: tl.constexpr,
 ):  # fmt: skip
-    """``[j ∈ M_i]``, ``φ_ij`` (0 outside ``M_i``) and the exponent of a tile; DELTA: compare predictions."""
+    """``[j ∈ M_i]``, ``φ_ij`` (0 outside ``M_i``) and the exponent of a tile; DELTA: compare
+    predictions.
+    """
     d_ij = pair_distance(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L, RMSE)
     is_in = d_ij > h
     if DELTA:
@@ -45,7 +47,9 @@ def negative_segments(
     tile, layout_ptr, n_anchors, n_keys, EXACT: tl.constexpr, CONFUSED: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The order of the negatives (1: of the labels), its full tiles ``[f0, f1) ∪ [g0, g1)`` and its edges."""
+    """The order of the negatives (1: of the labels), its full tiles ``[f0, f1) ∪ [g0, g1)`` and
+    its edges.
+    """
     PAD: tl.constexpr = 128
     keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
     lo_ptr = layout_ptr + PAD + 2 * keys + 3 * anchors
@@ -208,7 +212,8 @@ def conr_forward_negatives_kernel(
 ):
     """``Σ_M φ_ij exp(s_ij)``, then the loss and the statistics of the row, in the caller's order.
 
-    TINY: φ·exp(s) may underflow, so that a positive sum is no proof of a negative: look at φ itself.
+    TINY: φ·exp(s) may underflow, so that a positive sum is no proof of a negative: look at φ
+    itself.
     """
     PAD: tl.constexpr = 128
     EXACT: tl.constexpr = L == 1

@@ -1,4 +1,6 @@
-"""The Triton kernel of the backward pass where a row's gradient does not fit the registers (D > 256)."""
+"""The Triton kernel of the backward pass where a row's gradient does not fit the registers (D >
+256).
+"""
 
 import triton
 import triton.language as tl
@@ -52,10 +54,12 @@ def conr_backward_wide_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Adds one sweep's ``Σ_j H_ij q_j`` to G [N, D_PAD]; the negatives' sweep, the second, ends with the gradient.
+    """Adds one sweep's ``Σ_j H_ij q_j`` to G [N, D_PAD]; the negatives' sweep, the second, ends
+    with the gradient.
 
-    A program walks over anchor tiles. For GROUP key tiles at a time it puts H_ij into its own part of the
-    workspace H [programs, GROUP, BLOCK_I, BLOCK_J], then multiplies it by the keys, chunk of D after chunk.
+    A program walks over anchor tiles. For GROUP key tiles at a time it puts H_ij into its own part
+    of the workspace H [programs, GROUP, BLOCK_I, BLOCK_J], then multiplies it by the keys, chunk
+    of D after chunk.
     """
     PAD: tl.constexpr = 128
     LN2: tl.constexpr = 0.6931471805599453

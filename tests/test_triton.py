@@ -1,4 +1,6 @@
-"""The Triton backend without a GPU: the interpreter's cases in a process of their own, launches, machine code."""
+"""The Triton backend without a GPU: the interpreter's cases in a process of their own, launches,
+machine code.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,23 @@ def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_interpreted_kernels_agree_with_the_float64_reference() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/triton_interpreted.py", "-q", "--tb=short"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/triton_interpreted.py",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+        ],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-8000:]
-    passed = re.search(r"(\d+) passed", run.stdout) or re.search(r"\[100%\]", run.stdout)
-    assert passed, run.stdout[-2000:]
+    assert "[100%]" in run.stdout, run.stdout[-2000:]
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused_with_a_remedy() -> None:
@@ -66,6 +76,14 @@ def test_importing_the_package_does_not_import_triton() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_the_interpreter_asks_for_a_numpy_that_it_works_with(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("numpy.__version__", "2.4.1")
+    assert "numpy<2.4" in triton_backend.unavailable(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("numpy.__version__", "2.3.5")
+    assert triton_backend.unavailable(torch.device("cpu"), torch.float32) is None
+
+
 @pytest.mark.parametrize("variant", ["paper", "released-age", "contrastive"])
 @pytest.mark.parametrize(
     ("N", "D", "limit"),
@@ -91,16 +109,8 @@ def test_batch_sizes_share_one_compiled_kernel() -> None:
     assert per_size[0] == per_size[1] == per_size[2]
 
 
-#: One of each kind of loop and arithmetic; `python -m benchmarks.static --check` compiles every row.
-SAMPLE = [
-    ("paper", 128, "bfloat16", 90),
-    ("released-age", 128, "float16", 90),
-    ("paper", 128, "bfloat16", 80),
-    ("paper", 128, "bfloat16", 100),
-    ("paper", 64, "float32 highest", 90),
-    ("paper", 128, "float32", 90),
-    ("paper", 2048, "bfloat16", 90),
-]
+#: Compiled here; `python -m benchmarks.static --check` compiles every row.
+SAMPLE = [("paper", 128, "bfloat16", 90), ("paper", 128, "bfloat16", 100)]
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +170,11 @@ def ptx(N: int, D: int, dtype: torch.dtype, name: str, **options) -> str:
 
 def test_float64_products_use_no_tf32_and_highest_uses_three_passes() -> None:
     assert "tf32" not in ptx(1500, 32, torch.float64, "forward_positives")
-    once = ptx(1500, 32, torch.float32, "forward_positives", precision="high").count(".tf32")
-    thrice = ptx(1500, 32, torch.float32, "forward_positives", precision="highest").count(".tf32")
+    wgmma = re.compile(r"wgmma\.mma_async\S*\.tf32")
+    once, thrice = (
+        len(wgmma.findall(ptx(1500, 32, torch.float32, "forward_positives", precision=how)))
+        for how in ("high", "highest")
+    )
     assert once > 0 and thrice == 3 * once
 
 
@@ -181,8 +194,3 @@ def test_squares_of_differences_are_not_contracted() -> None:
             assert launch.options["enable_fp_fusion"] is False
     text = ptx(1500, 16, torch.float32, "forward_positives", L=2, distance="rmse")
     assert "div.rn.f32" in text and "sqrt.rn.f32" in text and "fma.rn.f32" not in text
-
-
-def test_the_tensors_given_are_the_ones_on_which_the_launcher_counts() -> None:
-    """Slices of the layout start on 16 bytes, as the compiled kernels assume."""
-    assert triton_backend.ROW_PAD * 4 % 16 == 0

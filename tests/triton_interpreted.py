@@ -1,5 +1,7 @@
-"""The Triton kernels in the interpreter against the float64 reference: collected by test_triton.py alone,
-in a process that has TRITON_INTERPRET=1 from its start."""
+"""The Triton kernels in the interpreter against the float64 reference.
+
+Collected by test_triton.py alone, in a process that has TRITON_INTERPRET=1 from its start.
+"""
 
 from __future__ import annotations
 
@@ -152,10 +154,10 @@ INSIDE_COUNTED = Variant("inside", "exponential", "all", True, True, True)
 CASES = [
     *(Case(65, 33, v) for v in PRESETS),
     *(Case(31, 33, v, regime="dense") for v in PRESETS),
-    *(Case(N, D) for N, D in ((1, 1), (2, 2), (31, 1), (33, 31), (127, 127), (130, 129), (257, 16))),
+    *(Case(N, D) for N, D in ((1, 1), (2, 2), (31, 1), (33, 31), (127, 33), (33, 127), (129, 16))),
     *(
         Case(N, D, regime="dense")
-        for N, D in ((1, 1), (2, 3), (17, 31), (33, 1), (65, 129), (16, 64))
+        for N, D in ((1, 1), (2, 3), (17, 31), (33, 1), (17, 129), (16, 64), (65, 16))
     ),
     *(Case(30, 70, v, regime="dense-split") for v in ("paper", "released-age")),
     *(Case(70, 150, v) for v in ("paper", "released-depth", "contrastive")),
@@ -163,12 +165,12 @@ CASES = [
       for L, d, r in itertools.product((2, 3), ("mae", "rmse"), ("sweeps", "dense"))),
     *(Case(40, 20, v, K=50, regime=r)
       for v, r in itertools.product(("paper", "released-age", "contrastive"), ("sweeps", "dense"))),
-    Case(40, 150, "released-age", K=100),
+    Case(33, 150, "released-age", K=40),
     Case(40, 20, "released-depth", K=95, L=3, distance="rmse"),
     *(Case(70, 24, v, labels="decimal", window=0.2) for v in ("paper", "released-age")),
     Case(70, 24, "paper", labels="decimal", window=0.2, L=2, distance="rmse"),
     Case(60, 24, "paper", labels="decimal", window=0.2, L=3, distance="rmse", regime="dense"),
-    *(Case(200, 16, v, labels="ages") for v in ("paper", "released-age", "no-weight")),
+    *(Case(129, 16, v, labels="ages") for v in ("paper", "released-age", "no-weight")),
     *(Case(70, 16, v, labels="rare") for v in ("paper", "released-depth")),
     Case(70, 16, labels="equal"),
     *(Case(40, 16, v, labels="tiny", window=0.0, regime=r)
@@ -188,7 +190,7 @@ CASES = [
 ]  # fmt: skip
 HALVES = [
     *(Case(N, D, v, t, regime=r) for (N, D), v, t, r in itertools.product(
-        ((65, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
+        ((33, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
 ]  # fmt: skip
 
@@ -200,8 +202,9 @@ def test_error_is_within_three_times_eager_float32(case: Case) -> None:
     exact = case.run("reference", torch.float64, given)
     eager_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     eager = case.run("reference", eager_dtype, given)
-    unit = 1e-13 if case.dtype == torch.float64 else 1e-6
+    unit = 1e-13 if case.dtype == torch.float64 else max(1e-6, 2**-24 / case.temperature)
     # Gradients times ‖x_i‖, so that every row counts; their sums have terms up to upstream/τ.
+    # Below τ = 0.06 one rounding of the exponent, 2⁻²⁴/τ, is more than a millionth.
     norm = given["x"][: case.N].double().norm(dim=1, keepdim=True)
     for name, ours, theirs, truth in zip(("loss", "gradient"), got, eager, exact, strict=True):
         if name == "gradient":
@@ -274,7 +277,9 @@ def test_an_empty_batch_has_no_rows(regime: str) -> None:
 
 @pytest.mark.parametrize("collapsed", [False, True])
 def test_the_choice_of_sweep_is_made_from_the_bands(collapsed: bool) -> None:
-    """Constant predictions: outside the label bands; predictions as good as labels: in their bands."""
+    """Constant predictions: outside the label bands; predictions as good as labels: in their
+    bands.
+    """
     case = Case(300, 16, labels="rare", window=100.0)
     given = case.inputs()
     given["p"] = torch.zeros_like(given["y"]) if collapsed else given["y"] + 50
