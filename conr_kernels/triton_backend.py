@@ -209,7 +209,9 @@ def precision(arithmetic: str) -> str:
 @functools.cache
 def architecture(device: torch.device) -> int:
     """The column of the table: the largest shipped architecture that is not above the device's."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
+        return 90  # the interpreter: the fewest programs
+    if torch.version.hip is not None:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 100 if major >= 10 else 90 if major == 9 else 80
