@@ -93,6 +93,7 @@ def loss_with_gradient(
 
     Where every row has the same upstream gradient nothing need be kept: a third less host time.
     """
+    x = x.contiguous()
     is_shifted = _is_shifted(y, None, settings)
     norm = row_norms(x)
     inverse = _inverse(norm)
@@ -101,8 +102,10 @@ def loss_with_gradient(
     loss, stats = _finish(sums, norm, y, p, w, None, settings, is_shifted)
     G = _one_tile_gradient(*pairs, rows.q, stats.to(norm.dtype), settings)
     count = len(x) if is_mean else 1
-    loss = loss.mean() if is_mean else loss.sum()
-    return loss.to(norm.dtype), _project(G, rows.q, inverse, settings.temperature * count)
+    loss = loss.to(norm.dtype)
+    return loss.mean() if is_mean else loss.sum(), _project(
+        G, rows.q, inverse, settings.temperature * count
+    )
 
 
 def _finish(
@@ -223,12 +226,14 @@ def _project(G: Tensor, q: Tensor, inverse: Tensor, temperature: float) -> Tenso
 
 def _poison(norm: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | None) -> Tensor:
     """0 for each row [N] with finite inputs, else NaN; NaN everywhere if a key is not finite."""
-    y, p = y * 0, p * 0  # before the sum, which might overflow
-    if y.shape[1] > 1:
-        y, p = y.sum(dim=1, keepdim=True), p.sum(dim=1, keepdim=True)
-    total = (norm * 0 + y + p)[:, 0]
+    total = norm * 0
+    for labels in (y, p):  # times 0 before any sum, which might overflow
+        if labels.shape[1] > 1:
+            labels = (labels * 0).sum(dim=1, keepdim=True)
+        total.add_(labels, alpha=0)
     if w is not None:
-        total = total + w * 0
+        total.add_(w[:, None], alpha=0)
+    total = total[:, 0]
     return total if keys is None else total + not_finite(*keys)
 
 
