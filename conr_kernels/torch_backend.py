@@ -81,9 +81,8 @@ def forward(
         sums = row_sums(x, y, p, keys, self_offset, settings, norm, is_shifted)
         layout = norm.new_empty(0)
     loss, stats = _finish(sums, norm, y, p, w, keys, settings, is_shifted)
-    if not is_shifted and not settings.exponent_is_small:
-        stats = to_log_statistics(stats)
-    return loss.to(norm.dtype), stats.to(norm.dtype), layout.view(-1).view(torch.int32)
+    stats = _stored(stats, norm.dtype, settings, is_shifted)
+    return loss.to(norm.dtype), stats, layout.view(-1).view(torch.int32)
 
 
 def loss_with_gradient(
@@ -91,7 +90,8 @@ def loss_with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
 
-    Where every row has the same upstream gradient nothing need be kept: a third less host time.
+    Where every row has the same upstream gradient nothing need be kept: a third less host time. The
+    bits are those of ``forward`` and ``backward``.
     """
     x = x.contiguous()
     is_shifted = _is_shifted(y, None, settings)
@@ -100,12 +100,21 @@ def loss_with_gradient(
     rows = take_rows(x, inverse, y, p, None, None)
     sums, pairs = one_tile_sums(rows, settings, is_shifted)
     loss, stats = _finish(sums, norm, y, p, w, None, settings, is_shifted)
-    G = _one_tile_gradient(*pairs, rows.q, stats.to(norm.dtype), settings)
-    count = len(x) if is_mean else 1
-    loss = loss.to(norm.dtype)
-    return loss.mean() if is_mean else loss.sum(), _project(
-        G, rows.q, inverse, settings.temperature * count
-    )
+    loss, stats = loss.to(norm.dtype), _stored(stats, norm.dtype, settings, is_shifted)
+    if not is_shifted and not settings.exponent_is_small:
+        stats = collapse_statistics(stats)
+    if is_mean:
+        stats[:, :3].mul_(1 / len(x))
+    G = _one_tile_gradient(*pairs, rows.q, stats, settings)
+    loss = loss.mean() if is_mean else loss.sum()
+    return loss, _project(G, rows.q, inverse, settings.temperature)
+
+
+def _stored(stats: Tensor, dtype: torch.dtype, settings: Settings, is_shifted: bool) -> Tensor:
+    """Statistics in the form and dtype in which they wait for the backward pass."""
+    if not is_shifted and not settings.exponent_is_small:
+        stats = to_log_statistics(stats)
+    return stats.to(dtype)
 
 
 def _finish(
