@@ -38,7 +38,7 @@ from .torch_tiles import (
 from .variants import Settings
 
 #: Up to this many rows one tile holds all pairs and is kept for backward.
-KEPT_ROWS = 384
+KEPT_ROWS = 640
 #: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
 DENSE_SHARE = 0.7
 #: Rows of the gradient that are finished at a time.

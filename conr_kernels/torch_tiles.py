@@ -21,7 +21,7 @@ from .variants import Settings
 BLOCK_I = 64
 TILE_PAIRS = 2**18
 #: Blocks of one tile share the widest one's width, up to this share of pairs in excess.
-EXCESS = 1.2
+EXCESS = 1.5
 
 
 @dataclass(frozen=True)
