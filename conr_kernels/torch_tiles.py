@@ -75,12 +75,11 @@ def take_rows(
 
 @dataclass(frozen=True)
 class Tile:
-    """``count`` blocks of ``rows`` sorted anchors each, block k against its own ``width`` sorted
-    keys.
+    """``count`` blocks of ``rows`` sorted anchors, each against its own ``width`` sorted keys.
 
     Attributes:
-        i0, j0: the first anchor and key of the first block; both move on by ``rows`` from block to
-            block.
+        i0, j0: the first anchor and key of the first block.
+        step: block k's keys begin at ``j0 + k·step``; its anchors at ``i0 + k·rows``.
         edges: columns that may hold pairs outside the window; all others are inside.
         has_diagonal: the anchors' own pairs are the blocks' diagonals.
         mirror: columns from here on stand for the transposed tile too.
@@ -90,6 +89,7 @@ class Tile:
     j0: int
     count: int
     rows: int
+    step: int
     width: int
     edges: tuple[slice, ...]
     has_diagonal: bool
@@ -103,7 +103,7 @@ class Tile:
         """The tile's anchors [count, rows, …] and keys [count, width, …]."""
         return (
             rows_i.windows(self.i0, self.count, self.rows, self.rows),
-            rows_j.windows(self.j0, self.count, self.rows, self.width),
+            rows_j.windows(self.j0, self.count, self.step, self.width),
         )
 
     @property
@@ -111,59 +111,77 @@ class Tile:
         """Blocks, and the keys of their columns from ``mirror`` on."""
         if self.mirror < self.width:
             for k in range(self.count):
-                start = self.j0 + k * self.rows
+                start = self.j0 + k * self.step
                 yield k, slice(start + self.mirror, start + self.width)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Keys ``[start, stop)`` of a block of anchors; ``[full0, full1)`` are in every one's band."""
+
+    start: int
+    stop: int
+    full0: int
+    full1: int
 
 
 def make_tiles(sweep: Sweep) -> Iterator[Tile]:
     """The tiles of a sweep's bands; of the upper triangle only where the anchors are the keys."""
-    N, K = sweep.n_anchors, sweep.n_keys
-    rows = BLOCK_I if sweep.serves != "both" and sweep.is_symmetric else 4 * BLOCK_I
+    N = sweep.n_anchors
+    rows = 4 * BLOCK_I if sweep.serves == "both" else BLOCK_I
+    blocks = _make_blocks(sweep, rows)
+    k = 0
+    while k < len(blocks):
+        i0, n_rows = k * rows, min(rows, N - k * rows)
+        count, step, j0, width = _group(blocks[k:], rows, N - i0, sweep)
+        group = list(enumerate(blocks[k : k + count]))
+        full0 = max(block.full0 - j0 - m * step for m, block in group)
+        full1 = min(block.full1 - j0 - m * step for m, block in group)
+        for c0, columns in _chunks(j0, j0 + width, count * n_rows):
+            edges = _outside(columns, j0 + full0 - c0, j0 + full1 - c0)
+            is_first = sweep.is_symmetric and c0 == j0
+            mirror = max(i0 + n_rows - c0, 0) if sweep.is_symmetric else columns
+            yield Tile(i0, c0, count, n_rows, step, columns, edges, is_first, mirror)
+        k += count
+
+
+def _make_blocks(sweep: Sweep, rows: int) -> list[Block]:
+    N = sweep.n_anchors
     if sweep.serves == "both":
-        bounds = [[0, K, 0, 0]] * len(range(0, N, rows))
+        bounds = [[0, sweep.n_keys, 0, 0]] * len(range(0, N, rows))
     else:
         first = torch.arange(0, N, rows, device=sweep.lo.device)
         last = (first + rows - 1).clamp(max=N - 1)
         of_blocks = (sweep.lo[first], sweep.hi[last], sweep.lo[last], sweep.hi[first])
         bounds = torch.stack(of_blocks, dim=1).tolist()
-    if sweep.is_symmetric:
-        yield from _symmetric_tiles(sweep, rows, bounds)
-        return
-    for i0, (j0, j1, full0, full1) in zip(range(0, N, rows), bounds, strict=True):
-        i1 = min(i0 + rows, N)
-        full1 = full1 if sweep.is_exact else full0
-        for c0, width in _chunks(j0, j1, i1 - i0):
-            edges = _outside(width, full0 - c0, full1 - c0)
-            yield Tile(i0, c0, 1, i1 - i0, width, edges, False, width)
+    blocks = []
+    for k, (start, stop, full0, full1) in enumerate(bounds):
+        if sweep.is_symmetric:
+            # From the block's own anchors on; in all bands only if its last is in its first's.
+            start, end = k * rows, min((k + 1) * rows, N)
+            stop, full0 = max(stop, end), start if full1 >= end else full1
+        blocks.append(Block(start, stop, full0, full1 if sweep.is_exact else full0))
+    return blocks
 
 
-def _symmetric_tiles(sweep: Sweep, rows: int, bounds: list[list[int]]) -> Iterator[Tile]:
-    """Block k's keys begin with its own anchors; blocks of about the same width go together."""
-    N = sweep.n_anchors
-    widths, fulls = [], []
-    for k, (_, hi_last, _, hi_first) in enumerate(bounds):
-        start, stop = k * rows, min((k + 1) * rows, N)
-        widths.append(max(hi_last, stop) - start)
-        # A key is in all bands only from the first anchor's band, if the last anchor is in there
-        # too.
-        fulls.append(hi_first - start if sweep.is_exact and hi_first >= stop else 0)
-    k = 0
-    while k < len(bounds):
-        i0, n_rows = k * rows, min(rows, N - k * rows)
-        end, widest, total = k + 1, widths[k], widths[k]
-        while end < len(bounds) and (end + 1) * rows <= N:
-            wider = max(widest, widths[end])
-            count = end + 1 - k
-            fits = count * rows * wider <= TILE_PAIRS and end * rows + wider <= N
-            if not fits or count * wider > EXCESS * (total + widths[end]):
-                break
-            widest, total, end = wider, total + widths[end], end + 1
-        full = min(fulls[k:end])
-        for c0, width in _chunks(i0, i0 + widest, (end - k) * n_rows):
-            edges = _outside(width, i0 - c0, i0 + full - c0)
-            mirror = max(n_rows + i0 - c0, 0)
-            yield Tile(i0, c0, end - k, n_rows, width, edges, c0 == i0, mirror)
-        k = end
+def _group(blocks: list[Block], rows: int, n_left: int, sweep: Sweep) -> tuple[int, int, int, int]:
+    """How many of the blocks go together, and the step, first key and width of their windows."""
+    found = (1, 1, blocks[0].start, max(blocks[0].stop - blocks[0].start, 0))
+    area = found[3]
+    for count in range(2, min(len(blocks), n_left // rows) + 1):
+        group = blocks[:count]
+        step = rows
+        if not sweep.is_symmetric:
+            step = max(round((group[-1].start - group[0].start) / (count - 1)), 1)
+        j0 = min(block.start - m * step for m, block in enumerate(group))
+        width = max(block.stop - j0 - m * step for m, block in enumerate(group))
+        area += max(group[-1].stop - group[-1].start, 0)
+        is_inside = j0 >= 0 and j0 + (count - 1) * step + width <= sweep.n_keys
+        fits = count * rows * width <= TILE_PAIRS and count * width <= EXCESS * area
+        if not (is_inside and fits and width > 0):
+            break
+        found = (count, step, j0, width)
+    return found
 
 
 def _chunks(j0: int, j1: int, n_rows: int) -> Iterator[tuple[int, int]]:
