@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,18 +24,21 @@ class Provider:
 
     Attributes:
         name: the key in tables and rows.
-        row_losses: from a batch to [N].
+        losses: from a batch and a reduction, ``"none"`` or ``"mean"``, to ``ℓ_i`` [N] or its mean.
         pair_bytes: about how many bytes it needs per pair of rows, to skip what does not fit.
         largest: largest N measured.
     """
 
     name: str
-    row_losses: Callable[[Batch], Tensor]
+    losses: Callable[[Batch, str], Tensor]
     pair_bytes: int
     largest: int
 
     def loss(self, batch: Batch) -> Tensor:
-        return self.row_losses(batch).mean()
+        return self.losses(batch, "mean")
+
+    def row_losses(self, batch: Batch) -> Tensor:
+        return self.losses(batch, "none")
 
     def step(self, batch: Batch) -> Tensor:
         """Forward and backward; the gradient of the features."""
@@ -42,7 +46,7 @@ class Provider:
         return gradient
 
 
-def eager_row_losses(batch: Batch, has_row_loop: bool = False) -> Tensor:
+def eager_losses(batch: Batch, reduction: str, has_row_loop: bool = False) -> Tensor:
     """The formula as a careful engineer writes it: one ``exp``, masks formed without gradient.
 
     ``has_row_loop``: the self pairs are taken out in a Python loop over rows.
@@ -65,11 +69,12 @@ def eager_row_losses(batch: Batch, has_row_loop: bool = False) -> Tensor:
     negative_sum = (exp_s * pushing).sum(dim=1)
     is_anchor = (n > 0) & (m > 0)
     E = torch.where(is_anchor, positive_sum, 1.0)
-    return torch.where(is_anchor, torch.log(n.clamp(min=1) * (E + negative_sum) / E), 0.0)
+    rows = torch.where(is_anchor, torch.log(n.clamp(min=1) * (E + negative_sum) / E), 0.0)
+    return rows if reduction == "none" else rows.mean()
 
 
-def package_row_losses(backend: str) -> Callable[[Batch], Tensor]:
-    def row_losses(batch: Batch) -> Tensor:
+def package_losses(backend: str) -> Callable[[Batch, str], Tensor]:
+    def losses(batch: Batch, reduction: str) -> Tensor:
         return conr_loss(
             batch.x,
             batch.y,
@@ -78,11 +83,11 @@ def package_row_losses(backend: str) -> Callable[[Batch], Tensor]:
             window=WINDOW,
             temperature=TEMPERATURE,
             push_scale=PUSH_SCALE,
-            reduction="none",
+            reduction=reduction,
             backend=backend,
         )
 
-    return row_losses
+    return losses
 
 
 def product(batch: Batch) -> Callable[[], Tensor]:
@@ -100,7 +105,7 @@ def providers(device: str) -> list[Provider]:
         if reason is None and name != "reference" and not (name == "triton" and not is_gpu)
     ]
     return [
-        Provider(BASELINE, eager_row_losses, 30, 16_384),
-        Provider("eager, row loop", lambda batch: eager_row_losses(batch, True), 30, 4_096),
-        *(Provider(f"conr_kernels ({t})", package_row_losses(t), 0, 65_536) for t in fused),
+        Provider(BASELINE, eager_losses, 30, 16_384),
+        Provider("eager, row loop", functools.partial(eager_losses, has_row_loop=True), 30, 4_096),
+        *(Provider(f"conr_kernels ({t})", package_losses(t), 0, 65_536) for t in fused),
     ]

@@ -36,7 +36,7 @@ def test_the_gate_passes_for_every_provider_and_the_cpu_has_a_fused_one():
 def test_nothing_is_timed_or_written_when_a_provider_is_wrong(
     monkeypatch, capsys, tmp_path, factor
 ):
-    wrong = replace(FUSED[0], row_losses=lambda batch: FUSED[0].row_losses(batch) * factor)
+    wrong = replace(FUSED[0], losses=lambda *args: FUSED[0].losses(*args) * factor)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "providers", lambda device: [BASELINE, wrong])
     monkeypatch.setattr(measure, "first_step", lambda step: pytest.fail("timed a wrong result"))
@@ -47,18 +47,18 @@ def test_nothing_is_timed_or_written_when_a_provider_is_wrong(
 
 
 def test_the_gate_finds_a_wrong_baseline():
-    wrong = replace(BASELINE, row_losses=lambda batch: BASELINE.row_losses(batch) * 1.001)
+    wrong = replace(BASELINE, losses=lambda *args: BASELINE.losses(*args) * 1.001)
     assert any(t.startswith("eager") for t in measure.gate([wrong, *FUSED], "cpu"))
 
 
 def test_row_difference_sees_a_wrong_row():
     assert measure.row_difference(FUSED[0], 301, "agedb", "cpu") < 1e-6
 
-    def shifted(batch):
-        losses = FUSED[0].row_losses(batch)
+    def shifted(batch, reduction):
+        losses = FUSED[0].losses(batch, reduction)
         return losses + 0.01 * losses.max() * (torch.arange(len(losses)) == 3)
 
-    wrong = replace(FUSED[0], row_losses=shifted)
+    wrong = replace(FUSED[0], losses=shifted)
     assert 0.009 < measure.row_difference(wrong, 301, "agedb", "cpu") < 0.011
 
 
