@@ -45,7 +45,6 @@ DENSE_SHARE = 0.7
 PROJECTED_ROWS = 1024
 
 Keys = tuple[Tensor, Tensor, Tensor]
-EVERY = (slice(None),)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -318,10 +317,10 @@ def one_tile_sums(
     rows: Rows, settings: Settings, is_shifted: bool
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """The sums of ``row_sums`` from one tile, and the tile's pairs weighted by either mask."""
-    s_ij = similarities(rows.q[None], rows.q[None], settings)[0]
+    s_ij = similarities(rows.q, rows.q, settings)
     d_ij = pair_distance(rows.y, rows.y, settings.distance)
     positive = torch.le(d_ij, settings.window, out=torch.empty_like(s_ij)).fill_diagonal_(0.0)
-    negative, log_phi = negative_weight(d_ij, rows, rows, EVERY, settings)
+    negative, log_phi = negative_weight(d_ij, rows, rows, None, settings)
     # Counts up to 2²⁴ are exact in float32; a sum that converts its terms is several times slower.
     sums = {"n": positive.sum(1), "m": negative.sign().sum(1)}
     if settings.variant.log == "inside":
@@ -341,8 +340,9 @@ def _one_tile_gradient(
     positive: Tensor, negative: Tensor, q: Tensor, coef: Tensor, settings: Settings
 ) -> Tensor:
     """``τ ∂L/∂q_i`` [N, D] from the weighted pairs."""
-    H_ij = times_coefficients(positive, coef[:, 0::3], coef[:, 0::3])
-    H_ij += times_coefficients(negative, coef[:, 2::2], coef[:, 2::2])
+    alpha, gamma = coef[:, 0::3], coef[:, 2::2]
+    H_ij = times_coefficients(positive, alpha, alpha)
+    H_ij += times_coefficients(negative, gamma, gamma)
     if settings.variant.log == "inside":
         absent = 0.0 if coef.shape[1] == 3 else -torch.inf
         H_ij -= (positive > absent).to(q.dtype).mul_(coef[:, 1:2] + coef[:, 1])

@@ -228,9 +228,10 @@ class Totals(dict[str, Tensor]):
 
 
 def similarities(q_i: Tensor, q_j: Tensor, settings: Settings) -> Tensor:
-    """``s_ij`` of unit features [count, N, D] and [count, K, D]."""
-    s_ij = q_i.new_empty(q_i.shape[0], q_i.shape[1], q_j.shape[1])
-    return s_ij.baddbmm_(q_i, q_j.mT, beta=0, alpha=1 / settings.temperature)
+    """``s_ij`` of unit features [N, D] and [K, D], or [count, N, D] and [count, K, D]."""
+    s_ij = q_i.new_empty(*q_i.shape[:-1], q_j.shape[-2])
+    product = s_ij.addmm_ if s_ij.dim() == 2 else s_ij.baddbmm_
+    return product(q_i, q_j.mT, beta=0, alpha=1 / settings.temperature)
 
 
 def window_mask(d_ij: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
@@ -239,11 +240,11 @@ def window_mask(d_ij: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
 
 
 def negative_weight(
-    d_ij: Tensor, rows_i: Rows, rows_j: Rows, edges: tuple[slice, ...], settings: Settings
+    d_ij: Tensor, rows_i: Rows, rows_j: Rows, edges: tuple[slice, ...] | None, settings: Settings
 ) -> tuple[Tensor, Tensor | None]:
     """``[j ∈ M_i]``, times ``d_ij`` where ``φ(d) = d``; and ``e·d_ij`` where that is ``log φ``.
 
-    Predictions are compared on the columns ``edges``. Overwrites ``d_ij``.
+    Predictions are compared on the columns ``edges``, None for all. Overwrites ``d_ij``.
     """
     dtype = rows_i.q.dtype
     is_exponential = settings.variant.pushing == "exponential"
@@ -251,10 +252,14 @@ def negative_weight(
     h = settings.window
     weight = torch.threshold_(d_ij, h, 0.0) if settings.scales_by_distance else d_ij.gt_(h)
     weight = weight.to(dtype)
-    if settings.variant.negatives == "confused":
-        for columns in edges:
-            delta_ij = pair_distance(rows_i.p, rows_j.p[..., columns, :], settings.distance)
-            weight[..., columns].mul_(window_mask(delta_ij, settings, dtype))
+    if settings.variant.negatives == "all":
+        return weight, log_phi
+    if edges is None:
+        delta_ij = pair_distance(rows_i.p, rows_j.p, settings.distance)
+        return weight.mul_(window_mask(delta_ij, settings, dtype)), log_phi
+    for columns in edges:
+        delta_ij = pair_distance(rows_i.p, rows_j.p[..., columns, :], settings.distance)
+        weight[..., columns].mul_(window_mask(delta_ij, settings, dtype))
     return weight, log_phi
 
 
