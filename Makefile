@@ -12,11 +12,11 @@ $(READY): pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet torch==2.13.0
-	$(PYTHON) -m pip install --quiet 'numpy<2.4' triton==3.6.0 pytest pytest-benchmark matplotlib tqdm ruff
+	$(PYTHON) -m pip install --quiet 'numpy<2.4' triton==3.6.0 pytest pytest-benchmark pytest-xdist matplotlib tqdm ruff
 	touch $(READY)
 
 test: $(READY) lint
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest tests -n 2 --dist loadfile
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

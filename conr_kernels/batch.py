@@ -4,6 +4,7 @@ reference.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,27 @@ class Batch(NamedTuple):
         return torch.cat([x, key_x]), torch.cat([self.y, key_y]), torch.cat([self.p, key_p])
 
 
+def _check_options(
+    window: float,
+    temperature: float,
+    push_scale: float,
+    variant: str | Variant,
+    distance: str,
+    reduction: str,
+    backend: str,
+) -> Settings:
+    validation.check_scalars(window, temperature, push_scale)
+    validation.check_choice("distance", distance, DISTANCES)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    validation.check_choice("backend", backend, ("auto", *ops.BACKENDS, "reference"))
+    scalars = (float(window), float(temperature), float(push_scale))
+    return Settings(*scalars, resolve_variant(variant), distance)
+
+
+#: A training run asks for the same settings at every step.
+_checked_options = functools.lru_cache(maxsize=64)(_check_options)
+
+
 def prepare(
     features: Tensor,
     targets: Tensor,
@@ -57,17 +79,15 @@ def prepare(
     backend: str,
 ) -> Batch:
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
+    options = (window, temperature, push_scale, variant, distance, reduction, backend)
     if torch.compiler.is_compiling():
         from . import tracing
 
-        scalars = (window, temperature, push_scale)
-        window, temperature, push_scale = map(tracing.constant, scalars)
-    validation.check_scalars(window, temperature, push_scale)
-    validation.check_choice("distance", distance, DISTANCES)
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    validation.check_choice("backend", backend, ("auto", *ops.BACKENDS, "reference"))
-    scalars = (float(window), float(temperature), float(push_scale))
-    settings = Settings(*scalars, resolve_variant(variant), distance)
+        settings = _check_options(*map(tracing.constant, options[:3]), *options[3:])
+    elif all(type(option) in (float, int, str, Variant) for option in options):
+        settings = _checked_options(*options)
+    else:
+        settings = _check_options(*options)
     validation.check_tensors(features, targets, predictions, weights, keys)
     plan = make_plan(backend, features.device, features.dtype)
     y, p = _labels(targets), _labels(predictions)
