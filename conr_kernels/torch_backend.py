@@ -41,6 +41,8 @@ from .variants import Settings
 KEPT_ROWS = 640
 #: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
 DENSE_SHARE = 0.7
+#: A negative's distance exceeds the window; from here on ``d_ij exp(−1/τ)`` is no zero in float32.
+SMALLEST_WINDOW = 1e-20
 #: Rows of the gradient that are finished at a time.
 PROJECTED_ROWS = 1024
 
@@ -97,7 +99,8 @@ def loss_with_gradient(
     norm = row_norms(x)
     inverse = _inverse(norm)
     rows = take_rows(x, inverse, y, p, None, None)
-    sums, pairs = one_tile_sums(rows, settings, is_shifted)
+    underflows = is_shifted or settings.window < SMALLEST_WINDOW
+    sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives=underflows)
     loss, stats = _finish(sums, norm, y, p, w, None, settings, is_shifted)
     loss, stats = loss.to(norm.dtype), _stored(stats, norm.dtype, settings, is_shifted)
     if not is_shifted and not settings.exponent_is_small:
@@ -239,9 +242,9 @@ def _poison(norm: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | N
         if labels.shape[1] > 1:
             labels = (labels * 0).sum(dim=1, keepdim=True)
         total.add_(labels, alpha=0)
-    if w is not None:
-        total.add_(w[:, None], alpha=0)
     total = total[:, 0]
+    if w is not None:
+        total.add_(w, alpha=0)
     return total if keys is None else total + not_finite(*keys)
 
 
@@ -314,15 +317,21 @@ def _sorted_rows(
 
 
 def one_tile_sums(
-    rows: Rows, settings: Settings, is_shifted: bool
+    rows: Rows, settings: Settings, is_shifted: bool, counts_negatives: bool = True
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-    """The sums of ``row_sums`` from one tile, and the tile's pairs weighted by either mask."""
+    """The sums of ``row_sums`` from one tile, and the tile's pairs weighted by either mask.
+
+    Without ``counts_negatives`` m is 1 for any number of negatives: where ``φ exp(s_ij)`` cannot
+    underflow, a positive sum shows that there is one.
+    """
     s_ij = similarities(rows.q, rows.q, settings)
     d_ij = pair_distance(rows.y, rows.y, settings.distance)
     positive = torch.le(d_ij, settings.window, out=torch.empty_like(s_ij)).fill_diagonal_(0.0)
     negative, log_phi = negative_weight(d_ij, rows, rows, None, settings)
     # Counts up to 2²⁴ are exact in float32; a sum that converts its terms is several times slower.
-    sums = {"n": positive.sum(1), "m": negative.sign().sum(1)}
+    sums = {"n": positive.sum(1)}
+    if counts_negatives:
+        sums["m"] = negative.sign().sum(1)
     if settings.variant.log == "inside":
         sums["s_sum"] = (s_ij * positive).sum(1)
     if is_shifted:
@@ -333,6 +342,8 @@ def one_tile_sums(
         positive.mul_(s_ij.exp_())
         negative.mul_(push(s_ij, log_phi, False))
         sums["E"], sums["B"] = positive.sum(1), negative.sum(1)
+    if not counts_negatives:
+        sums["m"] = sums["B"].sign()
     return sums, (positive, negative)
 
 
