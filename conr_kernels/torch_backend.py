@@ -37,7 +37,7 @@ from .torch_tiles import (
 )
 from .variants import Settings
 
-#: Up to this many rows one tile holds all pairs and is kept for backward.
+#: Up to this many rows one tile holds all pairs; row losses keep it for backward.
 KEPT_ROWS = 640
 #: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
 DENSE_SHARE = 0.7

@@ -42,10 +42,10 @@ def oracle(case, dtype, g):
 
 
 def largest_term(case):
-    """Of a row loss: its parts are logarithms of sums of exponentials up to ``1/τ + e·d``."""
+    """Of a row loss: ``1/τ + e·d``, the largest exponent in its sums."""
     s = case.settings
     spread = float(case.y.max() - case.y.min())
-    return 1 / s.temperature + s.push_scale * spread + 10
+    return 1 / s.temperature + s.push_scale * spread
 
 
 def test_float32_is_within_three_times_the_error_of_eager_on_structured_cases(regime):
@@ -70,7 +70,7 @@ def test_float32_is_within_three_times_the_error_of_eager_on_structured_cases(re
         )
         if case.settings.variant.weighted_rows:
             steepest *= case.w.max().item()
-        allowed = 3 * error(eager_gradient, exact_gradient) + 1e-6 * 2 * steepest
+        allowed = 3 * error(eager_gradient, exact_gradient) + 1e-6 * steepest
         assert error(gradient, exact_gradient) <= allowed, case.name
 
 
