@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops
+from . import ops, torch_backend
 from .batch import Batch, Keys, reference_losses
 from .rows import no_statistics, scale_statistics
 
@@ -24,6 +24,8 @@ from .rows import no_statistics, scale_statistics
 #: bytes.
 HEADER_NUMBERS = 3
 TEXT_BYTES = 1000
+#: From this many rows of the union on, half of a forward pass costs more than another exchange.
+SHARED_ROWS = 2048
 
 
 def union_loss(group: Any, prepare: Callable[[], Batch]) -> Tensor:
@@ -70,7 +72,8 @@ class Union:
         if out is None:
             out = t.new_empty(sum(sizes), *t.shape[1:])
         mine = _bytes(t.detach())
-        if len(set(sizes)) == 1:
+        # On the CPU gloo gathers through a buffer of its own, and takes three times as long.
+        if len(set(sizes)) == 1 and out.device.type != "cpu":
             if sizes[0] > 0:
                 _all_gather(_bytes(out), mine, self.group)
             return out
@@ -85,6 +88,21 @@ class Union:
         for work in pending:
             work.wait()
         return out
+
+    def deal(self, sums: Tensor) -> Tensor:
+        """Sums [S, N] that every rank has of all rows: of this rank's rows, from all ranks
+        [n_ranks, S, n].
+        """
+        n_sums, n_own = len(sums), self.sizes[self.rank]
+        dealt = sums.new_empty(self.n_ranks, n_sums, n_own)
+        dist.all_to_all_single(
+            dealt.view(-1),
+            torch.cat([part.reshape(-1) for part in sums.split(self.sizes, dim=1)]),
+            [n_sums * n_own] * self.n_ranks,
+            [n_sums * size for size in self.sizes],
+            group=self.group,
+        )
+        return dealt
 
     def gather_keys(self, batch: Batch) -> Keys | None:
         """All ranks' rows, then all ranks' further keys; differentiable in the reference
@@ -120,9 +138,11 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: Batch, keys: Keys | None, union: Union) -> Tensor:
         settings, backend = batch.settings, batch.backend
-        rows, stats, layout = ops.row_losses(
-            x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings, backend
-        )
+        own = (x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings)
+        if backend == "torch" and union.n_ranks > 1 and union.n_rows >= SHARED_ROWS:
+            rows, stats, layout = ops.without_autocast(_shared_forward, x.device, own, union)
+        else:
+            rows, stats, layout = ops.row_losses(*own, backend)
         ctx.save_for_backward(stats, layout, x, batch.y, batch.p, *(keys or (None,) * 3))
         ctx.scalars = (union.offset, *settings.scalars, backend)
         ctx.union = union
@@ -139,7 +159,20 @@ class _RowLosses(torch.autograd.Function):
         gradient = torch.ops.conr_kernels.backward(
             coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
         )
-        return gradient * union.n_ranks, None, None, None
+        gradient = (
+            gradient * union.n_ranks if torch.is_grad_enabled() else gradient.mul_(union.n_ranks)
+        )
+        return gradient, None, None, None
+
+
+def _shared_forward(own: tuple, union: Union) -> tuple[Tensor, Tensor, Tensor]:
+    """The torch backend's forward pass over a share of the union's pairs; each pair is one rank's,
+    for both of its rows.
+    """
+    keys, settings = own[4], own[6]
+    share = (union.rank, union.n_ranks)
+    sums, layout = torch_backend.share_of_sums(keys, union.n_rows, settings, share)
+    return *torch_backend.forward_from_shares(union.deal(sums), *own), layout
 
 
 class _Gather(torch.autograd.Function):

@@ -70,7 +70,7 @@ def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None) -> K
     return None if key_x is None else (key_x, key_y, key_p)
 
 
-def _without_autocast(function, device: torch.device, *args):
+def without_autocast(function, device: torch.device, *args):
     if not torch.is_autocast_enabled(device.type):
         return function(*args)
     with torch.autocast(device.type, enabled=False):
@@ -81,14 +81,14 @@ def _forward(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
     *scalars, backend = scalars
     function = backend_module(backend).forward
     keys = _keys(key_x, key_y, key_p)
-    return _without_autocast(function, x.device, x, y, p, w, keys, self_offset, _settings(*scalars))
+    return without_autocast(function, x.device, x, y, p, w, keys, self_offset, _settings(*scalars))
 
 
 def _backward(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, self_offset, *scalars):
     *scalars, backend = scalars
     function = backend_module(backend).backward
     rows = (coef_i, coef_j, layout, x, y, p, _keys(key_x, key_y, key_p), self_offset)
-    return _without_autocast(function, x.device, *rows, _settings(*scalars))
+    return without_autocast(function, x.device, *rows, _settings(*scalars))
 
 
 def _forward_fake(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
@@ -169,7 +169,7 @@ class _EagerReduced(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         *rows, backend = args
         function = backend_module(backend).loss_with_gradient
-        loss, gradient = _without_autocast(function, x.device, x, *rows)
+        loss, gradient = without_autocast(function, x.device, x, *rows)
         ctx.save_for_backward(x, gradient)
         return loss
 

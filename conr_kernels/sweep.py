@@ -9,7 +9,7 @@ and the search is exact, ties and rounding included.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class Sweep:
         is_exact: every pair inside the band satisfies the predicate.
         is_symmetric: the anchors are the keys, so that ``s_ij = s_ji`` may be used; otherwise no
             anchor is among the keys.
-        n_anchors, n_keys: N, K.
+        n_anchors, n_keys: N, K. In a part of a symmetric sweep the anchors are the first N keys,
+            and meet only keys that do not precede them.
     """
 
     serves: str
@@ -40,6 +41,37 @@ class Sweep:
     is_symmetric: bool
     n_anchors: int
     n_keys: int
+
+    def part(self, k: int, n: int, multiple: int) -> Sweep:
+        """The k-th of n parts with about as many pairs each: consecutive anchors, cut at multiples.
+
+        Of a symmetric sweep a part has each pair of its anchors with one another or a later row.
+        """
+        device, N = self.lo.device, self.n_anchors
+        row = torch.arange(N, device=device)
+        pairs = self.hi - (row if self.is_symmetric else self.lo)
+        below = torch.cat([pairs.new_zeros(1), pairs.cumsum(0)])[::multiple].contiguous()
+        cuts = torch.arange(1, n, device=device) * (int(pairs.sum()) / n)
+        cuts = (torch.searchsorted(below, cuts.to(below.dtype)) * multiple).clamp(max=N)
+        a, b = [0, *cuts.tolist(), N][k : k + 2]
+        if self.is_symmetric:
+            first, end = a, max(int(self.hi[b - 1]), b) if a < b else a
+        else:
+            first, end = (int(self.lo[a]), int(self.hi[b - 1])) if a < b else (0, 0)
+
+        def cut(order: Tensor | None, start: int, stop: int) -> Tensor:
+            return torch.arange(start, stop, device=device) if order is None else order[start:stop]
+
+        key_order = cut(self.key_order, first, end)
+        return replace(
+            self,
+            anchor_order=key_order if self.is_symmetric else cut(self.anchor_order, a, b),
+            key_order=key_order,
+            lo=self.lo[a:b] - first,
+            hi=self.hi[a:b] - first,
+            n_anchors=b - a,
+            n_keys=end - first,
+        )
 
 
 def dense_sweep(n_anchors: int, n_keys: int | None, device: torch.device) -> Sweep:

@@ -7,44 +7,40 @@ them; and for small batches one tile, kept for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from .reference import pair_distance
-from .reference import poison as not_finite
 from .rows import (
     collapse_statistics,
     finish_log_rows,
     finish_rows,
     to_log_statistics,
 )
-from .sweep import Sweep, banded_sweep, dense_sweep
-from .torch_tiles import (
-    Rows,
-    Tile,
-    Totals,
-    drop_self,
-    make_tiles,
-    negative_weight,
-    push,
-    similarities,
-    take_rows,
-    times_coefficients,
-    weigh,
-    window_mask,
+from .torch_sweeps import (
+    Source,
+    all_sweeps,
+    gradient_sums,
+    inverse_norms,
+    other_keys,
+    pack_sweeps,
+    row_norms,
+    row_sums,
+    unpack_sweeps,
+    wide_dtype,
 )
+from .torch_tiles import Rows, block_rows, negative_weight, push, similarities, times_coefficients
 from .variants import Settings
 
 #: Up to this many rows one tile holds all pairs; row losses keep it for backward.
 KEPT_ROWS = 640
-#: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
-DENSE_SHARE = 0.7
 #: A negative's distance exceeds the window; from here on ``d_ij exp(−1/τ)`` is no zero in float32.
 SMALLEST_WINDOW = 1e-20
 #: Rows of the gradient that are finished at a time.
 PROJECTED_ROWS = 1024
+
+#: What the pairs of an anchor add up to: see ``row_sums``.
+SUMS = ("E", "B", "n", "m", "s_sum")
 
 Keys = tuple[Tensor, Tensor, Tensor]
 
@@ -73,17 +69,65 @@ def forward(
     """Row losses [N], row statistics (rows.py) and the layout (see ``layout_size``)."""
     x = x.contiguous()  # results keep a transposed layout, and products its rounding
     is_shifted = _is_shifted(y, keys, settings)
-    norm = row_norms(x)
+    anchors = Source(x, row_norms(x), y, p)
+    others = other_keys(keys, self_offset, len(x))
     if _is_one_tile(x, keys):
-        rows = take_rows(x, _inverse(norm), y, p, None, None)
+        rows = Rows(x * inverse_norms(anchors.norm), y, p, None)
         sums, pairs = one_tile_sums(rows, settings, is_shifted)
         layout = torch.stack(pairs)
     else:
-        sums = row_sums(x, y, p, keys, self_offset, settings, norm, is_shifted)
-        layout = norm.new_empty(0)
-    loss, stats = _finish(sums, norm, y, p, w, keys, settings, is_shifted)
-    stats = _stored(stats, norm.dtype, settings, is_shifted)
-    return loss.to(norm.dtype), stats, layout.view(-1).view(torch.int32)
+        sums = row_sums(
+            anchors, others, all_sweeps(anchors, others, settings), settings, is_shifted
+        )
+        layout = anchors.norm.new_empty(0)
+    loss, stats = _finish(sums, anchors, others, w, settings, is_shifted)
+    stats = _stored(stats, anchors.norm.dtype, settings, is_shifted)
+    return loss.to(anchors.norm.dtype), stats, layout.view(-1).view(torch.int32)
+
+
+def share_of_sums(
+    keys: Keys, n_anchors: int, settings: Settings, share: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """``SUMS`` of all anchors, which are the first keys, over the k-th of n shares of their pairs;
+    and a layout for ``backward``.
+
+    Float64 [4 or 5, N]. Where several processes have the same keys each may take a share, and use
+    ``s_ij = s_ji`` in all of it.
+    """
+    x, y, p = keys
+    anchors = Source(*(t[:n_anchors] for t in (x, row_norms(x), y, p)))
+    others = other_keys(keys, 0, n_anchors)
+    sweeps = all_sweeps(anchors, others, settings)
+    parts = [sweep.part(*share, multiple=block_rows(sweep)) for sweep in sweeps]
+    sums = row_sums(anchors, others, parts, settings, _is_shifted(y, keys, settings))
+    in_order = torch.stack([sums[name] for name in SUMS if name in sums])
+    return in_order.to(wide_dtype(x.device)), pack_sweeps(sweeps)
+
+
+def forward_from_shares(
+    shares: Tensor,
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    keys: Keys,
+    self_offset: int,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """Losses and statistics as of ``forward``, from all shares of these anchors' sums
+    [n, 4 or 5, N].
+    """
+    x = x.contiguous()
+    is_shifted = _is_shifted(y, keys, settings)
+    sums = dict(zip(SUMS, shares.sum(0).unbind(), strict=False))
+    if is_shifted:
+        for k, name in enumerate(("E", "B")):
+            sums[name] = shares[:, k].logsumexp(0)
+    anchors = Source(x, row_norms(x), y, p)
+    others = other_keys(keys, self_offset, len(x))
+    loss, stats = _finish(sums, anchors, others, w, settings, is_shifted)
+    dtype = anchors.norm.dtype
+    return loss.to(dtype), _stored(stats, dtype, settings, is_shifted)
 
 
 def loss_with_gradient(
@@ -96,12 +140,12 @@ def loss_with_gradient(
     """
     x = x.contiguous()
     is_shifted = _is_shifted(y, None, settings)
-    norm = row_norms(x)
-    inverse = _inverse(norm)
-    rows = take_rows(x, inverse, y, p, None, None)
+    anchors = Source(x, row_norms(x), y, p)
+    norm, inverse = anchors.norm, inverse_norms(anchors.norm)
+    rows = Rows(x * inverse, y, p, None)
     underflows = is_shifted or settings.window < SMALLEST_WINDOW
     sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives=underflows)
-    loss, stats = _finish(sums, norm, y, p, w, None, settings, is_shifted)
+    loss, stats = _finish(sums, anchors, None, w, settings, is_shifted)
     loss, stats = loss.to(norm.dtype), _stored(stats, norm.dtype, settings, is_shifted)
     if not is_shifted and not settings.exponent_is_small:
         stats = collapse_statistics(stats)
@@ -121,54 +165,22 @@ def _stored(stats: Tensor, dtype: torch.dtype, settings: Settings, is_shifted: b
 
 def _finish(
     sums: dict[str, Tensor],
-    norm: Tensor,
-    y: Tensor,
-    p: Tensor,
+    anchors: Source,
+    others: Source | None,
     w: Tensor | None,
-    keys: Keys | None,
     settings: Settings,
     is_shifted: bool,
 ) -> tuple[Tensor, Tensor]:
     """Row losses and statistics in float64: weights up to 1e30 meet sums up to 1e30 in the rows."""
-    wide = torch.float64 if norm.device.type != "mps" else torch.float32
-    of_rows = {**sums, "poison": _poison(norm, y, p, w, keys)}
+    of_rows = {**sums, "poison": _poison(anchors, others, w)}
     if w is not None:
         of_rows["w"] = w
     # One conversion of all of them: on a small batch each costs as much as a sum over its pairs.
-    wide_rows = torch.stack(list(of_rows.values())).to(wide).unbind()
+    wide_rows = torch.stack(list(of_rows.values())).to(wide_dtype(anchors.norm.device)).unbind()
     of_rows = dict(zip(of_rows, wide_rows, strict=True))
-    n_keys = len(norm) if keys is None else len(keys[0])
+    n_keys = len(anchors) + (0 if others is None else len(others))
     finish = finish_log_rows if is_shifted else finish_rows
     return finish(**of_rows, n_keys=n_keys, settings=settings)
-
-
-def row_sums(
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-    norm: Tensor,
-    is_shifted: bool,
-) -> dict[str, Tensor]:
-    """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``,
-    ``m``.
-    """
-    sums: dict[str, Tensor] = {}
-    for sweep, rows_i, rows_j in _sorted_rows(x, norm, y, p, keys, self_offset, settings):
-        for name, total in _forward_sweep(sweep, rows_i, rows_j, settings, is_shifted).items():
-            order = sweep.anchor_order
-            if order is not None:
-                total = torch.empty_like(total).index_copy_(0, order, total)
-            if name in sums:
-                combine = torch.logaddexp if is_shifted and name in ("E", "B") else torch.add
-                total = combine(sums[name], total)
-            sums[name] = total
-    if len(x) == 0:
-        names = ("E", "B", "n", "m", *["s_sum"] * (settings.variant.log == "inside"))
-        return {name: norm.new_zeros(0) for name in names}
-    return sums
 
 
 def backward(
@@ -187,25 +199,19 @@ def backward(
         coef_i = collapse_statistics(coef_i)
         coef_j = None if coef_j is None else collapse_statistics(coef_j)
     x = x.contiguous()
-    norm = row_norms(x)
+    anchors = Source(x, row_norms(x), y, p, coef_i)
+    inverse = inverse_norms(anchors.norm)
     if _is_one_tile(x, keys):
-        q = x * _inverse(norm)
-        pairs = layout.view(norm.dtype).view(2, len(q), len(q)).unbind()
+        q = x * inverse
+        pairs = layout.view(q.dtype).view(2, len(q), len(q)).unbind()
         G = _one_tile_gradient(*pairs, q, coef_i, settings)
-        return _project(G, q, _inverse(norm), settings.temperature).to(x.dtype)
-    G = G_sorted = None
-    for sweep, rows_i, rows_j in _sorted_rows(
-        x, norm, y, p, keys, self_offset, settings, coef_i, coef_j
-    ):
-        G_sorted = torch.zeros_like(rows_i.q) if G_sorted is None else G_sorted.zero_()
-        _backward_sweep(G_sorted, sweep, rows_i, rows_j, settings)
-        if sweep.anchor_order is None:
-            G, G_sorted = G_sorted if G is None else G.add_(G_sorted), None
-        elif G is None:
-            G = torch.empty_like(G_sorted).index_copy_(0, sweep.anchor_order, G_sorted)
-        else:
-            G.index_add_(0, sweep.anchor_order, G_sorted)
-    inverse = _inverse(norm)
+        return _project(G, q, inverse, settings.temperature).to(x.dtype)
+    others = other_keys(keys, self_offset, len(x), coef_j)
+    if len(layout) > 0:
+        sweeps = unpack_sweeps(layout, self_offset, len(x), is_exact=y.shape[1] == 1)
+    else:
+        sweeps = all_sweeps(anchors, others, settings)
+    G = gradient_sums(anchors, others, sweeps, settings)
     poison = (coef_i[:, :3] * 0).sum(dim=1, keepdim=True)
     for start in range(0, len(x), PROJECTED_ROWS):
         rows = slice(start, start + PROJECTED_ROWS)
@@ -218,34 +224,25 @@ def _is_one_tile(x: Tensor, keys: Keys | None) -> bool:
     return keys is None and len(x) <= KEPT_ROWS
 
 
-def row_norms(x: Tensor) -> Tensor:
-    """``‖x_i‖`` [N, 1] in the accumulation dtype."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(x.contiguous(), dim=1, keepdim=True, dtype=dtype)
-
-
-def _inverse(norm: Tensor) -> Tensor:
-    """``1/‖x_i‖``, 0 for a zero row."""
-    return norm.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
-
-
 def _project(G: Tensor, q: Tensor, inverse: Tensor, temperature: float) -> Tensor:
     """``∂L/∂x_i = (∂L/∂q_i − q_i (q_i·∂L/∂q_i)) / ‖x_i‖`` with ``∂L/∂q_i = G_i/τ``; in place."""
     radial = (q * G).sum(dim=1, keepdim=True)
     return G.addcmul_(q, radial, value=-1).mul_(inverse / temperature)
 
 
-def _poison(norm: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | None) -> Tensor:
-    """0 for each row [N] with finite inputs, else NaN; NaN everywhere if a key is not finite."""
-    total = norm * 0
-    for labels in (y, p):  # times 0 before any sum, which might overflow
+def _poison(anchors: Source, others: Source | None, w: Tensor | None) -> Tensor:
+    """0 for each row [N] with finite inputs, else NaN; NaN everywhere if another key is not
+    finite.
+    """
+    total = anchors.norm * 0
+    for labels in (anchors.y, anchors.p):  # times 0 before any sum, which might overflow
         if labels.shape[1] > 1:
             labels = (labels * 0).sum(dim=1, keepdim=True)
         total.add_(labels, alpha=0)
     total = total[:, 0]
     if w is not None:
         total.add_(w, alpha=0)
-    return total if keys is None else total + not_finite(*keys)
+    return total if others is None else total + others.not_finite()
 
 
 def _is_shifted(y: Tensor, keys: Keys | None, settings: Settings) -> bool:
@@ -258,62 +255,6 @@ def _is_shifted(y: Tensor, keys: Keys | None, settings: Settings) -> bool:
     largest_d = (y.amax(0) - y.amin(0)).max().item()
     largest_exponent = 2 / settings.temperature + abs(settings.push_scale) * largest_d
     return not largest_exponent <= settings.SAFE_EXPONENT
-
-
-def _sweeps(
-    y: Tensor, p: Tensor, y_j: Tensor | None, p_j: Tensor | None, settings: Settings
-) -> list[Sweep]:
-    """Two banded sweeps, or one over all pairs. Bands are read on the host: on the CPU only."""
-    N, K = len(y), len(y) if y_j is None else len(y_j)
-    if y.device.type == "cpu" and settings.variant.negatives != "all":
-        h, distance = settings.window, settings.distance
-        sweeps = [
-            banded_sweep("positives", y, y_j, h, distance),
-            banded_sweep("negatives", p, p_j, h, distance),
-        ]
-        banded_pairs = sum(int((sweep.hi - sweep.lo).sum()) for sweep in sweeps)
-        if banded_pairs <= DENSE_SHARE * N * K:
-            return sweeps
-    return [dense_sweep(N, None if y_j is None else K, y.device)]
-
-
-def _sorted_rows(
-    x: Tensor,
-    norm: Tensor,
-    y: Tensor,
-    p: Tensor,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-    coef_i: Tensor | None = None,
-    coef_j: Tensor | None = None,
-) -> Iterator[tuple[Sweep, Rows, Rows]]:
-    """Every sweep with its anchors and keys in its order; valid until the next is asked for.
-
-    First the anchors among themselves, where ``s_ij = s_ji`` saves half of the pairs, then the
-    anchors against the other keys.
-    """
-    anchors = (x, _inverse(norm), y, p, coef_i)
-    q_i = q_j = None
-    for sweep in _sweeps(y, p, None, None, settings):
-        rows = take_rows(*anchors, sweep.anchor_order, q_i)
-        q_i = rows.q
-        yield sweep, rows, rows
-    if keys is None or len(keys[0]) == len(x):
-        return
-    behind = self_offset + len(x)
-
-    def others_of(t: Tensor) -> Tensor:
-        return torch.cat([t[:self_offset], t[behind:]]) if self_offset else t[behind:]
-
-    key_x, key_y, key_p = map(others_of, keys)
-    coef_j = None if coef_j is None else others_of(coef_j)
-    others = (key_x, _inverse(row_norms(key_x)), key_y, key_p, coef_j)
-    for sweep in _sweeps(y, p, key_y, key_p, settings):
-        rows_i = take_rows(*anchors, sweep.anchor_order, q_i)
-        rows_j = take_rows(*others, sweep.key_order, q_j)
-        q_i, q_j = rows_i.q, rows_j.q
-        yield sweep, rows_i, rows_j
 
 
 def one_tile_sums(
@@ -358,87 +299,3 @@ def _one_tile_gradient(
         absent = 0.0 if coef.shape[1] == 3 else -torch.inf
         H_ij -= (positive > absent).to(q.dtype).mul_(coef[:, 1:2] + coef[:, 1])
     return H_ij @ q
-
-
-def _forward_sweep(
-    sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings, is_shifted: bool
-) -> dict[str, Tensor]:
-    """The sums of ``row_sums`` that the sweep serves, in its order."""
-    positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
-    dtype, device = rows_i.q.dtype, rows_i.q.device
-    wide = torch.float64 if device.type != "mps" else torch.float32
-    totals = Totals(sweep.n_anchors)
-    if positives and sweep.is_exact:
-        totals["n"] = (sweep.hi - sweep.lo - int(sweep.is_symmetric)).to(wide)
-    for tile in make_tiles(sweep):
-        i, j = tile.of(rows_i, rows_j)
-        s_ij = similarities(i.q, j.q, settings)
-        if positives:
-            masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
-            if not sweep.is_exact:
-                totals.add("n", tile, masks[0][1], wide)
-            if settings.variant.log == "inside":
-                s_positive = _apply(s_ij.clone(), masks, False)
-                totals.add("s_sum", tile, drop_self(s_positive, tile, 0.0), dtype)
-        t_ij = s_ij if is_shifted else s_ij.exp_()
-        if positives:
-            value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
-            drop_self(value, tile, -torch.inf if is_shifted else 0.0)
-            totals.add("E", tile, value, dtype, is_shifted)
-        if negatives:
-            d_ij = pair_distance(i.y, j.y, settings.distance)
-            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
-            totals.add("m", tile, weight.sign(), wide)
-            value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
-            totals.add("B", tile, value, dtype, is_shifted)
-    return totals
-
-
-def _backward_sweep(
-    G: Tensor, sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings
-) -> None:
-    """Adds ``τ ∂L/∂q_i = Σ_j H_ij q_j`` of the sweep's pairs to G [N, D]."""
-    positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
-    is_shifted = rows_i.coef.shape[1] == 5
-    for tile in make_tiles(sweep):
-        i, j = tile.of(rows_i, rows_j)
-        s_ij = similarities(i.q, j.q, settings)
-        t_ij = s_ij if is_shifted else s_ij.exp_()
-        H_ij = None
-        if positives:
-            masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
-            value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
-            H_ij = times_coefficients(value, i.coef[..., 0::3], j.coef[..., 0::3])
-            if settings.variant.log == "inside":
-                H_ij -= _apply(i.coef[..., 1:2] + j.coef[..., 1:2].mT, masks, False)
-            drop_self(H_ij, tile, 0.0)
-        if negatives:
-            d_ij = pair_distance(i.y, j.y, settings.distance)
-            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
-            value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
-            value = times_coefficients(value, i.coef[..., 2::2], j.coef[..., 2::2])
-            H_ij = value if H_ij is None else H_ij.add_(value)
-        G[tile.anchors].view(i.q.shape).baddbmm_(H_ij, j.q)
-        for k, keys in tile.mirrored:
-            G[keys].addmm_(H_ij[k, :, tile.mirror :].T, i.q[k])
-
-
-#: (columns, mask) of a tile; the other columns are positives.
-Masks = list[tuple[slice, Tensor]]
-
-
-def _positive_masks(tile: Tile, i: Rows, j: Rows, settings: Settings, is_exact: bool) -> Masks:
-    dtype = i.q.dtype
-    masks = []
-    for columns in tile.edges:
-        d_ij = pair_distance(i.y, j.y[:, columns], settings.distance)
-        masks.append((columns, window_mask(d_ij, settings, dtype)))
-    if not is_exact:  # one mask of all columns, which also counts
-        drop_self(masks[0][1], tile, 0.0)
-    return masks
-
-
-def _apply(t_ij: Tensor, masks: Masks, is_log: bool) -> Tensor:
-    for columns, mask in masks:
-        weigh(t_ij[..., columns], mask, is_log)
-    return t_ij

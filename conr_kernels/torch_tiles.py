@@ -20,57 +20,33 @@ from .variants import Settings
 #: a tile takes as many blocks as fit, in one batched product.
 BLOCK_I = 64
 TILE_PAIRS = 2**18
-#: Blocks of one tile share the widest one's width, up to this share of pairs in excess.
-EXCESS = 1.5
+#: What the host does for a tile takes as long as so many pairs; the most blocks tried for one tile.
+TILE_COST = 2**13
+GROUP_BLOCKS = 64
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Unit features [..., N, D], labels, predictions [..., N, L], gradient coefficients."""
+    """Unit features [..., N, D], labels, predictions [..., N, L] if these matter, gradient
+    coefficients.
+    """
 
     q: Tensor
     y: Tensor
-    p: Tensor
+    p: Tensor | None
     coef: Tensor | None
 
     def windows(self, start: int, count: int, step: int, width: int) -> Rows:
         """Views [count, width, …] of the rows from ``start + k·step`` on, k < count."""
-        stop = start + (count - 1) * step + width
 
         def cut(t: Tensor) -> Tensor:
-            return (
-                t[start:stop].unfold(0, width, step).mT
-                if width
-                else t.new_empty(count, 0, t.shape[1])
-            )
+            row, column = t.stride()
+            at = t.storage_offset() + start * row
+            return t.as_strided((count, width, t.shape[1]), (step * row, row, column), at)
 
-        return Rows(
-            cut(self.q), cut(self.y), cut(self.p), None if self.coef is None else cut(self.coef)
-        )
-
-
-def take_rows(
-    x: Tensor,
-    inverse_norm: Tensor,
-    y: Tensor,
-    p: Tensor,
-    coef: Tensor | None,
-    order: Tensor | None,
-    buffer: Tensor | None = None,
-) -> Rows:
-    """The rows in the given order, their unit features written to the buffer if there is one.
-
-    Memory fresh from the system costs more than the arithmetic on it.
-    """
-    if order is None:
-        return Rows(x * inverse_norm, y, p, coef)
-    if x.dtype == inverse_norm.dtype:
-        q = x.new_empty(x.shape) if buffer is None else buffer
-        q = torch.index_select(x, 0, order, out=q)
-    else:
-        q = x[order].to(inverse_norm.dtype)
-    coef = None if coef is None else coef[order]
-    return Rows(q.mul_(inverse_norm[order]), y[order], p[order], coef)
+        p = None if self.p is None else cut(self.p)
+        coef = None if self.coef is None else cut(self.coef)
+        return Rows(cut(self.q), cut(self.y), p, coef)
 
 
 @dataclass(frozen=True)
@@ -125,10 +101,14 @@ class Block:
     full1: int
 
 
+def block_rows(sweep: Sweep) -> int:
+    """Anchors of one block."""
+    return 4 * BLOCK_I if sweep.serves == "both" else BLOCK_I
+
+
 def make_tiles(sweep: Sweep) -> Iterator[Tile]:
     """The tiles of a sweep's bands; of the upper triangle only where the anchors are the keys."""
-    N = sweep.n_anchors
-    rows = 4 * BLOCK_I if sweep.serves == "both" else BLOCK_I
+    N, rows = sweep.n_anchors, block_rows(sweep)
     blocks = _make_blocks(sweep, rows)
     k = 0
     while k < len(blocks):
@@ -165,22 +145,27 @@ def _make_blocks(sweep: Sweep, rows: int) -> list[Block]:
 
 
 def _group(blocks: list[Block], rows: int, n_left: int, sweep: Sweep) -> tuple[int, int, int, int]:
-    """How many of the blocks go together, and the step, first key and width of their windows."""
-    found = (1, 1, blocks[0].start, max(blocks[0].stop - blocks[0].start, 0))
-    area = found[3]
-    for count in range(2, min(len(blocks), n_left // rows) + 1):
-        group = blocks[:count]
-        step = rows
-        if not sweep.is_symmetric:
-            step = max(round((group[-1].start - group[0].start) / (count - 1)), 1)
-        j0 = min(block.start - m * step for m, block in enumerate(group))
-        width = max(block.stop - j0 - m * step for m, block in enumerate(group))
-        area += max(group[-1].stop - group[-1].start, 0)
-        is_inside = j0 >= 0 and j0 + (count - 1) * step + width <= sweep.n_keys
-        fits = count * rows * width <= TILE_PAIRS and count * width <= EXCESS * area
-        if not (is_inside and fits and width > 0):
+    """How many of the blocks go together, and the step, first key and width of their windows: as
+    many as save most of the pairs and tiles that the blocks have one by one.
+    """
+    step, start, stop = rows, blocks[0].start, max(blocks[0].stop, blocks[0].start)
+    found, most, apart = (1, step, start, stop - start), 0, 0
+    for m, block in enumerate(blocks[: min(n_left // rows, GROUP_BLOCKS)]):
+        if sweep.is_symmetric:
+            start, stop = min(start, block.start - m * step), max(stop, block.stop - m * step)
+        elif m > 0:
+            group = blocks[: m + 1]
+            step = max(round((block.start - group[0].start) / m), 1)
+            start = min(t.start - k * step for k, t in enumerate(group))
+            stop = max(t.stop - k * step for k, t in enumerate(group))
+        count, width = m + 1, max(stop - start, 0)
+        is_inside = start >= 0 and start + m * step + width <= sweep.n_keys
+        if not is_inside or count * rows * width > TILE_PAIRS:
             break
-        found = (count, step, j0, width)
+        apart += rows * max(block.stop - block.start, 0) + TILE_COST
+        saved = apart - count * rows * width - TILE_COST
+        if saved > most:
+            found, most = (count, step, start, width), saved
     return found
 
 

@@ -16,7 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from conr_kernels import ConRLoss, conr_loss, distributed, gradient_cache
+from conr_kernels import (
+    ConRLoss,
+    conr_loss,
+    distributed,
+    gradient_cache,
+    torch_backend,
+    torch_tiles,
+)
 
 WORLD = 4
 UNEVEN = {1: [37], 2: [25, 12], 4: [20, 0, 5, 12]}
@@ -86,6 +93,31 @@ def check_union(group: dist.ProcessGroup) -> str:
             msg=lambda m, at=message: f"{at}: {m}",
         )
     return f"{len(cases)} cases on {n_ranks} ranks"
+
+
+def check_union_in_shares(group: dist.ProcessGroup) -> str:
+    """The same where every rank takes a share of the pairs forward, down to a few rows."""
+    changed = ((distributed, "SHARED_ROWS", 1), (torch_tiles, "BLOCK_I", 2),
+               (torch_tiles, "TILE_PAIRS", 64), (torch_tiles, "TILE_COST", 4))  # fmt: skip
+    saved = [getattr(module, name) for module, name, _ in changed]
+    shares = []
+
+    def counted(*args: object, of: Callable = torch_backend.share_of_sums) -> tuple:
+        shares.append(args[-1])
+        return of(*args)
+
+    torch_backend.share_of_sums, plain = counted, torch_backend.share_of_sums
+    try:
+        for module, name, value in changed:
+            setattr(module, name, value)
+        text = check_union(group) + check_same_bits(group)
+    finally:
+        torch_backend.share_of_sums = plain
+        for (module, name, _), value in zip(changed, saved, strict=True):
+            setattr(module, name, value)
+    n_ranks = dist.get_world_size(group)
+    assert not shares if n_ranks == 1 else set(shares) == {(dist.get_rank(group), n_ranks)}
+    return text
 
 
 def check_same_bits(group: dist.ProcessGroup) -> str:
@@ -253,7 +285,7 @@ def check_not_finite(group: dist.ProcessGroup) -> str:
 def check_traffic(group: dist.ProcessGroup) -> str:
     """(N·D + O(N)) elements arrive at a rank; nothing is reduced."""
     rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
-    n, D, N = 512, 64, 512 * n_ranks
+    n, D, N = 1024, 64, 1024 * n_ranks
     g = torch.Generator().manual_seed(rank)
     x = torch.randn(n, D, generator=g, requires_grad=True)
     y = torch.randint(0, 60, (n,), generator=g).float()
@@ -263,9 +295,10 @@ def check_traffic(group: dist.ProcessGroup) -> str:
     class Counting:
         def __getattr__(self, name: str) -> object:
             function = getattr(dist, name)
-            if name in ("all_reduce", "reduce_scatter_tensor", "all_to_all_single"):
+            if name in ("all_reduce", "reduce_scatter_tensor"):
                 raise AssertionError(f"{name} was called")
-            if name not in ("all_gather_single", "all_gather_into_tensor", "broadcast"):
+            gathers = ("all_gather_single", "all_gather_into_tensor", "broadcast")
+            if name not in (*gathers, "all_to_all_single"):
                 return function
 
             def counted(out: Tensor, *args: object, **kwargs: object) -> object:
@@ -283,7 +316,8 @@ def check_traffic(group: dist.ProcessGroup) -> str:
         distributed.dist = dist
     header = 8 * distributed.HEADER_NUMBERS + distributed.TEXT_BYTES
     if n_ranks > 1:
-        assert received["forward"] == 4 * (N * D + 2 * N + n_ranks) + header * n_ranks
+        sums = 8 * 4 * N  # of the rows' exponentials and counts, as float64
+        assert received["forward"] == 4 * (N * D + 2 * N + n_ranks) + header * n_ranks + sums
         assert received["backward"] == 4 * 3 * N
     return (
         f"{n_ranks} ranks, N = {N}, D = {D}, float32: {received['forward']} bytes forward "

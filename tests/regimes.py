@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conr_kernels import conr_loss, torch_backend, torch_tiles
+from conr_kernels import conr_loss, torch_backend, torch_sweeps, torch_tiles
 from conr_kernels.variants import PRESETS as VARIANTS
 
 PRESETS = tuple(VARIANTS)
@@ -19,7 +19,7 @@ def force(monkeypatch: pytest.MonkeyPatch, regime: str) -> str:
     if regime == "reference":
         return "reference"
     monkeypatch.setattr(torch_backend, "KEPT_ROWS", 10**6 if regime == "kept" else 0)
-    monkeypatch.setattr(torch_backend, "DENSE_SHARE", 9.0 if regime == "banded" else -1.0)
+    monkeypatch.setattr(torch_sweeps, "DENSE_SHARE", 9.0 if regime == "banded" else -1.0)
     monkeypatch.setattr(torch_tiles, "BLOCK_I", 8)
     monkeypatch.setattr(torch_tiles, "TILE_PAIRS", 256)
     return "torch"

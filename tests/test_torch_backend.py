@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conr_kernels import conr_loss, reference, torch_backend, torch_tiles
+from conr_kernels import conr_loss, reference, sweep, torch_backend, torch_sweeps, torch_tiles
 from conr_kernels.rows import scale_statistics
 from conr_kernels.variants import PRESETS, Settings
 
@@ -16,7 +16,7 @@ def regime(request, monkeypatch):
     if request.param != "one tile":
         monkeypatch.setattr(torch_backend, "KEPT_ROWS", 0)
         monkeypatch.setattr(
-            torch_backend, "DENSE_SHARE", -1.0 if request.param == "all pairs" else 9.0
+            torch_sweeps, "DENSE_SHARE", -1.0 if request.param == "all pairs" else 9.0
         )
     if request.param in ("all pairs", "small tiles"):
         monkeypatch.setattr(torch_tiles, "BLOCK_I", 8)
@@ -109,12 +109,14 @@ def test_anchors_among_further_keys_equal_rows_of_one_batch(regime):
 
 
 def counts(x, y, p, settings):
-    norm = torch_backend.row_norms(x)
+    anchors = torch_sweeps.Source(x, torch_sweeps.row_norms(x), y, p)
     if torch_backend._is_one_tile(x, None):
-        rows = torch_tiles.take_rows(x, 1 / norm, y, p, None, None)
+        rows = torch_tiles.Rows(x / anchors.norm, y, p, None)
         sums, _ = torch_backend.one_tile_sums(rows, settings, False)
     else:
-        sums = torch_backend.row_sums(x, y, p, None, 0, settings, norm, False)
+        sums = torch_sweeps.row_sums(
+            anchors, None, torch_sweeps.all_sweeps(anchors, None, settings), settings, False
+        )
     return sums["n"].tolist(), sums["m"].tolist()
 
 
@@ -162,8 +164,8 @@ def test_no_tile_holds_more_pairs_than_its_bound():
     for n, spread in ((2000, 1e-3), (3000, 100.0), (5000, 2.0)):
         y = spread * torch.rand(n, 1, generator=generator)
         for key_y in (None, torch.cat([y[:500], y])):
-            sweep = torch_backend.banded_sweep("positives", y, key_y, 1.0, "mae")
+            banded = sweep.banded_sweep("positives", y, key_y, 1.0, "mae")
             n_keys = None if key_y is None else len(key_y)
-            everything = torch_backend.dense_sweep(n, n_keys, y.device)
-            for tiles in (torch_tiles.make_tiles(sweep), torch_tiles.make_tiles(everything)):
+            everything = sweep.dense_sweep(n, n_keys, y.device)
+            for tiles in (torch_tiles.make_tiles(banded), torch_tiles.make_tiles(everything)):
                 assert max(t.count * t.rows * t.width for t in tiles) <= torch_tiles.TILE_PAIRS

@@ -1,0 +1,91 @@
+"""``python -m benchmarks.ranks``: one process with the union batch against W processes with a part
+of it each, in turns, one thread a process, on the CPU with gloo.
+
+Prints the medians of forward and backward, the ratio, and the elements that arrive at a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tqdm import trange
+
+from conr_kernels import conr_loss
+
+from . import rows
+from .batches import make_batch
+
+
+def step(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> tuple[float, ...]:
+    """Seconds of the wall clock forward and backward, and of this process's processor."""
+    x.grad = None
+    start, processor = time.perf_counter(), time.process_time()
+    loss = conr_loss(x, *labels, group=group)
+    middle = time.perf_counter()
+    loss.backward()
+    end = time.perf_counter()
+    return middle - start, end - middle, time.process_time() - processor
+
+
+def run(rank: int, n_ranks: int, n: int, d: int, rounds: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=n_ranks)
+    batch = make_batch(n, d)
+    union = (batch.y, batch.p, batch.w)
+    mine = slice(rank * n // n_ranks, (rank + 1) * n // n_ranks)
+    x = batch.x.detach()[mine].clone().requires_grad_()
+    part = tuple(t[mine] for t in union)
+    one, several = [], []
+    for _ in trange(rounds + 1, disable=rank > 0, unit="round"):
+        dist.barrier()
+        if rank == 0:
+            one.append(step(batch.x, union, None))
+        dist.barrier()
+        several.append(step(x, part, dist.group.WORLD))
+    mean = (batch.x.grad[mine] * n_ranks - x.grad).norm() if rank == 0 else None
+    if rank == 0:
+        report(one[1:], several[1:], n_ranks, n, d)
+        print(f"gradients differ by {mean / x.grad.norm():.1e} of their norm")
+    dist.destroy_process_group()
+
+
+def report(one: list, several: list, n_ranks: int, n: int, d: int) -> None:
+    print(
+        f"N = {n:,}, D = {d}, float32, torch {torch.__version__}, {rows._processor()}, "
+        f"medians of {len(one)} turns"
+    )
+    medians = []
+    for name, turns in (("1 process", one), (f"{n_ranks} processes", several)):
+        forward, backward, processor = map(statistics.median, zip(*turns, strict=True))
+        total = statistics.median(a + b for a, b, _ in turns)
+        medians.append((total, forward, backward, processor))
+        print(
+            f"{name:>12}: {total * 1e3:7.1f} ms = forward {forward * 1e3:.1f} + backward "
+            f"{backward * 1e3:.1f}; processor time of one {processor * 1e3:.1f} ms"
+        )
+    ratios = (b / a for a, b in zip(*medians, strict=True))
+    names = ("step", "forward", "backward", "processor time")
+    of_each = (f"{name} {ratio:.2f}" for name, ratio in zip(names, ratios, strict=True))
+    print(f"ratio: {', '.join(of_each)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.ranks")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=16_384, help="rows of the union (16384)")
+    parser.add_argument("--features", type=int, default=128, help="D (128)")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (options.ranks, options.rows, options.features, options.rounds, folder)
+        mp.spawn(run, arguments, nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The sweeps of the torch backend: orders, sums over the pairs of each anchor, and the gradient.
+
+Rows sorted by label for the positives and by prediction for the negatives, or one sweep over all
+pairs that serves both masks, where the bands would cover most of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .reference import pair_distance
+from .sweep import Sweep, banded_sweep, dense_sweep
+from .torch_tiles import (
+    Rows,
+    Tile,
+    Totals,
+    drop_self,
+    make_tiles,
+    negative_weight,
+    push,
+    similarities,
+    times_coefficients,
+    weigh,
+    window_mask,
+)
+from .variants import Settings
+
+#: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
+DENSE_SHARE = 0.7
+
+Keys = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows in the caller's order: features [·, D], their norms [·, 1], labels, predictions [·, L].
+
+    ``index``: which rows of ``x`` they are, None for all of them. ``coef``: gradient coefficients.
+    """
+
+    x: Tensor
+    norm: Tensor
+    y: Tensor
+    p: Tensor
+    coef: Tensor | None = None
+    index: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, order: Tensor | None, buffer: Tensor | None) -> Rows:
+        """The rows in that order, their unit features written to the buffer if it has room.
+
+        Memory fresh from the system costs more than the arithmetic on it.
+        """
+        inverse = inverse_norms(self.norm)
+        if order is None and self.index is None:
+            return Rows(self.x * inverse, self.y, self.p, self.coef)
+        if order is None:
+            order = torch.arange(len(self), device=self.y.device)
+        at = order if self.index is None else self.index[order]
+        if self.x.dtype == inverse.dtype:
+            has_room = buffer is not None and len(buffer) >= len(at)
+            q = buffer[: len(at)] if has_room else self.x.new_empty(len(at), self.x.shape[1])
+            q = torch.index_select(self.x, 0, at, out=q)
+        else:
+            q = self.x[at].to(inverse.dtype)
+        coef = None if self.coef is None else self.coef[order]
+        return Rows(q.mul_(inverse[order]), self.y[order], self.p[order], coef)
+
+    def not_finite(self) -> Tensor:
+        """0, or NaN if any feature, label or prediction is not finite."""
+        return (self.norm * 0).sum() + (self.y * 0).sum() + (self.p * 0).sum()
+
+
+def other_keys(
+    keys: Keys | None, self_offset: int, n_anchors: int, coef_j: Tensor | None = None
+) -> Source | None:
+    """The keys that are no anchors; None where there are none."""
+    if keys is None or len(keys[0]) == n_anchors:
+        return None
+    behind, n_keys = self_offset + n_anchors, len(keys[0])
+    if self_offset == 0 or behind == n_keys:  # in one piece
+        rows = slice(behind, None) if self_offset == 0 else slice(0, self_offset)
+        x, y, p = (t[rows] for t in keys)
+        return Source(x, row_norms(x), y, p, None if coef_j is None else coef_j[rows])
+    index = torch.arange(n_keys - n_anchors, device=keys[0].device)
+    index[self_offset:] += n_anchors
+    x, y, p = keys
+    coef = None if coef_j is None else coef_j[index]
+    return Source(x, row_norms(x)[index], y[index], p[index], coef, index)
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """``‖x_i‖`` [N, 1] in the accumulation dtype."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x.contiguous(), dim=1, keepdim=True, dtype=dtype)
+
+
+def inverse_norms(norm: Tensor) -> Tensor:
+    """``1/‖x_i‖``, 0 for a zero row."""
+    return norm.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
+
+
+def find_sweeps(
+    y: Tensor, p: Tensor, y_j: Tensor | None, p_j: Tensor | None, settings: Settings
+) -> list[Sweep]:
+    """Two banded sweeps, or one over all pairs. Bands are read on the host: on the CPU only."""
+    N, K = len(y), len(y) if y_j is None else len(y_j)
+    if y.device.type == "cpu" and settings.variant.negatives != "all":
+        h, distance = settings.window, settings.distance
+        sweeps = [
+            banded_sweep("positives", y, y_j, h, distance),
+            banded_sweep("negatives", p, p_j, h, distance),
+        ]
+        banded_pairs = sum(int((sweep.hi - sweep.lo).sum()) for sweep in sweeps)
+        if banded_pairs <= DENSE_SHARE * N * K:
+            return sweeps
+    return [dense_sweep(N, None if y_j is None else K, y.device)]
+
+
+def all_sweeps(anchors: Source, others: Source | None, settings: Settings) -> list[Sweep]:
+    """First the anchors among themselves, where ``s_ij = s_ji`` saves half of the pairs, then
+    against the other keys.
+    """
+    y, p = anchors.y, anchors.p
+    own = find_sweeps(y, p, None, None, settings)
+    return own if others is None else own + find_sweeps(y, p, others.y, others.p, settings)
+
+
+def pack_sweeps(sweeps: list[Sweep]) -> Tensor:
+    """Orders and bands as int32, two sweeps of rows among themselves; nothing of other sweeps."""
+    if [sweep.serves for sweep in sweeps] != ["positives", "negatives"]:
+        return torch.empty(0, dtype=torch.int32, device=sweeps[0].lo.device)
+    parts = [t for sweep in sweeps for t in (sweep.key_order, sweep.lo, sweep.hi)]
+    return torch.cat([t.to(torch.int32) for t in parts])
+
+
+def unpack_sweeps(packed: Tensor, offset: int, n: int, is_exact: bool) -> list[Sweep]:
+    """The sweeps of n of the rows, the offset-th and following, among themselves and against the
+    other rows, whose numbers close the gap.
+
+    Their places in an order of some rows are the numbers of these rows before them: nothing is
+    sorted or searched.
+    """
+    own, cross = [], []
+    for serves, of_sweep in zip(("positives", "negatives"), packed.long().chunk(2), strict=True):
+        order, lo, hi = of_sweep.chunk(3)
+        is_own = (order >= offset) & (order < offset + n)
+        before = torch.cat([is_own.new_zeros(1, dtype=torch.int64), is_own.cumsum(0)])
+        lo, hi, own_order, other_order = lo[is_own], hi[is_own], order[is_own], order[~is_own]
+        own_order = own_order - offset
+        other_order = other_order - n * (other_order >= offset)
+        own_lo, own_hi = before[lo], before[hi]
+        common = (serves, own_order)
+        own.append(Sweep(*common, own_order, own_lo, own_hi, is_exact, True, n, n))
+        bands = (lo - own_lo, hi - own_hi)
+        cross.append(Sweep(*common, other_order, *bands, is_exact, False, n, len(order) - n))
+    return own + cross if len(packed) > 6 * n else own
+
+
+def sorted_rows(
+    anchors: Source, others: Source | None, sweeps: list[Sweep]
+) -> Iterator[tuple[Rows, list[Sweep], Iterator[tuple[Sweep, Rows]]]]:
+    """Anchors in every order, the sweeps that have it, and with each of these its keys in order.
+
+    Rows are valid until the next are asked for.
+    """
+    q_i = q_j = None
+
+    def with_keys(sweeps: list[Sweep], rows_i: Rows) -> Iterator[tuple[Sweep, Rows]]:
+        nonlocal q_j
+        for sweep in sweeps:
+            if sweep.is_symmetric:
+                yield sweep, rows_i
+            else:
+                rows_j = others.take(sweep.key_order, q_j)
+                q_j = rows_j.q
+                yield sweep, rows_j
+
+    for of_order in _of_one_order(sweeps):
+        rows_i = anchors.take(of_order[0].anchor_order, q_i)
+        q_i = rows_i.q
+        yield rows_i, of_order, with_keys(of_order, rows_i)
+
+
+def _of_one_order(sweeps: list[Sweep]) -> Iterator[list[Sweep]]:
+    while sweeps:
+        first, *rest = sweeps
+        same = [t for t in rest if t.serves == first.serves and _have_one_order(first, t)]
+        yield [first, *same]
+        sweeps = [t for t in rest if t not in same]
+
+
+def _have_one_order(a: Sweep, b: Sweep) -> bool:
+    if a.anchor_order is None or b.anchor_order is None or a.anchor_order is b.anchor_order:
+        return a.anchor_order is b.anchor_order
+    return torch.equal(a.anchor_order, b.anchor_order)
+
+
+def row_sums(
+    anchors: Source,
+    others: Source | None,
+    sweeps: list[Sweep],
+    settings: Settings,
+    is_shifted: bool,
+) -> dict[str, Tensor]:
+    """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``,
+    ``m``: of all anchors, over the pairs of the sweeps.
+    """
+    norm = anchors.norm[:, 0]
+    wide = wide_dtype(norm.device)
+    sums = {name: torch.zeros_like(norm, dtype=wide) for name in ("n", "m")}
+    for name in ("E", "B"):
+        sums[name] = torch.full_like(norm, -torch.inf if is_shifted else 0.0)
+    if settings.variant.log == "inside":
+        sums["s_sum"] = torch.zeros_like(norm)
+    if len(anchors) == 0:
+        return sums
+    for rows_i, _, with_keys in sorted_rows(anchors, others, sweeps):
+        for sweep, rows_j in with_keys:
+            order = sweep.anchor_order
+            for name, part in _forward_sweep(sweep, rows_i, rows_j, settings, is_shifted).items():
+                at = sums[name] if order is None else sums[name][order]
+                is_log = is_shifted and name in ("E", "B")
+                total = torch.logaddexp(at, part) if is_log else at + part
+                sums[name] = total if order is None else sums[name].index_copy_(0, order, total)
+    return sums
+
+
+def gradient_sums(
+    anchors: Source, others: Source | None, sweeps: list[Sweep], settings: Settings
+) -> Tensor:
+    """``τ ∂L/∂q_i = Σ_j H_ij q_j`` [N, D]."""
+    G = G_sorted = None
+    for rows_i, (first, *_), with_keys in sorted_rows(anchors, others, sweeps):
+        order = first.anchor_order
+        G_sorted = torch.zeros_like(rows_i.q) if G_sorted is None else G_sorted.zero_()
+        for sweep, rows_j in with_keys:
+            _backward_sweep(G_sorted, sweep, rows_i, rows_j, settings)
+        if order is None:
+            G, G_sorted = G_sorted if G is None else G.add_(G_sorted), None
+        elif G is None:
+            G = torch.empty_like(G_sorted).index_copy_(0, order, G_sorted)
+        else:
+            G.index_add_(0, order, G_sorted)
+    return G
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which rows are finished: weights up to 1e30 meet sums up to 1e30 there."""
+    return torch.float64 if device.type != "mps" else torch.float32
+
+
+def _forward_sweep(
+    sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings, is_shifted: bool
+) -> dict[str, Tensor]:
+    """The sums of ``row_sums`` that the sweep serves, in its order."""
+    positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
+    dtype, device = rows_i.q.dtype, rows_i.q.device
+    wide = wide_dtype(device)
+    rows_i, rows_j = _of_sweep(sweep, rows_i, rows_j)
+    totals = Totals(len(rows_i.y))
+    if positives and sweep.is_exact:
+        n_i = sweep.hi - sweep.lo - int(sweep.is_symmetric)
+        totals["n"] = torch.zeros(len(rows_i.y), dtype=wide, device=device)
+        totals["n"][: sweep.n_anchors] = n_i[: sweep.n_anchors]
+    for tile in make_tiles(sweep):
+        i, j = tile.of(rows_i, rows_j)
+        s_ij = similarities(i.q, j.q, settings)
+        if positives:
+            masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
+            if not sweep.is_exact:
+                totals.add("n", tile, masks[0][1], wide)
+            if settings.variant.log == "inside":
+                s_positive = _apply(s_ij.clone(), masks, False)
+                totals.add("s_sum", tile, drop_self(s_positive, tile, 0.0), dtype)
+        t_ij = s_ij if is_shifted else s_ij.exp_()
+        if positives:
+            value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
+            drop_self(value, tile, -torch.inf if is_shifted else 0.0)
+            totals.add("E", tile, value, dtype, is_shifted)
+        if negatives:
+            d_ij = pair_distance(i.y, j.y, settings.distance)
+            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
+            totals.add("m", tile, weight.sign(), wide)
+            value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
+            totals.add("B", tile, value, dtype, is_shifted)
+    return totals
+
+
+def _backward_sweep(
+    G: Tensor, sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings
+) -> None:
+    """Adds ``τ ∂L/∂q_i = Σ_j H_ij q_j`` of the sweep's pairs to G [N, D]."""
+    positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
+    is_shifted = rows_i.coef.shape[1] == 5
+    rows_i, rows_j = _of_sweep(sweep, rows_i, rows_j)
+    for tile in make_tiles(sweep):
+        i, j = tile.of(rows_i, rows_j)
+        s_ij = similarities(i.q, j.q, settings)
+        t_ij = s_ij if is_shifted else s_ij.exp_()
+        H_ij = None
+        if positives:
+            masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
+            value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
+            H_ij = times_coefficients(value, i.coef[..., 0::3], j.coef[..., 0::3])
+            if settings.variant.log == "inside":
+                H_ij -= _apply(i.coef[..., 1:2] + j.coef[..., 1:2].mT, masks, False)
+            drop_self(H_ij, tile, 0.0)
+        if negatives:
+            d_ij = pair_distance(i.y, j.y, settings.distance)
+            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
+            value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
+            value = times_coefficients(value, i.coef[..., 2::2], j.coef[..., 2::2])
+            H_ij = value if H_ij is None else H_ij.add_(value)
+        G[tile.anchors].view(i.q.shape).baddbmm_(H_ij, j.q)
+        for k, keys in tile.mirrored:
+            G[keys].addmm_(H_ij[k, :, tile.mirror :].T, i.q[k])
+
+
+def _of_sweep(sweep: Sweep, *rows: Rows) -> Iterator[Rows]:
+    """Without the predictions where only labels matter: a view less for each tile."""
+    return (replace(t, p=None) if sweep.serves == "positives" else t for t in rows)
+
+
+#: (columns, mask) of a tile; the other columns are positives.
+Masks = list[tuple[slice, Tensor]]
+
+
+def _positive_masks(tile: Tile, i: Rows, j: Rows, settings: Settings, is_exact: bool) -> Masks:
+    dtype = i.q.dtype
+    masks = []
+    for columns in tile.edges:
+        d_ij = pair_distance(i.y, j.y[:, columns], settings.distance)
+        masks.append((columns, window_mask(d_ij, settings, dtype)))
+    if not is_exact:  # one mask of all columns, which also counts
+        drop_self(masks[0][1], tile, 0.0)
+    return masks
+
+
+def _apply(t_ij: Tensor, masks: Masks, is_log: bool) -> Tensor:
+    for columns, mask in masks:
+        weigh(t_ij[..., columns], mask, is_log)
+    return t_ij
