@@ -42,18 +42,19 @@ class Sweep:
     n_anchors: int
     n_keys: int
 
-    def part(self, k: int, n: int, multiple: int) -> Sweep:
-        """The k-th of n parts with about as many pairs each: consecutive anchors, cut at multiples.
+    def part(self, k: int, n: int, rows: int) -> Sweep:
+        """The k-th of n parts with about as much work each: consecutive blocks of rows.
 
         Of a symmetric sweep a part has each pair of its anchors with one another or a later row.
         """
         device, N = self.lo.device, self.n_anchors
-        row = torch.arange(N, device=device)
-        pairs = self.hi - (row if self.is_symmetric else self.lo)
-        below = torch.cat([pairs.new_zeros(1), pairs.cumsum(0)])[::multiple].contiguous()
-        cuts = torch.arange(1, n, device=device) * (int(pairs.sum()) / n)
-        cuts = (torch.searchsorted(below, cuts.to(below.dtype)) * multiple).clamp(max=N)
-        a, b = [0, *cuts.tolist(), N][k : k + 2]
+        first = torch.arange(0, N, rows, device=device)
+        last = (first + rows - 1).clamp(max=N - 1)
+        keys = self.hi[last] - (first if self.is_symmetric else self.lo[first])
+        so_far = keys.cumsum(0)
+        shares = torch.arange(1, n, device=device) * (int(keys.sum()) / n)
+        cuts = torch.searchsorted(so_far - keys // 2, shares.to(so_far.dtype)) * rows
+        a, b = [0, *cuts.clamp(max=N).tolist(), N][k : k + 2]
         if self.is_symmetric:
             first, end = a, max(int(self.hi[b - 1]), b) if a < b else a
         else:

@@ -98,7 +98,7 @@ def share_of_sums(
     anchors = Source(*(t[:n_anchors] for t in (x, row_norms(x), y, p)))
     others = other_keys(keys, 0, n_anchors)
     sweeps = all_sweeps(anchors, others, settings)
-    parts = [sweep.part(*share, multiple=block_rows(sweep)) for sweep in sweeps]
+    parts = [sweep.part(*share, rows=block_rows(sweep)) for sweep in sweeps]
     sums = row_sums(anchors, others, parts, settings, _is_shifted(y, keys, settings))
     in_order = torch.stack([sums[name] for name in SUMS if name in sums])
     return in_order.to(wide_dtype(x.device)), pack_sweeps(sweeps)

@@ -182,24 +182,19 @@ def sorted_rows(
                 q_j = rows_j.q
                 yield sweep, rows_j
 
-    for of_order in _of_one_order(sweeps):
-        rows_i = anchors.take(of_order[0].anchor_order, q_i)
-        q_i = rows_i.q
-        yield rows_i, of_order, with_keys(of_order, rows_i)
-
-
-def _of_one_order(sweeps: list[Sweep]) -> Iterator[list[Sweep]]:
     while sweeps:
-        first, *rest = sweeps
-        same = [t for t in rest if t.serves == first.serves and _have_one_order(first, t)]
-        yield [first, *same]
-        sweeps = [t for t in rest if t not in same]
+        same = [sweep for sweep in sweeps if _have_one_order(sweep, sweeps[0])]
+        rows_i = anchors.take(sweeps[0].anchor_order, q_i)
+        q_i = rows_i.q
+        yield rows_i, same, with_keys(same, rows_i)
+        sweeps = [sweep for sweep in sweeps if not any(sweep is t for t in same)]
 
 
 def _have_one_order(a: Sweep, b: Sweep) -> bool:
-    if a.anchor_order is None or b.anchor_order is None or a.anchor_order is b.anchor_order:
-        return a.anchor_order is b.anchor_order
-    return torch.equal(a.anchor_order, b.anchor_order)
+    order_a, order_b = a.anchor_order, b.anchor_order
+    if a.serves != b.serves or order_a is None or order_b is None or order_a is order_b:
+        return a.serves == b.serves and order_a is order_b
+    return torch.equal(order_a, order_b)
 
 
 def row_sums(

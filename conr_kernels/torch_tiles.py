@@ -25,7 +25,7 @@ TILE_COST = 2**13
 GROUP_BLOCKS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rows:
     """Unit features [..., N, D], labels, predictions [..., N, L] if these matter, gradient
     coefficients.
@@ -49,7 +49,7 @@ class Rows:
         return Rows(cut(self.q), cut(self.y), p, coef)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tile:
     """``count`` blocks of ``rows`` sorted anchors, each against its own ``width`` sorted keys.
 
@@ -91,7 +91,7 @@ class Tile:
                 yield k, slice(start + self.mirror, start + self.width)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Block:
     """Keys ``[start, stop)`` of a block of anchors; ``[full0, full1)`` are in every one's band."""
 
