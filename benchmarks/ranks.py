@@ -43,10 +43,10 @@ def turn(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> li
     return [step(x, labels, group) for _ in range(1 + STEPS)][1:]
 
 
-def run(rank: int, n_ranks: int, n: int, d: int, rounds: int, folder: str) -> None:
+def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=n_ranks)
-    batch = make_batch(n, d)
+    batch = make_batch(n, d, labels)
     union = (batch.y, batch.p, batch.w)
     mine = slice(rank * n // n_ranks, (rank + 1) * n // n_ranks)
     x = batch.x.detach()[mine].clone().requires_grad_()
@@ -60,14 +60,14 @@ def run(rank: int, n_ranks: int, n: int, d: int, rounds: int, folder: str) -> No
         several += turn(x, part, dist.group.WORLD)
     mean = (batch.x.grad[mine] * n_ranks - x.grad).norm() if rank == 0 else None
     if rank == 0:
-        report(one, several, n_ranks, n, d)
+        report(one, several, n_ranks, f"N = {n:,}, D = {d}, {labels}")
         print(f"gradients differ by {mean / x.grad.norm():.1e} of their norm")
     dist.destroy_process_group()
 
 
-def report(one: list, several: list, n_ranks: int, n: int, d: int) -> None:
+def report(one: list, several: list, n_ranks: int, batch: str) -> None:
     print(
-        f"N = {n:,}, D = {d}, float32, torch {torch.__version__}, {rows._processor()}, "
+        f"{batch}, float32, torch {torch.__version__}, {rows._processor()}, "
         f"medians of {len(one)} steps"
     )
     medians = []
@@ -90,11 +90,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", type=int, default=16_384, help="rows of the union (16384)")
     parser.add_argument("--features", type=int, default=128, help="D (128)")
+    parser.add_argument("--labels", default="agedb", choices=("agedb", "constant"))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (options.ranks, options.rows, options.features, options.rounds, folder)
-        mp.spawn(run, arguments, nprocs=options.ranks)
+        batch = (options.ranks, options.rows, options.features, options.labels)
+        mp.spawn(run, (*batch, options.rounds, folder), nprocs=options.ranks)
 
 
 if __name__ == "__main__":
