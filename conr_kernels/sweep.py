@@ -153,8 +153,13 @@ def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Ten
         wide_i, wide_j = sorted_i.double(), sorted_j.double()
         margin = float(torch.tensor(reach, dtype=sorted_i.dtype, device="cpu"))
         lo = _confirmed(torch.searchsorted(wide_j, wide_i - margin), reaches_back, n_keys)
-        hi = _confirmed(torch.searchsorted(wide_j, wide_i + margin, right=True), is_beyond, n_keys)
+        if sorted_i is not sorted_j:
+            guess = torch.searchsorted(wide_j, wide_i + margin, right=True)
+            hi = _confirmed(guess, is_beyond, n_keys)
     lo = _first(n_keys, len(sorted_i), sorted_i.device, reaches_back) if lo is None else lo
+    if hi is None and sorted_i is sorted_j and sorted_i.device.type == "cpu":
+        # Key j is in the band of i exactly if i is in that of j: as many as have lo_j ≤ i.
+        hi = torch.bincount(lo, minlength=n_keys + 1)[:n_keys].cumsum(0)
     hi = _first(n_keys, len(sorted_i), sorted_i.device, is_beyond) if hi is None else hi
     return lo, torch.maximum(lo, hi)
 

@@ -13,6 +13,8 @@ def predicate(sorted_i, sorted_j, h):
 
 def assert_bands_hold_exactly_the_predicate(sorted_i, sorted_j, h):
     lo, hi = bands(sorted_i, sorted_j, h)
+    searched = bands(sorted_i, sorted_j.clone(), h)  # not by the symmetry of one set of rows
+    assert torch.equal(lo, searched[0]) and torch.equal(hi, searched[1])
     j = torch.arange(len(sorted_j))
     in_band = (lo[:, None] <= j) & (j < hi[:, None])
     assert torch.equal(in_band, predicate(sorted_i, sorted_j, h))
