@@ -89,6 +89,11 @@ class Union:
             work.wait()
         return out
 
+    def shares_forward(self, batch: Batch) -> bool:
+        """Whether the ranks share the pairs: only there s_ij = s_ji is used, and the host reads."""
+        is_served = batch.backend == "torch" and batch.x.device.type == "cpu"
+        return is_served and self.n_ranks > 1 and self.n_rows >= SHARED_ROWS
+
     def deal(self, sums: Tensor) -> Tensor:
         """Sums [S, N] that every rank has of all rows: of this rank's rows, from all ranks
         [n_ranks, S, n].
@@ -139,7 +144,7 @@ class _RowLosses(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, batch: Batch, keys: Keys | None, union: Union) -> Tensor:
         settings, backend = batch.settings, batch.backend
         own = (x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings)
-        if backend == "torch" and union.n_ranks > 1 and union.n_rows >= SHARED_ROWS:
+        if union.shares_forward(batch):
             rows, stats, layout = ops.without_autocast(_shared_forward, x.device, own, union)
         else:
             rows, stats, layout = ops.row_losses(*own, backend)
