@@ -110,7 +110,9 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
     try:
         for module, name, value in changed:
             setattr(module, name, value)
-        text = check_union(group) + check_same_bits(group)
+        text = check_union(group) + check_same_bits(group) + check_dtypes(group)
+        check_second_derivative(group)
+        check_not_finite(group)
     finally:
         torch_backend.share_of_sums = plain
         for (module, name, _), value in zip(changed, saved, strict=True):
