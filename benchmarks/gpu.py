@@ -41,6 +41,7 @@ class Stage:
 
 STAGES = [
     Stage("warm", 60, 0, "compiles Triton kernels in many processes"),
+    Stage("inductor", 60, 0, "compiles the comparators that are compiled"),
     Stage("build", 60, 0, "builds csrc/ with nvcc"),
     Stage("tests", 110, 1, "tests of the Triton backend"),
     Stage("integration", 110, 1, "tests of the loss inside PyTorch"),

@@ -32,14 +32,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def name() -> str:
-    return "rehearsal without a GPU" if REHEARSAL else torch.cuda.get_device_name()
-
-
 def is_broken() -> bool:
     """Whether an earlier fault has ended the context: then every call of this process fails."""
+    if REHEARSAL or not torch.cuda.is_initialized():
+        return False
     try:
-        synchronize()
+        torch.cuda.synchronize()
         return False
     except RuntimeError:
         return True

@@ -25,6 +25,7 @@ def run(stage: Stage, backend: str) -> int:
     major, minor = architecture()
     stages = {
         "warm": lambda: gpu_warm.warm(stage, 10 * major + minor),
+        "inductor": lambda: gpu_speed.inductor(stage),
         "build": lambda: gpu_checks.build(stage, f"{major}.{minor}"),
         "sanitizer": lambda: gpu_checks.sanitize(stage),
         "speed": lambda: gpu_speed.speed(stage),
