@@ -26,7 +26,7 @@ RAN = "ran every regime"
 
 def build(stage: Stage, architecture: str) -> int:
     """Builds csrc/ in place with nvcc for this GPU alone; by setup.py, else by its command."""
-    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": "8"}
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": architecture}
     by_setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
     code = "import setup; print(setup.REASON)"
     if device.REHEARSAL:  # what would be done, without a compiler
@@ -107,7 +107,9 @@ def plant_fault() -> int:
 def sanitize(stage: Stage) -> int:
     """compute-sanitizer over every regime, after it has caught a fault that is there on purpose."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    prefix = [tool, "--error-exitcode", str(FAULT), "--report-api-errors", "no", "--tool"]
+    prefix = [tool, "--error-exitcode", str(FAULT), "--tool"]
+    # PyTorch asks the driver for what it may not have: answers that are no faults.
+    options = {"memcheck": ["memcheck", "--report-api-errors", "no"], "racecheck": ["racecheck"]}
     if not device.REHEARSAL and not Path(tool).exists():
         stage.add("not run", 1, note="compute-sanitizer is not installed")
         return 0
@@ -122,7 +124,7 @@ def sanitize(stage: Stage) -> int:
     running = {}
     for name, (check, arguments) in checks.items():
         command = [sys.executable, "-m", "benchmarks.gpu_stage", *arguments]
-        command = command if device.REHEARSAL else [*prefix, check, *command]
+        command = command if device.REHEARSAL else [*prefix, *options[check], *command]
         start = functools.partial(
             subprocess.Popen, command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,

@@ -21,7 +21,7 @@ from .gpu_rows import CASE, COLUMNS, ROW, TABLE
 
 #: Characters of one process's log, and of one line, that are kept: a compiler that fails prints
 #: whole programs.
-LOG_SIZE, LINE_SIZE = 1_500_000, 2000
+LOG_SIZE, LINE_SIZE = 800_000, 2000
 MOST_RESTARTS = 4
 #: Exit statuses of a process that came to its end.
 ENDED = (0, 1)

@@ -144,11 +144,16 @@ def compile_one(call: Call, index: int, architecture: int) -> str:
     arguments = {name: launch.arguments[name] for name in names if name in launch.arguments}
     try:
         with compiling_for(architecture):
-            JITFunction.run(
+            kernel = JITFunction.run(
                 launch.kernel, **arguments, **launch.options, grid=launch.grid, warmup=True
             )
+        if torch.cuda.is_available():
+            # The C function that launches it, which the first launch would compile.
+            from triton.backends.nvidia.driver import CudaLauncher
+
+            CudaLauncher(kernel.src, kernel.metadata)
     except Exception as error:
-        return f"{launch.name}: {type(error).__name__}"
+        return f"{launch.name}: {type(error).__name__}: {error}".split("\n")[0][:200]
     return ""
 
 

@@ -127,6 +127,22 @@ def test_a_lost_context_ends_the_process_for_a_restart(monkeypatch):
     assert stage.run({"bad": lambda: 1 / 0, "next": lambda: None}) == gpu_rows.BROKEN
 
 
+def test_a_test_that_ends_the_context_leaves_the_others_a_fresh_process(record, tmp_path):
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    (tmp_path / "conftest.py").write_text(
+        "import os\nfrom benchmarks import gpu_device\n"
+        "gpu_device.is_broken = lambda: 'PYTEST_XDIST_WORKER' in os.environ\n"
+    )
+    tests = "def test_a(): assert 0, 'why'\ndef test_b(): pass\ndef test_c(): pass\n"
+    (tmp_path / "test_faults.py").write_text(tests)
+    command = [*gpu.pytest_command([str(tmp_path / "test_faults.py")], 1), "-n", "1"]
+    run_together([Task("tests", lambda *_: command)], 280.0, record, ROOT)
+    found = [(row["case"], row["metric"]) for row in record.rows if row.get("provider")]
+    assert found.count(("test_a", "failed")) == 2  # what it says, and that its process ended
+    assert {("test_b", "passed"), ("test_c", "passed")} < set(found)
+    assert any("AssertionError: why" in row["note"] for row in record.rows if "note" in row)
+
+
 def test_the_limits_of_all_stages_fit_nine_minutes():
     phases = {stage.phase for stage in gpu.STAGES}
     seconds = sum(max(s.seconds for s in gpu.STAGES if s.phase == phase) for phase in phases)
