@@ -16,17 +16,23 @@ from .gpu_rows import ROW
 
 #: By the file; all others are of the stage "integration".
 STAGES = {"tests/test_gpu.py": "tests", "tests/test_cuda_gpu.py": "cuda-tests"}
-IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-#: Before pytest captures it; a worker's own output is its channel to the controller.
-_output = None if IS_WORKER else os.fdopen(os.dup(1), "w", buffering=1)
+#: The output before pytest captures it.
+_output = os.fdopen(os.dup(1), "w", buffering=1)
 _failed: set[str] = set()
+_is_worker = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker of pytest-xdist leaves the rows to its controller."""
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     is_end = report.when == "call" or report.outcome != "passed"
     if report.outcome == "failed":
         _failed.add(report.nodeid)
-    if IS_WORKER or not is_end:
+    if _is_worker or not is_end:
         return
     file, _, name = report.nodeid.partition("::")
     function, _, parameters = name.partition("[")
@@ -46,6 +52,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid: str) -> None:
     if nodeid in _failed and device.is_broken():
-        if IS_WORKER:
+        if _is_worker:
             os._exit(3)
         pytest.exit("a fault has ended the device's context", returncode=3)

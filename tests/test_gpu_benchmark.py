@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -136,7 +137,8 @@ def test_a_test_that_ends_the_context_leaves_the_others_a_fresh_process(record, 
     tests = "def test_a(): assert 0, 'why'\ndef test_b(): pass\ndef test_c(): pass\n"
     (tmp_path / "test_faults.py").write_text(tests)
     command = [*gpu.pytest_command([str(tmp_path / "test_faults.py")], 1), "-n", "1"]
-    run_together([Task("tests", lambda *_: command)], 280.0, record, ROOT)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    run_together([Task("tests", lambda *_: command, environment)], 280.0, record, ROOT)
     found = [(row["case"], row["metric"]) for row in record.rows if row.get("provider")]
     assert found.count(("test_a", "failed")) == 2  # what it says, and that its process ended
     assert {("test_b", "passed"), ("test_c", "passed")} < set(found)
