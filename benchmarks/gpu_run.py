@@ -45,6 +45,7 @@ class Record:
         self.claims: list[dict[str, object]] = []
         self.environment = environment()
         self._lock = threading.Lock()
+        self.n_rows: dict[str, int] = {}
         self._logged: dict[str, int] = {}
         for name in ("rows.csv", "claims.csv", "log.txt", "triton_table.txt", "steps.png"):
             (out / name).unlink(missing_ok=True)
@@ -74,6 +75,7 @@ class Record:
         if line.startswith(ROW):
             try:
                 self.add(**json.loads(line[len(ROW) :]))
+                self.n_rows[name] = self.n_rows.get(name, 0) + 1
                 return None
             except (ValueError, TypeError):
                 pass  # two processes' lines in one: it is in the log
@@ -129,7 +131,7 @@ def _run(task: Task, seconds: float, record: Record, folder: Path) -> None:
         note = f"exit status {status} in this case"
         record.add(stage=task.name, case=begun[-1], metric="crashed", value=1, note=note)
     record.add(stage=task.name, metric="stage seconds", value=round(took, 1))
-    n_rows = sum(row.get("stage") == task.name for row in record.rows)
+    n_rows = record.n_rows.get(task.name, 0)
     print(f"        {task.name}: {n_rows} rows, {took:.0f} s", flush=True)
 
 

@@ -35,7 +35,7 @@ def measure(
     """Time and peak extra memory of the providers that are right there, in turns."""
     batch = size.batch()
     if prepare is not None:
-        prepare(batch)
+        tried(stage, size, "dense fused", functools.partial(prepare, batch))
     runs: dict[str, Callable[[], object]] = {}
     for name in names:
         if name == PRODUCT:
