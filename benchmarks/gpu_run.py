@@ -44,6 +44,8 @@ class Record:
         self.rows: list[dict[str, object]] = []
         self.claims: list[dict[str, object]] = []
         self.environment = environment()
+        if is_rehearsal:
+            self.environment["gpu"] = "rehearsal without a GPU"
         self._lock = threading.Lock()
         self.n_rows: dict[str, int] = {}
         self._logged: dict[str, int] = {}
