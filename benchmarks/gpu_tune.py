@@ -37,6 +37,8 @@ GAIN = 0.97
 
 def kind_of(kernel: str) -> str | None:
     """The kind of the table's entry that a kernel is launched with."""
+    if "feature_gradient" in kernel and "dense backward" in triton_configs.KINDS:
+        return "dense backward"
     if any(part in kernel for part in ("dense", "gram", "pair_gradient", "feature_gradient")):
         return "dense"
     return next((kind for kind in ("wide", "forward", "backward") if kind in kernel), None)
@@ -103,7 +105,17 @@ def item_candidates(kind: str, size: Size, how: str) -> tuple[list[Tile], int]:
         arithmetic = triton_backend.arithmetic(size.dtype)
     bucket = triton_configs.bucket(size.D, arithmetic)
     name = "forward chunks" if kind == "forward" and bucket == 0 else kind
-    return CANDIDATES[name, size.dtype == BF16], bucket
+    tiles = CANDIDATES[name, size.dtype == BF16]
+    if kind.startswith("dense") and "dense backward" in triton_configs.KINDS:
+        # The two kinds hand each other sums over tiles of one width.
+        width = triton_configs.config(kind, 90, bucket, arithmetic).BLOCK_J
+        tiles = [tile for tile in tiles if tile[1] == width]
+    return tiles, bucket
+
+
+def items() -> list[tuple[str, Size, str]]:
+    """Those whose kind the table has."""
+    return [item for item in ITEMS if item[0] in triton_configs.KINDS]
 
 
 def warm_call(kind: str, size: Size, how: str, tile: Tile, bucket: int) -> tuple:
@@ -121,7 +133,7 @@ def precompile(stage: Stage) -> None:
     major, minor = torch.cuda.get_device_capability()
     calls = [
         warm_call(kind, size, how, tile, bucket)
-        for kind, size, how in ITEMS
+        for kind, size, how in items()
         for tiles, bucket in [item_candidates(kind, size, how)]
         for tile in tiles
     ]
@@ -162,11 +174,11 @@ class Proposals:
 def one_item(stage: Stage, proposals: Proposals, kind: str, size: Size, how: str) -> None:
     tiles, bucket = item_candidates(kind, size, how)
     # A rehearsal times real launches, of the interpreter, in one item only.
-    of = provider("triton") if kind == "dense" else PROVIDERS["triton"]
+    of = provider("triton") if kind.startswith("dense") else PROVIDERS["triton"]
     run = functools.partial(of.step, size.batch())
 
     def time() -> float:
-        return graph_seconds(run) if kind == "dense" else kernel_seconds(run, kind)
+        return graph_seconds(run) if kind.startswith("dense") else kernel_seconds(run, kind)
 
     with precision(how):
         arithmetic = triton_backend.arithmetic(size.dtype)
@@ -231,7 +243,7 @@ def tune(stage: Stage) -> int:
     precompile(stage)
     cases: dict[str, Callable[[], None]] = {
         f"{kind} {size} {how}": functools.partial(one_item, stage, proposals, kind, size, how)
-        for kind, size, how in ITEMS
+        for kind, size, how in items()
     }
     extra = {
         "crossover": functools.partial(crossover, stage),
@@ -240,7 +252,9 @@ def tune(stage: Stage) -> int:
     names = list(cases)
     cases = {name: cases[name] for name in names[:6]} | extra | {n: cases[n] for n in names[6:]}
     if device.REHEARSAL:
-        cases = {name: cases[name] for name in (names[1], names[4], *extra)}
+        kinds = [kind for kind, *_ in items()]
+        some = [names[kinds.index(kind)] for kind in ("backward", "dense")]
+        cases = {name: cases[name] for name in (*some, *extra)}
     status = stage.run(cases)
     where = triton_backend.architecture(torch.device(device.DEVICE))
     for line in proposals.text(where).split("\n"):

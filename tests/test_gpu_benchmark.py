@@ -286,6 +286,21 @@ def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
     assert found - {None} == set(KINDS)
 
 
+def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks import gpu_tune, gpu_warm
+
+    assert {kind for kind, *_ in gpu_tune.items()} == set(KINDS)
+    for kind, size, how in gpu_tune.items():
+        tiles, bucket = gpu_tune.item_candidates(kind, size, how)
+        assert len(tiles) >= 3
+        call = gpu_tune.warm_call(kind, size, how, tiles[1], bucket)
+        launches = gpu_warm.launches(call, 90)
+        assert launches and {gpu_tune.kind_of(launch.name) for launch in launches} == {kind}
+        assert {launch.arguments["BLOCK_I"] for launch in launches} == {tiles[1][0]}
+        assert {launch.options["num_warps"] for launch in launches} == {tiles[1][3]}
+
+
 def test_the_proposed_table_is_the_shipped_one_with_the_faster_entries_first():
     pytest.importorskip("triton", reason="triton is not installed")
     from benchmarks import gpu_tune
