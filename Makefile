@@ -3,8 +3,11 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-# Where make gpu puts its rows.
+# Where make gpu puts what it finds, its stages (all) and seconds; the commit, where git is not there.
 OUT ?= out/gpu
+STAGES ?=
+LIMIT ?= 530
+CONR_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
 
 .PHONY: test lint bench static gpu clean
 
@@ -29,7 +32,7 @@ static: $(READY)
 	$(PYTHON) -m benchmarks.static
 
 gpu:
-	python3 -m benchmarks.gpu --out $(OUT)
+	CONR_COMMIT=$(CONR_COMMIT) python3 -m benchmarks.gpu --out $(OUT) --limit $(LIMIT) --stages $(STAGES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

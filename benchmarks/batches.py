@@ -14,8 +14,8 @@ from torch import Tensor
 from conr_kernels import density_weights
 
 AGES = Path(__file__).parent / "agedb_dir_train_ages.csv"
-#: Mean absolute error of the predictions, in years.
-PREDICTION_ERROR = 7.0
+#: Mean absolute error of the predictions, in years: early in training, and of a trained model.
+PREDICTION_ERROR, SMALL_ERROR = 7.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,30 @@ def _counts() -> tuple[Tensor, Tensor]:
     return ages, counts
 
 
-def make_batch(n: int, d: int = 128, labels: str = "agedb", device: str = "cpu") -> Batch:
+def make_batch(
+    n: int,
+    d: int = 128,
+    labels: str = "agedb",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
     """The same rows for the same arguments on every device.
 
     Args:
-        labels: ``"agedb"``: predictions with normal errors of 7 years on average; ``"constant"``:
-            the same labels, but every prediction is their mean, as early in training.
+        labels: ``"agedb"``: predictions with normal errors of 7 years on average; ``"converged"``:
+            of half a year; ``"constant"``: the same labels, but every prediction is their mean, as
+            early in training.
+        dtype: of the features; labels, predictions and weights are float32.
     """
     generator = torch.Generator().manual_seed(n)
     ages, counts = _counts()
     y = ages[torch.multinomial(counts, n, replacement=True, generator=generator)]
-    deviation = PREDICTION_ERROR * math.sqrt(math.pi / 2)
+    error = SMALL_ERROR if labels == "converged" else PREDICTION_ERROR
+    deviation = error * math.sqrt(math.pi / 2)
     p = y + deviation * torch.randn(n, generator=generator)
     if labels == "constant":
         p = y.mean().expand(n).contiguous()
     x = torch.randn(n, d, generator=generator)
     w = density_weights(y, "sqrt_inverse")
-    return Batch(x.to(device).requires_grad_(), *(t.to(device) for t in (y, p, w)))
+    x = x.to(device, dtype).requires_grad_()
+    return Batch(x, *(t.to(device) for t in (y, p, w)))

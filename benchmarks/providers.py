@@ -49,10 +49,12 @@ class Provider:
 def eager_losses(batch: Batch, reduction: str, has_row_loop: bool = False) -> Tensor:
     """The formula as a careful engineer writes it: one ``exp``, masks formed without gradient.
 
+    Products of 16-bit features are 16-bit products; everything after them is float32.
+
     ``has_row_loop``: the self pairs are taken out in a Python loop over rows.
     """
-    q = F.normalize(batch.x, dim=1)
-    exp_s = (q @ q.T / TEMPERATURE).exp()
+    q = F.normalize(batch.x.to(batch.w.dtype), dim=1).to(batch.x.dtype)
+    exp_s = ((q @ q.T).to(batch.w.dtype) / TEMPERATURE).exp()
     with torch.no_grad():
         d = (batch.y[:, None] - batch.y[None, :]).abs()
         delta = (batch.p[:, None] - batch.p[None, :]).abs()

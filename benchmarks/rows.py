@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, fields
@@ -45,7 +46,7 @@ def environment(device: str) -> dict[str, object]:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         package=__version__,
-        commit=_commit(),
+        commit=commit(),
     )
 
 
@@ -58,7 +59,10 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """``CONR_COMMIT`` where the sources came without their history, else what git says."""
+    if given := os.environ.get("CONR_COMMIT"):
+        return given
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

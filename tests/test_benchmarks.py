@@ -1,13 +1,17 @@
 """The benchmark itself: what it compares, what it refuses to time, and what it measures."""
 
 import csv
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measure, plot, providers, report, rows
+from benchmarks import gpu, measure, plot, providers, report, rows
 from benchmarks.batches import AGES, make_batch
 
 BASELINE, ROW_LOOP, *FUSED = providers.providers("cpu")
@@ -109,3 +113,35 @@ def test_table_ratios_are_eager_over_ours():
     line = report.table(found).splitlines()[-1]
     assert "80.00 ms" in line and "32.0 MiB" in line and " 50×" in line and " 64×" in line
     assert "50× the speed of eager" in report.summary(found)
+
+
+def test_careful_eager_multiplies_16_bit_features_in_16_bits():
+    batch = make_batch(129, 33, dtype=torch.bfloat16)
+    exact = measure.exact_rows_and_gradient(batch)
+    losses, gradient = BASELINE.row_losses(batch), BASELINE.step(batch)
+    assert losses.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+    for got, truth, limit in zip((losses, gradient), exact, (1e-2, 5e-2), strict=True):
+        assert 1e-5 < (got.double() - truth).abs().max() / truth.abs().max() < limit
+
+
+def test_every_stage_of_the_gpu_run_is_rehearsed_on_the_cpu(tmp_path):
+    """``python -m benchmarks.gpu --rehearse``: no stage fails, no claim is without its rows."""
+    pytest.importorskip("triton", reason="triton is not installed: its stages are not rehearsed")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
+    run = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, env=os.environ | {"CONR_COMMIT": "abc"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    with (tmp_path / "claims.csv").open(newline="") as file:
+        claims = list(csv.DictReader(file))
+    unknown = [row["claim"] for row in claims if row["verdict"] != "rehearsed"]
+    assert len(claims) > 35 and unknown == [], run.stdout[-6000:]
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    stages = {row["stage"] for row in found}
+    assert stages >= set(gpu.NAMES), set(gpu.NAMES) - stages
+    assert {row["commit"] for row in found} == {"abc"}
+    assert (tmp_path / "steps.png").stat().st_size > 10_000
+    assert "_HALVES = {" in (tmp_path / "triton_table.txt").read_text()
+    assert len(list(tmp_path.iterdir())) <= 6  # what comes back from a lent machine

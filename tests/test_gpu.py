@@ -1,4 +1,8 @@
-"""What only a GPU can show: every dtype and regime, equal bits, no synchronisation, CUDA graphs."""
+"""What only a GPU can show: every dtype and regime, equal bits, no synchronisation, CUDA graphs.
+
+With ``CONR_REHEARSE=1`` small cases run on the CPU with the torch backend in Triton's place, so
+that the tests themselves are tried (test_benchmarks.py).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_device as device
 from conr_kernels import conr_loss
 from conr_kernels.plan import make_plan
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: no CUDA device")
+WHY_NOT = device.reason_against()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"not run: {WHY_NOT}")
 
 #: Rows of a batch and features: dense, dense with D split, sweeps, sweeps with D in chunks.
 REGIMES = [(31, 33), (1000, 512), (32, 100_000), (1537, 128), (4097, 65), (3001, 256), (1500, 2048)]
@@ -21,6 +27,14 @@ LIMITS = {
     torch.float16: (3e-4, 3e-3),
     torch.bfloat16: (3e-3, 2e-2),
 }
+PRECISION_SIZES = [(257, 128), (2049, 64), (1537, 300)]
+REPEATS = 250
+SMALL_AND_LARGE = [200, 1800]
+#: Elements between two rows, so that offsets exceed 2³¹.
+FAR = 40_000_000
+if device.REHEARSAL:
+    REGIMES, PRECISION_SIZES = [(31, 33), (700, 17), (40, 300)], [(24, 17)]
+    REPEATS, FAR, SMALL_AND_LARGE = 2, 400, [200, 700]
 
 
 def batch(N: int, D: int, dtype: torch.dtype, L: int = 1) -> tuple[Tensor, ...]:
@@ -29,7 +43,7 @@ def batch(N: int, D: int, dtype: torch.dtype, L: int = 1) -> tuple[Tensor, ...]:
     y = torch.randint(0, 60, (N, L), generator=g).float()
     p = y + 8 * torch.randn(N, L, generator=g)
     w = torch.rand(N, generator=g) + 0.1
-    return tuple(t.cuda() for t in (x, y, p, w, torch.rand(N, generator=g)))
+    return tuple(t.to(device.DEVICE) for t in (x, y, p, w, torch.rand(N, generator=g)))
 
 
 def loss_and_gradient(rows: tuple[Tensor, ...], backend: str, wide: bool = False, **options):
@@ -49,13 +63,14 @@ def matmul_precision(request):
 
 
 def assert_close(rows: tuple[Tensor, ...], limits: tuple[float, float], **options) -> None:
-    got = loss_and_gradient(rows, "triton", **options)
+    got = loss_and_gradient(rows, device.TRITON, **options)
     exact = loss_and_gradient(rows, "reference", wide=True, **options)
     for name, ours, truth, limit in zip(("loss", "gradient"), got, exact, limits, strict=True):
         error = (ours.double() - truth).abs().max() / truth.abs().max()
         assert error <= limit, f"{name}: relative error {error:.2e}, limit {limit:.0e}"
 
 
+@pytest.mark.skipif(device.REHEARSAL, reason="a rehearsal has CPU tensors")
 def test_auto_picks_triton() -> None:
     assert make_plan("auto", torch.device("cuda"), torch.float32).backend == "triton"
 
@@ -67,21 +82,21 @@ def test_agrees_with_the_float64_reference(N: int, D: int, dtype, variant: str) 
     assert_close(batch(N, D, dtype), LIMITS[dtype], variant=variant)
 
 
-@pytest.mark.parametrize(("N", "D"), [(257, 128), (2049, 64), (1537, 300)])
+@pytest.mark.parametrize(("N", "D"), PRECISION_SIZES)
 def test_float32_follows_the_matmul_precision(N: int, D: int, matmul_precision: str) -> None:
     limits = LIMITS[torch.float32] if matmul_precision == "highest" else (2e-3, 5e-3)
     assert_close(batch(N, D, torch.float32), limits)
 
 
 @pytest.mark.parametrize("distance", ["mae", "rmse"])
-@pytest.mark.parametrize("N", [200, 1800])
+@pytest.mark.parametrize("N", SMALL_AND_LARGE)
 def test_vector_labels(N: int, distance: str) -> None:
     assert_close(
         batch(N, 64, torch.float32, L=3), LIMITS[torch.float32], distance=distance, window=9.0
     )
 
 
-@pytest.mark.parametrize("N", [200, 1800])
+@pytest.mark.parametrize("N", SMALL_AND_LARGE)
 def test_small_temperature(N: int) -> None:
     assert_close(batch(N, 64, torch.float32), (1e-5, 2e-3), temperature=0.005)
 
@@ -90,22 +105,24 @@ def test_small_temperature(N: int) -> None:
 @pytest.mark.parametrize(("N", "D"), REGIMES)
 def test_repeats_have_the_same_bits(N: int, D: int, dtype) -> None:
     rows = batch(N, D, dtype)
-    first = loss_and_gradient(rows, "triton")
-    for _ in range(20):
-        again = loss_and_gradient(rows, "triton")
+    first = loss_and_gradient(rows, device.TRITON)
+    for _ in range(REPEATS):
+        again = loss_and_gradient(rows, device.TRITON)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 @pytest.mark.parametrize(("N", "D"), REGIMES)
 def test_no_host_synchronisation(N: int, D: int) -> None:
     rows = batch(N, D, torch.bfloat16)
-    loss_and_gradient(rows, "triton")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss_and_gradient(rows, "triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    loss_and_gradient(rows, device.TRITON)
+    with device.no_synchronisation():
+        loss_and_gradient(rows, device.TRITON)
+
+
+@pytest.mark.skipif(device.REHEARSAL, reason="the CPU waits for nothing")
+def test_a_synchronisation_would_show() -> None:
+    with pytest.raises(RuntimeError), device.no_synchronisation():
+        torch.ones(1, device=device.DEVICE).item()
 
 
 @pytest.mark.parametrize(("N", "D"), REGIMES)
@@ -115,53 +132,43 @@ def test_cuda_graph_replays_with_new_data(N: int, D: int) -> None:
     y, p, w, upstream = rows[1:]
 
     def step() -> tuple[Tensor, Tensor]:
-        loss = conr_loss(x, y, p, w, backend="triton", reduction="none")
+        loss = conr_loss(x, y, p, w, backend=device.TRITON, reduction="none")
         return loss, torch.autograd.grad((loss * upstream).sum(), x)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay, captured = device.graph(step)
     with torch.no_grad():
         x.copy_(x.flip(0))
         p.copy_(y)  # from wide negative bands to none
-    graph.replay()
-    expected = step()
-    assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1], expected[1])
+    replay()
+    got, expected = captured(), step()
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
 def test_row_strides_beyond_two_to_the_31() -> None:
     """64 rows, 40,000,000 elements apart."""
-    free, _ = torch.cuda.mem_get_info()
-    if free < 8 * 2**30:
+    if device.bytes_free() < 8 * 2**30:
         pytest.skip("not run: needs 8 GiB of GPU memory")
     rows = batch(64, 33, torch.bfloat16)
-    far = torch.empty(64 * 40_000_000, dtype=torch.bfloat16, device="cuda")
-    x = far.as_strided((64, 33), (40_000_000, 1))
+    far = torch.empty(64 * FAR, dtype=torch.bfloat16, device=device.DEVICE)
+    x = far.as_strided((64, 33), (FAR, 1))
     x.copy_(rows[0])
-    near, spread = (loss_and_gradient((t, *rows[1:]), "triton") for t in (rows[0], x))
+    near, spread = (loss_and_gradient((t, *rows[1:]), device.TRITON) for t in (rows[0], x))
     assert torch.equal(near[0], spread[0]) and torch.equal(near[1], spread[1])
 
 
 def test_memory_grows_with_the_features_alone() -> None:
-    rows = batch(65_536, 128, torch.bfloat16)
-    loss_and_gradient(rows, "triton")
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    loss_and_gradient(rows, "triton")
-    extra = torch.cuda.max_memory_allocated() - before
+    rows = batch(device.small(65_536), device.narrow(128), torch.bfloat16)
+    loss_and_gradient(rows, device.TRITON)
+    extra = device.extra_bytes(lambda: loss_and_gradient(rows, device.TRITON))
     assert extra < 4 * rows[0].nbytes
+    if not device.REHEARSAL:
+        assert extra > rows[0].nbytes, "the gradient at least: or nothing was measured"
 
 
 @pytest.mark.parametrize("name", range(4))
-@pytest.mark.parametrize("N", [100, 1500])
+@pytest.mark.parametrize("N", SMALL_AND_LARGE)
 def test_non_finite_input_shows(N: int, name: int) -> None:
     rows = batch(N, 64, torch.bfloat16)
     rows[name].view(-1)[7] = float("nan")
-    loss, gradient = loss_and_gradient(rows, "triton")
+    loss, gradient = loss_and_gradient(rows, device.TRITON)
     assert not loss.isfinite().all() and not gradient.isfinite().all()

@@ -1,0 +1,80 @@
+"""What the tuning stage tries: tiles and launch options by kind; at which sizes they are timed."""
+
+from __future__ import annotations
+
+from .gpu_providers import F32, Size
+
+Tile = tuple[int, int, int, int, int]
+#: BLOCK_I, BLOCK_J, BLOCK_D (0: the bucket), num_warps, num_stages; by kind, and by whether
+#: features have 16 bits, "chunks" where D is read in chunks.
+CANDIDATES: dict[tuple[str, bool], list[Tile]] = {
+    ("forward", True): [
+        (128, 128, 0, 8, 2), (128, 128, 0, 8, 3), (128, 64, 0, 8, 2), (128, 64, 0, 8, 3),
+        (128, 64, 0, 4, 3), (64, 128, 0, 4, 3), (64, 64, 0, 4, 3), (64, 64, 0, 4, 4),
+    ],
+    ("forward chunks", True): [
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (128, 128, 128, 8, 2),
+        (64, 128, 64, 4, 4), (128, 64, 128, 8, 3),
+    ],
+    ("backward", True): [
+        (128, 64, 0, 8, 2), (128, 64, 0, 8, 3), (128, 128, 0, 8, 2), (64, 64, 0, 4, 2),
+        (64, 64, 0, 4, 3), (64, 64, 0, 8, 2), (64, 128, 0, 8, 2), (128, 32, 0, 8, 3),
+    ],
+    ("wide", True): [
+        (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2), (128, 64, 64, 8, 3),
+        (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 128, 4, 2),
+    ],
+    ("dense", True): [
+        (16, 64, 64, 4, 2), (16, 64, 128, 4, 2), (32, 64, 64, 4, 2), (16, 128, 64, 4, 2),
+        (32, 32, 64, 4, 2), (16, 32, 64, 2, 2), (64, 64, 64, 4, 2), (32, 64, 128, 4, 3),
+    ],
+    ("dense backward", True): [
+        (16, 64, 32, 4, 3), (16, 64, 64, 4, 3), (16, 64, 128, 4, 3), (32, 64, 32, 4, 3),
+        (32, 64, 64, 4, 2), (64, 64, 32, 4, 3),
+    ],
+    ("forward", False): [
+        (64, 64, 0, 4, 2), (64, 64, 0, 4, 3), (128, 64, 0, 8, 2), (128, 32, 0, 4, 2),
+        (64, 32, 0, 4, 3), (128, 128, 0, 8, 2),
+    ],
+    ("forward chunks", False): [
+        (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 2),
+        (128, 64, 32, 4, 3),
+    ],
+    ("backward", False): [
+        (64, 64, 0, 4, 2), (64, 32, 0, 4, 2), (64, 64, 0, 8, 2), (128, 32, 0, 8, 2),
+        (64, 32, 0, 4, 3),
+    ],
+    ("wide", False): [
+        (64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 8, 3), (128, 64, 32, 8, 2),
+        (64, 32, 64, 4, 2),
+    ],
+    ("dense backward", False): [
+        (16, 32, 32, 4, 3), (16, 32, 64, 4, 3), (32, 32, 32, 4, 3), (32, 32, 64, 4, 2),
+    ],
+    ("dense", False): [
+        (16, 32, 32, 4, 2), (16, 64, 32, 4, 2), (32, 32, 32, 4, 2), (16, 32, 64, 4, 2),
+        (32, 64, 32, 4, 2),
+    ],
+}  # fmt: skip
+#: Kind, size and precision of float32 products, the most wanted first.
+ITEMS = [
+    ("forward", Size(32_768), "highest"),
+    ("backward", Size(32_768), "highest"),
+    ("wide", Size(16_384, 512), "highest"),
+    ("forward", Size(16_384, 512), "highest"),
+    ("dense", Size(512), "highest"),
+    ("dense backward", Size(512), "highest"),
+    ("wide", Size(16_384, 2048), "highest"),
+    ("backward", Size(32_768, 256), "highest"),
+    ("forward", Size(32_768, 256), "highest"),
+    ("forward", Size(32_768, 64), "highest"),
+    ("backward", Size(32_768, 64), "highest"),
+    ("forward", Size(16_384, 128, F32), "highest"),
+    ("wide", Size(16_384, 128, F32), "highest"),
+    ("forward", Size(16_384, 128, F32), "high"),
+    ("backward", Size(16_384, 128, F32), "high"),
+    ("dense", Size(512, 128, F32), "highest"),
+    ("dense backward", Size(512, 128, F32), "highest"),
+    ("forward", Size(16_384, 64, F32), "highest"),
+    ("backward", Size(16_384, 64, F32), "highest"),
+]

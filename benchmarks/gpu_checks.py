@@ -1,0 +1,165 @@
+"""Stages that need a tool: the CUDA extension's build by nvcc, and compute-sanitizer."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from conr_kernels import available_backends, conr_loss
+
+from . import gpu_device as device
+from .gpu_providers import BF16, F32
+from .gpu_rows import Stage
+
+ROOT = Path(__file__).parent.parent
+#: compute-sanitizer's exit status where it found a fault, and the rows of text kept of its report.
+FAULT, REPORT_LINES = 9, 60
+RAN = "ran every regime"
+
+
+def build(stage: Stage, architecture: str) -> int:
+    """Builds csrc/ in place with nvcc for this GPU alone; by setup.py, else by its command."""
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": architecture}
+    by_setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    code = "import setup; print(setup.REASON)"
+    if device.REHEARSAL:  # what would be done, without a compiler
+        by_setup = [sys.executable, "-c", code]
+    ways = {"setup.py": by_setup, "nvcc": [sys.executable, "-c", BY_NVCC]}
+    for way, command in ways.items():
+        start = time.monotonic()
+        run = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+        status, output = ended(run, stage.left())
+        print(output[-6000:], flush=True)
+        if status == 0:
+            stage.add("wall seconds", time.monotonic() - start, provider="cuda", note=f"by {way}")
+            break
+        last = (output.strip().split("\n") or [""])[-1]
+        stage.add("failed", 1, provider="cuda", note=f"{way}: {last}"[:300])
+    reason = "rehearsal" if device.REHEARSAL else _fresh_reason()
+    if reason in ("None", "rehearsal"):
+        stage.add("built", 1, provider="cuda", note=f"sm_{architecture.replace('.', '')}")
+    else:
+        stage.add("not run", 1, provider="cuda", note=reason[:300])
+    return stage.status
+
+
+#: Without setuptools, whose version there may be older than pyproject.toml's form of a licence.
+BY_NVCC = """
+import subprocess, setup
+nvcc, package = setup.nvcc_path(), setup.ROOT / "conr_kernels"
+architectures = setup.architectures(nvcc)
+command = setup.nvcc_command(nvcc, architectures, str(package / setup.LIBRARY))
+subprocess.run(command, check=True)
+names = [f"sm_{name}" for name in architectures]
+setup.write_record(package, built=True, why="", abi=setup.ABI, architectures=names)
+"""
+
+
+def _fresh_reason() -> str:
+    """Why the backend does not run, as a new process sees it: "None" where it does."""
+    code = "from conr_kernels import available_backends as a; print(a()['cuda'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() or run.stderr.strip()[-300:]
+
+
+def run_kernels(backend: str) -> int:
+    """Every regime once, small, in both directions."""
+    torch.manual_seed(0)
+    stand_in = "torch" if device.REHEARSAL else backend
+    for n, d in ((33, 17), (1100, 128), (1100, 300), (32, 20_000)):
+        for dtype, variant in ((BF16, "paper"), (F32, "released-age")):
+            x = torch.randn(n, d, device=device.DEVICE).to(dtype).requires_grad_()
+            y = torch.randint(0, 60, (n,), device=device.DEVICE).float()
+            p = y + 8 * torch.randn(n, device=device.DEVICE)
+            conr_loss(x, y, p, variant=variant, backend=stand_in).backward()
+            device.synchronize()
+            if not x.grad.isfinite().all():
+                raise AssertionError(f"non-finite gradient at N={n} D={d} {dtype} {variant}")
+    print(RAN, flush=True)
+    return 0
+
+
+def plant_fault() -> int:
+    """A store just behind its buffer, which nothing but a sanitizer notices."""
+    if device.REHEARSAL:
+        return FAULT
+    from .gpu_fault import store_kernel
+
+    x = torch.zeros(1024, device=device.DEVICE)
+    store_kernel[(1,)](x, 1024, BLOCK=1024)
+    device.synchronize()
+    print(RAN, flush=True)
+    return 0
+
+
+def sanitize(stage: Stage) -> int:
+    """compute-sanitizer over every regime, after it has caught a fault that is there on purpose."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    prefix = [tool, "--error-exitcode", str(FAULT), "--tool"]
+    # PyTorch asks the driver for what it may not have: answers that are no faults.
+    options = {"memcheck": ["memcheck", "--report-api-errors", "no"], "racecheck": ["racecheck"]}
+    if not device.REHEARSAL and not Path(tool).exists():
+        stage.add("not run", 1, note="compute-sanitizer is not installed")
+        return 0
+    checks = {"planted fault": ("memcheck", ["planted-fault"])}
+    backends = ["triton"]
+    if device.REHEARSAL or available_backends()["cuda"] is None:
+        backends.append("cuda")
+    for backend in backends:
+        for check in ("memcheck",) if device.REHEARSAL else ("memcheck", "racecheck"):
+            checks[f"{backend} {check}"] = (check, ["kernels", "--backend", backend])
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    running = {}
+    for name, (check, arguments) in checks.items():
+        command = [sys.executable, "-m", "benchmarks.gpu_stage", *arguments]
+        command = command if device.REHEARSAL else [*prefix, *options[check], *command]
+        start = functools.partial(
+            subprocess.Popen, command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        running[name] = start()
+    outcomes = {name: _outcome(process, stage.left()) for name, process in running.items()}
+    is_caught = outcomes.pop("planted fault")[0] == FAULT
+    stage.add("caught" if is_caught else "not run", 1, case="planted fault")
+    for name, (code, has_run) in outcomes.items():
+        if not is_caught:
+            metric, note = "not run", "the planted fault was missed"
+        elif code == FAULT:
+            metric, note = "failed", "faults: see the log"
+        elif code == 0 and has_run:
+            metric, note = "clean", ""
+        else:
+            metric, note = "not run", f"exit status {code}, {'' if has_run else 'not '}at its end"
+        stage.add(metric, 1, provider=name.split()[0], case=name, note=note)
+    return stage.status
+
+
+def ended(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
+    """Exit status and output; a process that takes longer is ended, what it printed remains."""
+    try:
+        output, _ = process.communicate(timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        output += "\ncut off: it took too long"
+    return process.returncode, output
+
+
+def _outcome(process: subprocess.Popen, seconds: float) -> tuple[int, bool]:
+    """Exit status, and whether the program came to its end; the end of its output is printed."""
+    status, output = ended(process, seconds)
+    lines = output.strip().split("\n")
+    print("\n".join(lines[:REPORT_LINES] + lines[REPORT_LINES:][-10:]), flush=True)
+    return status, RAN in output

@@ -1,0 +1,175 @@
+"""A CUDA GPU, or for a rehearsal the CPU with stand-ins for events, memory, streams and graphs.
+
+``CONR_REHEARSE=1`` chooses the stand-ins: every line of a stage then runs without a GPU, on
+batches of a few rows. Its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+REHEARSAL = os.environ.get("CONR_REHEARSE") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
+#: The backend that is measured; its stand-in is quick, Triton's interpreter is not.
+TRITON = "torch" if REHEARSAL else "triton"
+T = TypeVar("T")
+
+
+def reason_against() -> str | None:
+    """Why nothing can run here; None on a GPU and in a rehearsal."""
+    return None if REHEARSAL or torch.cuda.is_available() else "no CUDA device"
+
+
+def synchronize() -> None:
+    if not REHEARSAL:
+        torch.cuda.synchronize()
+
+
+def is_broken() -> bool:
+    """Whether an earlier fault has ended the context: then every call of this process fails."""
+    if REHEARSAL or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+        return False
+    except RuntimeError:
+        return True
+
+
+class Stopwatch:
+    """Seconds on the device between two points of the current stream."""
+
+    def __init__(self) -> None:
+        self.events = None if REHEARSAL else [torch.cuda.Event(enable_timing=True) for _ in "ab"]
+        self.times = [0.0, 0.0]
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def _mark(self, which: int) -> None:
+        if self.events is None:
+            self.times[which] = time.perf_counter()
+        else:
+            self.events[which].record()
+
+    def seconds(self) -> float:
+        """Waits for the second point."""
+        if self.events is None:
+            return self.times[1] - self.times[0]
+        self.events[1].synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1e3
+
+
+def seconds(
+    functions: dict[str, Callable[[], object]], repeats: int = 9, steps: int = 1
+) -> dict[str, float]:
+    """Medians of a call's time on the device, the functions taking turns: a change of pace meets
+    all.
+
+    A turn is ``steps`` calls in a row, as in training, after one that is not counted: it pays for
+    the memory and the caches that the other kind left behind.
+    """
+    if REHEARSAL:
+        repeats, steps = 1, 1
+    else:
+        for function in functions.values():
+            function()  # compiles and loads kernels
+    synchronize()
+    names = list(functions)
+    found: dict[str, list[float]] = {key: [] for key in names}
+    for turn in range(repeats):
+        first = turn % len(names)
+        for key in names[first:] + names[:first]:
+            function, watch = functions[key], Stopwatch()
+            if not REHEARSAL:
+                function()
+                synchronize()
+            watch.start()
+            for _ in range(steps):
+                function()
+            watch.stop()
+            found[key].append(watch.seconds() / steps)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def extra_bytes(function: Callable[[], object]) -> int:
+    """Peak of the memory that one call adds to what is held before; its results are dropped."""
+    if REHEARSAL:
+        function()
+        return 1
+    synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def bytes_free() -> int:
+    return 2**34 if REHEARSAL else torch.cuda.mem_get_info()[0]
+
+
+def free_memory() -> None:
+    if not REHEARSAL:
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """Work goes to a stream of its own; the current stream waits for it afterwards."""
+    if REHEARSAL:
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def graph(function: Callable[[], T]) -> tuple[Callable[[], None], Callable[[], T]]:
+    """Captures a call: ``(replay, results of the latest replay)``."""
+    with side_stream():
+        function()
+    if REHEARSAL:
+        held = [function()]
+        return lambda: held.__setitem__(0, function()), lambda: held[0]
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = function()
+    return captured.replay, lambda: results
+
+
+@contextlib.contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Any wait of the host for the device raises."""
+    if REHEARSAL:
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def small(n: int) -> int:
+    """A number of rows; in a rehearsal about 20 of them, more for more."""
+    return 8 + n.bit_length() if REHEARSAL else n
+
+
+def narrow(d: int) -> int:
+    """A number of features; in a rehearsal few, more than the registers hold where D was that."""
+    return d if not REHEARSAL else 16 if d <= 256 else 272

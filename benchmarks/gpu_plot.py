@@ -1,0 +1,92 @@
+"""The picture of a GPU run: time and memory over N; ``python -m benchmarks.gpu_plot rows.csv``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from . import gpu_claims, plot
+from .plot import DARK, GREY, plt
+
+REGIME_COLORS = {"converged": "#3a9d6e", "7 years off": "#1f6f8b", "collapsed": "#7b4ea3"}
+EAGER_COLOR = "#c8553d"
+Lines = dict[str, list[tuple[int, float]]]
+
+
+def lines_of(rows: gpu_claims.Rows, metric: str) -> Lines:
+    """Points of each line: Triton by its predictions, eager and the bare product."""
+    lines: Lines = {}
+    for row in rows.find(stage="grid", metric=metric):
+        provider, regime = row["provider"], row["regime"]
+        if provider == "q @ q.T" and metric == "memory":
+            continue
+        name = f"conr_kernels, {regime}" if provider == "triton" else provider
+        lines.setdefault(name, []).append((int(row["N"]), float(row["value"])))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def picture(found: list[dict], environment: dict[str, object], path: Path) -> None:
+    rows = gpu_claims.Rows(found)
+    panels = {
+        "Time of one step": lines_of(rows, "time"),
+        "Peak extra memory of one step": lines_of(rows, "memory"),
+    }
+    if not panels["Time of one step"]:
+        raise ValueError("no rows of the stage grid")
+    with plt.rc_context({"font.size": 12, "axes.edgecolor": GREY, "text.color": DARK}):
+        figure, both = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
+        texts = (plot._seconds, plot._bytes)
+        for axes, (title, lines), text in zip(both, panels.items(), texts, strict=True):
+            _panel(axes, lines, title, text)
+        figure.suptitle(
+            "ConR loss, forward and backward: D = 128, bfloat16, AgeDB labels",
+            fontsize=15, fontweight="bold", x=0.01, ha="left",
+        )  # fmt: skip
+        text = f"{environment['gpu']}, torch {environment['torch']}, triton {environment['triton']}"
+        figure.text(0.01, -0.035, text, color=GREY)
+        figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white", pad_inches=0.2)
+        plt.close(figure)
+
+
+def _panel(axes: Axes, lines: Lines, title: str, text) -> None:
+    for name, points in lines.items():
+        points = [(n, value) for n, value in points if value > 0] or points
+        sizes, values = zip(*points, strict=True)
+        is_ours = name.startswith("conr_kernels")
+        color = REGIME_COLORS[name.split(", ")[1]] if is_ours else EAGER_COLOR
+        is_product = name == "q @ q.T"
+        axes.plot(
+            sizes, values, color=GREY if is_product else color, linewidth=3 if is_ours else 2,
+            linestyle="--" if is_product else "-", marker="o", markersize=4,
+            label=f"{name} (forward only)" if is_product else name, zorder=3 if is_ours else 2,
+        )  # fmt: skip
+    sizes = sorted({n for points in lines.values() for n, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sizes[::2]
+    axes.set_xticks(ticks, [f"{n:,}" if n < 1024 else f"{n // 1024}k" for n in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    if text is plot._bytes:
+        values = [value for points in lines.values() for _, value in points] or [2.0**20]
+        low, high = math.log2(max(min(values), 1)), math.log2(max(*values, 2))
+        axes.set_yticks([2.0**k for k in range(0, 61, 2) if low - 2 <= k <= high + 2])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axes.set_xlabel("rows in the batch, N")
+    axes.set_title(title, loc="left", fontsize=13)
+    axes.grid(True, color="#e4e6ea", linewidth=0.8)
+    axes.tick_params(color=GREY, labelcolor=DARK)
+    axes.spines[["top", "right"]].set_visible(False)
+    if lines:
+        axes.legend(frameon=False, loc="upper left")
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    about = json.loads((source.parent / "environment.json").read_text())
+    picture(gpu_claims.read(source).rows, about, source.parent / "steps.png")

@@ -1,0 +1,148 @@
+"""What the GPU benchmark compares, its batches, and the check before anything is timed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from conr_kernels import reference
+from conr_kernels.variants import Settings, resolve_variant
+
+from . import gpu_device as device
+from .batches import Batch, make_batch
+from .gpu_rows import Stage
+from .providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
+
+#: Kinds of predictions by their names in the rows.
+REGIMES = {"7 years off": "agedb", "converged": "converged", "collapsed": "constant"}
+OFF, COLLAPSED = "7 years off", "collapsed"
+BF16, F32 = torch.bfloat16, torch.float32
+PRODUCT = "q @ q.T"
+#: Rows of which the loss and the whole gradient are compared with float64, at any N.
+SAMPLED = 64
+#: Largest errors by dtype and provider: of the losses; of the gradient of the sampled rows, and of
+#: the others, relative to the largest entry of each. Comparators round their scores to 16 bits.
+LIMITS = {BF16: (3e-3, 2e-2), F32: (5e-6, 5e-5)}
+COMPARATOR_LIMITS = {BF16: (2e-2, 5e-2), F32: (1e-2, 1e-2)}
+GIB = 2**30
+
+
+class Size(NamedTuple):
+    """N, D, dtype and predictions of a case, as its rows name them."""
+
+    N: int
+    D: int = 128
+    dtype: torch.dtype = BF16
+    regime: str = OFF
+
+    def row(self) -> dict[str, object]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return dict(N=self.N, D=self.D, dtype=dtype, regime=self.regime)
+
+    def __str__(self) -> str:
+        row = self.row()
+        return f"N={self.N} D={self.D} {row['dtype']} {self.regime}"
+
+    def batch(self) -> Batch:
+        n, d = device.small(self.N), device.narrow(self.D)
+        return make_batch(n, d, REGIMES[self.regime], device.DEVICE, self.dtype)
+
+
+def dense_losses(batch: Batch, reduction: str) -> Tensor:
+    from .gpu_dense import dense_losses
+
+    return dense_losses(batch, reduction)
+
+
+def flex_losses(batch: Batch, reduction: str) -> Tensor:
+    from .gpu_flex import flex_losses
+
+    return flex_losses(batch, reduction)
+
+
+@functools.cache
+def _compiled_eager() -> Callable[[Batch, str], Tensor]:
+    def losses(x: Tensor, y: Tensor, p: Tensor, w: Tensor, reduction: str) -> Tensor:
+        return eager_losses(Batch(x, y, p, w), reduction)
+
+    function = losses if device.REHEARSAL else torch.compile(losses, dynamic=False)
+    return lambda batch, reduction: function(batch.x, batch.y, batch.p, batch.w, reduction)
+
+
+def compiled_eager_losses(batch: Batch, reduction: str) -> Tensor:
+    return _compiled_eager()(batch, reduction)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider("triton", package_losses("triton"), 0, 2**20),
+        Provider("cuda", package_losses("cuda"), 0, 2**20),
+        Provider("eager", eager_losses, 40, 2**15),
+        Provider("compiled eager", compiled_eager_losses, 40, 2**15),
+        Provider("dense fused", dense_losses, 0, 2**18),
+        Provider("FlexAttention", flex_losses, 0, 2**16),
+    )
+}
+
+
+def provider(name: str) -> Provider:
+    """Of that name; in a rehearsal the torch backend stands in for those that need a GPU."""
+    if device.REHEARSAL and name in ("triton", "cuda"):
+        return Provider(name, package_losses("torch"), 0, 2**20)
+    return PROVIDERS[name]
+
+
+def fits(size: Size, name: str) -> bool:
+    """Whether its N×N matrices find room."""
+    return provider(name).pair_bytes * size.N**2 < 0.9 * device.bytes_free()
+
+
+@functools.lru_cache(maxsize=1)
+def _truth(size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Upstream gradient [S], losses [S] and gradient [N, D] of the first S rows, in float64.
+
+    All rows are keys of the anchors: their losses depend on, and lead a gradient to, every row.
+    """
+    batch = size.batch()
+    x = batch.x.detach().double().requires_grad_()
+    y, p, w = batch.y[:, None], batch.p[:, None], batch.w.double()
+    S = min(SAMPLED, len(x))
+    settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
+    losses = reference.row_losses(x[:S], y[:S], p[:S], w[:S], (x, y, p), 0, settings)
+    g = torch.linspace(0.5, 1.5, S, dtype=torch.float64, device=x.device)
+    (gradient,) = torch.autograd.grad((losses * g).sum(), x)
+    return g, losses.detach(), gradient
+
+
+def is_correct(stage: Stage, size: Size, name: str, batch: Batch) -> bool:
+    """Compares with float64, and says so: nothing is timed of a wrong result."""
+    g, exact_losses, exact_gradient = _truth(size)
+    S = len(g)
+    losses = provider(name).row_losses(batch)
+    errors = [_error(losses[:S], exact_losses)]
+    if losses.requires_grad:  # but FlexAttention in a rehearsal
+        (gradient,) = torch.autograd.grad((losses[:S] * g.to(losses.dtype)).sum(), batch.x)
+        errors.append(_error(gradient[:S], exact_gradient[:S]))
+        if len(gradient) > S:
+            errors.append(_error(gradient[S:], exact_gradient[S:]))
+    is_ours = name in ("triton", "cuda")
+    limits = LIMITS[size.dtype] if is_ours else COMPARATOR_LIMITS[size.dtype]
+    is_right = all(
+        error <= limit for error, limit in zip(errors, (*limits, limits[1]), strict=False)
+    )
+    row = dict(provider=name, mode="forward+backward", **size.row())
+    stage.add("loss error", errors[0], **row)
+    stage.add("gradient error", max(errors[1:], default=0.0), **row)
+    if not is_right:
+        stage.add("wrong", 1, **row, note=f"errors {errors}, limits {limits}: not timed")
+    return is_right
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    largest = exact.abs().max().clamp(min=1e-30)
+    return ((got.detach().double() - exact).abs().max() / largest).nan_to_num(torch.inf).item()
