@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_device as device
+from benchmarks.gpu import device
 from conr_kernels import conr_loss, cuda_backend
 from conr_kernels.variants import PRESETS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_device as device
+from benchmarks.gpu import device
 from conr_kernels import conr_loss
 from conr_kernels.plan import make_plan
 

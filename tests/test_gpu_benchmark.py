@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_claims, gpu_rows
-from benchmarks.gpu_run import LINE_SIZE, Record, Task, run_together
+from benchmarks.gpu import claims, main, rows
+from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
 from conr_kernels.triton_configs import KINDS
 
-ROOT = gpu.ROOT
+ROOT = main.ROOT
 #: Longer than any test waits.
 FOREVER = 300
 
@@ -67,7 +67,7 @@ for case in ("one", "two", "three"):
         continue
     print("case: " + case)
     if case == "two":
-        os._exit({gpu_rows.BROKEN})
+        os._exit({rows.BROKEN})
     row(case)
 """
     run(record, code)
@@ -102,7 +102,7 @@ def test_lines_of_a_table_go_to_its_file(record):
 
 
 def test_a_failing_case_leaves_the_later_ones_alone_and_the_deadline_skips_the_rest(capsys):
-    stage = gpu_rows.Stage("name", 100.0, done=["done"])
+    stage = rows.Stage("name", 100.0, done=["done"])
 
     def fail() -> None:
         raise ValueError("why\nand more")
@@ -114,29 +114,30 @@ def test_a_failing_case_leaves_the_later_ones_alone_and_the_deadline_skips_the_r
     cases = {"done": fail, "bad": fail, "good": late, "never": fail}
     assert stage.run(cases) == 1
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.startswith(gpu_rows.ROW)]
-    assert [line for line in lines if line.startswith(gpu_rows.CASE)] == ["case: bad", "case: good"]
-    assert '"case": "bad", "metric": "failed", "value": 1, "note": "ValueError: why"' in rows[0]
+    written = [line for line in lines if line.startswith(rows.ROW)]
+    assert [line for line in lines if line.startswith(rows.CASE)] == ["case: bad", "case: good"]
+    assert '"case": "bad", "metric": "failed", "value": 1, "note": "ValueError: why"' in written[0]
     assert (
-        '"value": 0.12346' in "".join(rows) and '"case": "never", "metric": "not run"' in rows[-1]
+        '"value": 0.12346' in "".join(written)
+        and '"case": "never", "metric": "not run"' in written[-1]
     )
 
 
 def test_a_lost_context_ends_the_process_for_a_restart(monkeypatch):
-    monkeypatch.setattr(gpu_rows.device, "is_broken", lambda: True)
-    stage = gpu_rows.Stage("name", 100.0)
-    assert stage.run({"bad": lambda: 1 / 0, "next": lambda: None}) == gpu_rows.BROKEN
+    monkeypatch.setattr(rows.device, "is_broken", lambda: True)
+    stage = rows.Stage("name", 100.0)
+    assert stage.run({"bad": lambda: 1 / 0, "next": lambda: None}) == rows.BROKEN
 
 
 def test_a_test_that_ends_the_context_leaves_the_others_a_fresh_process(record, tmp_path):
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "conftest.py").write_text(
-        "import os\nfrom benchmarks import gpu_device\n"
-        "gpu_device.is_broken = lambda: 'PYTEST_XDIST_WORKER' in os.environ\n"
+        "import os\nfrom benchmarks.gpu import device\n"
+        "device.is_broken = lambda: 'PYTEST_XDIST_WORKER' in os.environ\n"
     )
     tests = "def test_a(): assert 0, 'why'\ndef test_b(): pass\ndef test_c(): pass\n"
     (tmp_path / "test_faults.py").write_text(tests)
-    command = [*gpu.pytest_command([str(tmp_path / "test_faults.py")], 1), "-n", "1"]
+    command = [*main.pytest_command([str(tmp_path / "test_faults.py")], 1), "-n", "1"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     run_together([Task("tests", lambda *_: command, environment)], 280.0, record, ROOT)
     found = [(row["case"], row["metric"]) for row in record.rows if row.get("provider")]
@@ -146,29 +147,27 @@ def test_a_test_that_ends_the_context_leaves_the_others_a_fresh_process(record, 
 
 
 def test_the_limits_of_all_stages_fit_nine_minutes():
-    phases = {stage.phase for stage in gpu.STAGES}
-    seconds = sum(max(s.seconds for s in gpu.STAGES if s.phase == phase) for phase in phases)
-    assert seconds <= gpu.LIMIT <= 540
+    phases = {stage.phase for stage in main.STAGES}
+    seconds = sum(max(s.seconds for s in main.STAGES if s.phase == phase) for phase in phases)
+    assert seconds <= main.LIMIT <= 540
 
 
 def test_without_a_gpu_nothing_runs_and_nothing_is_claimed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 0
+    assert main.main(["--out", str(tmp_path / "out")]) == 0
     assert "not run: no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
 def time_row(provider: str, value: float, **other: object) -> dict[str, object]:
     return dict(
-        stage="speed", metric="time", provider=provider, mode=gpu_claims.BOTH, N=16_384, D=128,
-        dtype="bfloat16", regime=gpu_claims.OFF, value=value,
+        stage="speed", metric="time", provider=provider, mode=claims.BOTH, N=16_384, D=128,
+        dtype="bfloat16", regime=claims.OFF, value=value,
     ) | other  # fmt: skip
 
 
 def verdict(text: str, rows: list[dict[str, object]]) -> tuple[str, str]:
-    (row,) = [
-        row for row in gpu_claims.decided(gpu_claims.Rows(rows)) if row["claim"].startswith(text)
-    ]
+    (row,) = [row for row in claims.decided(claims.Rows(rows)) if row["claim"].startswith(text)]
     return row["measured"], row["verdict"]
 
 
@@ -183,12 +182,12 @@ def test_verdicts_of_ratios():
     assert verdict(claim, other_run) == ("", "not run")
     graphs = [time_row(p, t, N=256, mode="cuda graph") for p, t in (("triton", 1), ("eager", 5))]
     assert verdict("N=256: time over careful eager, both", graphs) == ("0.200", "met")
-    assert gpu_claims.decided(gpu_claims.Rows(rows), True)[6]["verdict"] == "rehearsed"
+    assert claims.decided(claims.Rows(rows), True)[6]["verdict"] == "rehearsed"
 
 
 def test_verdicts_of_rates_and_memory():
     t = 6 * 65_536**2 * 128 / 400e12
-    collapsed = time_row("triton", t, N=65_536, regime=gpu_claims.COLLAPSED)
+    collapsed = time_row("triton", t, N=65_536, regime=claims.COLLAPSED)
     assert verdict("collapsed, N=65536 D=128: 6", [collapsed]) == ("400 TFLOP/s", "met")
     wide = dict(stage="speed", metric="visited pairs", D=2048, value=1e8)
     rows = [
@@ -219,27 +218,27 @@ def test_verdicts_of_tests_and_sanitizer():
     claim = "compute-sanitizer: clean"
     rows = [row | {"value": 1, "note": ""} for row in (clean, caught)]
     decided = [
-        [r["verdict"] for r in gpu_claims.decided(gpu_claims.Rows(some)) if claim in r["claim"]]
+        [r["verdict"] for r in claims.decided(claims.Rows(some)) if claim in r["claim"]]
         for some in (rows, rows[:1], [rows[0] | {"metric": "failed"}, rows[1]])
     ]
     assert decided == [["met", "not run"], ["not run", "not run"], ["missed", "not run"]]
 
 
 def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
-    from benchmarks import gpu_device, gpu_providers, gpu_speed
+    from benchmarks.gpu import device, providers, speed
 
-    plain = gpu_providers.PROVIDERS["eager"]
+    plain = providers.PROVIDERS["eager"]
     wrong = replace(plain, losses=lambda *args: plain.losses(*args) * 1.1)
-    monkeypatch.setitem(gpu_providers.PROVIDERS, "triton", wrong)
-    monkeypatch.setattr(gpu_device, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_device, "synchronize", lambda: None)
-    monkeypatch.setattr(gpu_device, "free_memory", lambda: None)
-    monkeypatch.setattr(gpu_device, "bytes_free", lambda: 2**34)
-    monkeypatch.setattr(gpu_device, "extra_bytes", lambda function: 1)
-    monkeypatch.setattr(gpu_device, "seconds", lambda functions, *_: dict.fromkeys(functions, 0.5))
-    stage = gpu_rows.Stage("speed", 100.0)
-    size = gpu_providers.Size(300, 16, torch.float32)
-    gpu_speed.measure(stage, size, ["triton", "eager", "q @ q.T"])
+    monkeypatch.setitem(providers.PROVIDERS, "triton", wrong)
+    monkeypatch.setattr(device, "DEVICE", "cpu")
+    monkeypatch.setattr(device, "synchronize", lambda: None)
+    monkeypatch.setattr(device, "free_memory", lambda: None)
+    monkeypatch.setattr(device, "bytes_free", lambda: 2**34)
+    monkeypatch.setattr(device, "extra_bytes", lambda function: 1)
+    monkeypatch.setattr(device, "seconds", lambda functions, *_: dict.fromkeys(functions, 0.5))
+    stage = rows.Stage("speed", 100.0)
+    size = providers.Size(300, 16, torch.float32)
+    speed.measure(stage, size, ["triton", "eager", "q @ q.T"])
     out = capsys.readouterr().out
     timed = [line for line in out.splitlines() if '"metric": "time"' in line]
     assert stage.status == 1 and '"metric": "wrong"' in out
@@ -250,7 +249,7 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     from triton.runtime.jit import JITFunction
 
-    from benchmarks import gpu_warm
+    from benchmarks.gpu import warm
     from conr_kernels import conr_loss, triton_backend
 
     call = tuple(dict(N=1300, D=16, dtype=torch.float16, precision="highest").items())
@@ -259,15 +258,15 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
     def without_launch(kernel, *args, grid, warmup, **options):
         looked_for.add(plain(kernel, *args, grid=grid, warmup=True, **options).hash)
 
-    work = gpu_warm.distinct([call, call], 90)
-    names = [gpu_warm.launches(call, 90)[index].name for _, index in work]
+    work = warm.distinct([call, call], 90)
+    names = [warm.launches(call, 90)[index].name for _, index in work]
     first_of_backward = next(i for i, name in enumerate(names) if "backward" in name)
     work, ahead = work[: first_of_backward - 1], set()  # the forward pass: not backward's gather
     with mock.patch.object(JITFunction, "run", autospec=True) as launcher:
         launcher.side_effect = lambda *a, **k: ahead.add(plain(*a, **k).hash)
-        assert {gpu_warm.compile_one(*task, 90) for task in work} == {""}
+        assert {warm.compile_one(*task, 90) for task in work} == {""}
     x, y = torch.randn(1300, 16).half(), torch.rand(1300)
-    with gpu_warm.compiling_for(90), mock.patch.object(JITFunction, "run", without_launch):
+    with warm.compiling_for(90), mock.patch.object(JITFunction, "run", without_launch):
         monkeypatch.setattr(triton_backend, "unavailable", lambda *_: None)
         conr_loss(x, y, y, y, backend="triton")
     assert len(ahead) == len(work) >= 5 and looked_for == ahead
@@ -275,12 +274,13 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
 
 def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks import compiled, gpu_tune
+    from benchmarks import compiled
+    from benchmarks.gpu import tune
 
     found = set()
     for n, d in ((500, 128), (16, 100_000), (2000, 128), (2000, 512)):
         for launch in compiled.recorded_launches(n, d, torch.bfloat16):
-            kind = gpu_tune.kind_of(launch.name)
+            kind = tune.kind_of(launch.name)
             found.add(kind)
             assert (kind is None) == ("BLOCK_J" not in launch.arguments), launch.name
     assert found - {None} == set(KINDS)
@@ -288,25 +288,25 @@ def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
 
 def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks import gpu_tune, gpu_warm
+    from benchmarks.gpu import tune, warm
 
-    assert {kind for kind, *_ in gpu_tune.items()} == set(KINDS)
-    for kind, size, how in gpu_tune.items():
-        tiles, bucket = gpu_tune.item_candidates(kind, size, how)
+    assert {kind for kind, *_ in tune.items()} == set(KINDS)
+    for kind, size, how in tune.items():
+        tiles, bucket = tune.item_candidates(kind, size, how)
         assert len(tiles) >= 3
-        call = gpu_tune.warm_call(kind, size, how, tiles[1], bucket)
-        launches = gpu_warm.launches(call, 90)
-        assert launches and {gpu_tune.kind_of(launch.name) for launch in launches} == {kind}
+        call = tune.warm_call(kind, size, how, tiles[1], bucket)
+        launches = warm.launches(call, 90)
+        assert launches and {tune.kind_of(launch.name) for launch in launches} == {kind}
         assert {launch.arguments["BLOCK_I"] for launch in launches} == {tiles[1][0]}
         assert {launch.options["num_warps"] for launch in launches} == {tiles[1][3]}
 
 
 def test_the_proposed_table_is_the_shipped_one_with_the_faster_entries_first():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks import gpu_tune
+    from benchmarks.gpu import tune
     from conr_kernels import triton_configs
 
-    proposals = gpu_tune.Proposals()
+    proposals = tune.Proposals()
     proposals.add("backward", "bfloat16", 128, (64, 128, 0, 4, 3), "faster")
     proposals.add("forward", "float32", 0, (64, 32, 16, 4, 3), "faster")
     names: dict[str, dict] = {}

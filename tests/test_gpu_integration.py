@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks import gpu_device as device
+from benchmarks.gpu import device
 from conr_kernels import ConRLoss, MemoryBank, available_backends, conr_loss, gradient_cache
 from conr_kernels.variants import Settings, resolve_variant
 

@@ -22,10 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from . import compiled, gpu_dense
-from . import gpu_device as device
-from .compiled import Launch
-from .gpu_rows import Stage
+from .. import compiled
+from ..compiled import Launch
+from . import dense, device
+from .rows import Stage
 
 #: One call: ``recorded_launches``'s arguments by name, maybe with a tile that is tried; or a dense
 #: comparator's kind and width.
@@ -62,7 +62,7 @@ def calls() -> list[Call]:
     """Every call whose kernels the tests and the stages use, the most used first."""
     from tests import test_gpu
 
-    from .gpu_providers import BF16, F32
+    from .providers import BF16, F32
 
     found: list[dict[str, object]] = []
     for d in (128, 512, 2048, 64, 256):
@@ -79,23 +79,23 @@ def calls() -> list[Call]:
     found += [dict(N=n, D=64, dtype=F32, temperature=0.005, precision="highest")
               for n in (200, 1800)]  # fmt: skip
     found += [dict(N=n, D=64, dtype=BF16, precision="highest") for n in (100, 1500)]
-    dense = [
+    of_dense = [
         dict(kind=kind, width=width)
         for width in (128, 512)
-        for kind in ("forward", "pairs" if width > gpu_dense.REGISTER_D else "backward")
+        for kind in ("forward", "pairs" if width > dense.REGISTER_D else "backward")
     ]
-    return [tuple(call.items()) for call in (*found, *dense)]
+    return [tuple(call.items()) for call in (*found, *of_dense)]
 
 
 def launches(call: Call, architecture: int) -> list[Launch]:
     options = dict(call)
     if "tried" in options:
-        from . import gpu_tune
+        from . import tune
 
         kind, *_ = chosen = options.pop("tried")
-        with gpu_tune.tried(*chosen):
+        with tune.tried(*chosen):
             found = compiled.recorded_launches(architecture=architecture, **options)
-        return [launch for launch in found if gpu_tune.kind_of(launch.name) == kind]
+        return [launch for launch in found if tune.kind_of(launch.name) == kind]
     if "kind" not in options:
         return compiled.recorded_launches(architecture=architecture, **options)
     width, kind = options["width"], options["kind"]
@@ -108,12 +108,12 @@ def launches(call: Call, architecture: int) -> list[Launch]:
         "pairs": (v, v, v, v, torch.empty_like(q), 0),
     }
     found = []
-    for candidate in gpu_dense.candidates(kind, width):
+    for candidate in dense.candidates(kind, width):
         with (
             compiled.intercepted(architecture) as some,
-            mock.patch.dict(gpu_dense.chosen, {(kind, width): candidate}),
+            mock.patch.dict(dense.chosen, {(kind, width): candidate}),
         ):
-            gpu_dense.launch(kind, q, *given[kind])
+            dense.launch(kind, q, *given[kind])
         found += some
     return found
 

@@ -11,8 +11,8 @@ import os
 
 import pytest
 
-from . import gpu_device as device
-from .gpu_rows import ROW
+from . import device
+from .rows import ROW
 
 #: By the file; all others are of the stage "integration".
 STAGES = {"tests/test_gpu.py": "tests", "tests/test_cuda_gpu.py": "cuda-tests"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .gpu_providers import F32, Size
+from .providers import F32, Size
 
 Tile = tuple[int, int, int, int, int]
 #: BLOCK_I, BLOCK_J, BLOCK_D (0: the bucket), num_warps, num_stages; by kind, and by whether

@@ -11,11 +11,11 @@ from torch import Tensor
 from conr_kernels import available_backends, triton_backend
 from conr_kernels.sweep import bands
 
-from . import gpu_device as device
-from .batches import Batch
-from .gpu_providers import BF16, COLLAPSED, F32, PRODUCT, REGIMES, Size, fits, is_correct, provider
-from .gpu_rows import Stage
-from .providers import WINDOW, product
+from ..batches import Batch
+from ..providers import WINDOW, product
+from . import device
+from .providers import BF16, COLLAPSED, F32, PRODUCT, REGIMES, Size, fits, is_correct, provider
+from .rows import Stage
 
 BOTH = "forward+backward"
 SMALL = (128, 256, 512)
@@ -97,15 +97,15 @@ def rates(stage: Stage) -> None:
 
 def choose_dense(batch: Batch) -> None:
     """The comparator's fastest tiles for this batch's width."""
-    from . import gpu_dense
+    from . import dense
 
     width = max(16, 1 << (batch.x.shape[1] - 1).bit_length())
-    kinds = ("forward", "pairs" if width > gpu_dense.REGISTER_D else "backward")
+    kinds = ("forward", "pairs" if width > dense.REGISTER_D else "backward")
     run = functools.partial(provider("dense fused").step, batch)
     for kind in kinds:
         times = {}
-        for candidate in gpu_dense.candidates(kind, width):
-            gpu_dense.chosen[kind, width] = candidate
+        for candidate in dense.candidates(kind, width):
+            dense.chosen[kind, width] = candidate
             try:
                 times[candidate] = device.seconds({"step": run}, 3)["step"]
             except Exception as error:
@@ -116,8 +116,8 @@ def choose_dense(batch: Batch) -> None:
                 break
         if not times:
             raise RuntimeError(f"no candidate of the dense {kind} kernel runs")
-        gpu_dense.chosen[kind, width] = min(times, key=times.__getitem__)
-        print(f"dense fused {kind}: {gpu_dense.chosen[kind, width]} of {times}", flush=True)
+        dense.chosen[kind, width] = min(times, key=times.__getitem__)
+        print(f"dense fused {kind}: {dense.chosen[kind, width]} of {times}", flush=True)
 
 
 def visited_pairs(stage: Stage, size: Size, batch: Batch) -> None:

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 
-from . import gpu_device as device
+from . import device
 
 ROW, CASE, TABLE = "row: ", "case: ", "table: "
 COLUMNS = (

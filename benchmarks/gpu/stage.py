@@ -8,8 +8,8 @@ import traceback
 
 import torch
 
-from . import gpu_device as device
-from .gpu_rows import Stage
+from . import device
+from .rows import Stage
 
 #: A rehearsal's pairs of rows that Triton's kernels without a sort serve.
 REHEARSAL_PAIRS = 400
@@ -24,28 +24,28 @@ def run(stage: Stage, backend: str) -> int:
     if stage.name in ("warm", "build"):
         major, minor = architecture()
     if stage.name == "warm":
-        from .gpu_warm import warm
+        from .warm import warm
 
         return warm(stage, 10 * major + minor)
     if stage.name == "train":
-        from .gpu_train import train
+        from .train import train
 
         return train(stage)
     if stage.name == "tune":
-        from .gpu_tune import tune
+        from .tune import tune
 
         return tune(stage)
     if stage.name in ("inductor", "speed", "compare", "cuda", "grid"):
-        from . import gpu_speed
+        from . import speed
 
-        return getattr(gpu_speed, stage.name)(stage)
-    from . import gpu_checks
+        return getattr(speed, stage.name)(stage)
+    from . import checks
 
     return {
-        "build": lambda: gpu_checks.build(stage, f"{major}.{minor}"),
-        "sanitizer": lambda: gpu_checks.sanitize(stage),
-        "kernels": lambda: gpu_checks.run_kernels(backend),
-        "planted-fault": gpu_checks.plant_fault,
+        "build": lambda: checks.build(stage, f"{major}.{minor}"),
+        "sanitizer": lambda: checks.sanitize(stage),
+        "kernels": lambda: checks.run_kernels(backend),
+        "planted-fault": checks.plant_fault,
     }[stage.name]()
 
 

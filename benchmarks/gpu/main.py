@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import gpu_claims
-from .gpu_run import Record, Task, run_together
+from . import claims
+from .processes import Record, Task, run_together
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 #: Seconds of a whole run, and the least that a stage is worth starting with.
 LIMIT, LEAST = 530.0, 12.0
 #: What a stage keeps of its limit to end by itself, and tests at a time.
@@ -59,7 +59,7 @@ NAMES = [stage.name for stage in STAGES]
 
 def pytest_command(files: list[str], n_processes: int, *options: str) -> list[str]:
     """Every file's tests, the first twenty failures at the most, a line for each."""
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_pytest", *files]
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.pytest_rows", *files]
     command += ["-q", "--maxfail=20", "--tb=short", "-p", "no:cacheprovider", *options]
     if n_processes > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(n_processes)]
@@ -79,7 +79,7 @@ def command_of(stage: str) -> Callable[[float, list[str]], list[str]]:
     def command(seconds: float, done: list[str]) -> list[str]:
         left_out = [part for case in done for part in ("--done", case)]
         given = ["--seconds", f"{max(seconds - MARGIN, 1):.0f}", *left_out]
-        return [sys.executable, "-m", "benchmarks.gpu_stage", stage, *given]
+        return [sys.executable, "-m", "benchmarks.gpu.stage", stage, *given]
 
     return command
 
@@ -118,9 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     names = options.stages or NAMES
     if options.rehearse:
-        from . import gpu_rehearsal
+        from . import rehearsal
 
-        return gpu_rehearsal.main(names, options.out)
+        return rehearsal.main(names, options.out)
 
     import torch
 
@@ -137,14 +137,14 @@ def finish(record: Record, out: Path) -> int:
     """The picture and the table of claims; 1 where a stage failed."""
     record.decide()
     try:
-        from . import gpu_plot
+        from . import plot
 
-        gpu_plot.picture(record.rows, record.environment, out / "steps.png")
+        plot.picture(record.rows, record.environment, out / "steps.png")
     except Exception as error:  # no matplotlib, no rows: the numbers are what counts
         record.log("picture", f"no picture: {type(error).__name__}: {error}")
     problems = record.problems()
     print("\n".join(["", *problems[:25], ""]))
-    print(gpu_claims.table(record.claims))
+    print(claims.table(record.claims))
     print(", ".join(sorted(f"{path.name} {path.stat().st_size / 1e3:.0f} kB"
                            for path in out.iterdir())))  # fmt: skip
     return int(bool(problems))

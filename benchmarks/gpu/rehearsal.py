@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from .gpu_run import Record, Task, run_together
+from .processes import Record, Task, run_together
 
 LIMIT = 500.0
 TESTS = {
@@ -27,9 +27,9 @@ def tasks(names: list[str]) -> list[Task]:
     }
     environment.pop("TRITON_INTERPRET", None)
     interpreted = environment | {"TRITON_INTERPRET": "1"}
-    stage = [sys.executable, "-m", "benchmarks.gpu_stage"]
+    stage = [sys.executable, "-m", "benchmarks.gpu.stage"]
     found = []
-    from .gpu import pytest_command
+    from .main import pytest_command
 
     if files := [file for name, file in TESTS.items() if name in names]:
         command = pytest_command(files, 1)
@@ -42,7 +42,7 @@ def tasks(names: list[str]) -> list[Task]:
 
 
 def main(names: list[str], out: Path) -> int:
-    from .gpu import ROOT, finish
+    from .main import ROOT, finish
 
     print("A rehearsal on the CPU: no number of it means anything.", flush=True)
     out.mkdir(parents=True, exist_ok=True)

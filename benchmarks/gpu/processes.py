@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from . import gpu_claims
-from .gpu_rows import CASE, COLUMNS, ROW, TABLE
+from . import claims
+from .rows import CASE, COLUMNS, ROW, TABLE
 
 #: Characters of one process's log, and of one line, that are kept: a compiler that fails prints
 #: whole programs.
@@ -89,8 +89,8 @@ class Record:
         return line[len(CASE) :] if line.startswith(CASE) else None
 
     def decide(self) -> None:
-        self.claims = gpu_claims.decided(gpu_claims.Rows(self.rows), self.is_rehearsal)
-        gpu_claims.write(self.out / "claims.csv", self.claims)
+        self.claims = claims.decided(claims.Rows(self.rows), self.is_rehearsal)
+        claims.write(self.out / "claims.csv", self.claims)
 
     def problems(self) -> list[str]:
         kinds = ("failed", "wrong", "cut off", "crashed")
@@ -178,7 +178,7 @@ def environment() -> dict[str, object]:
     """The machine, the versions and the commit of a run."""
     import torch
 
-    from .rows import commit
+    from ..rows import commit
 
     query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
     smi = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")

@@ -1,4 +1,4 @@
-"""The picture of a GPU run: time and memory over N; ``python -m benchmarks.gpu_plot rows.csv``."""
+"""The picture of a GPU run: time and memory over N; ``python -m benchmarks.gpu.plot rows.csv``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from . import gpu_claims, plot
-from .plot import DARK, GREY, plt
+from .. import plot
+from ..plot import DARK, GREY, plt
+from . import claims
 
 REGIME_COLORS = {"converged": "#3a9d6e", "7 years off": "#1f6f8b", "collapsed": "#7b4ea3"}
 EAGER_COLOR = "#c8553d"
 Lines = dict[str, list[tuple[int, float]]]
 
 
-def lines_of(rows: gpu_claims.Rows, metric: str) -> Lines:
+def lines_of(rows: claims.Rows, metric: str) -> Lines:
     """Points of each line: Triton by its predictions, eager and the bare product."""
     lines: Lines = {}
     for row in rows.find(stage="grid", metric=metric):
@@ -31,7 +32,7 @@ def lines_of(rows: gpu_claims.Rows, metric: str) -> Lines:
 
 
 def picture(found: list[dict], environment: dict[str, object], path: Path) -> None:
-    rows = gpu_claims.Rows(found)
+    rows = claims.Rows(found)
     panels = {
         "Time of one step": lines_of(rows, "time"),
         "Peak extra memory of one step": lines_of(rows, "memory"),
@@ -89,4 +90,4 @@ def _panel(axes: Axes, lines: Lines, title: str, text) -> None:
 if __name__ == "__main__":
     source = Path(sys.argv[1])
     about = json.loads((source.parent / "environment.json").read_text())
-    picture(gpu_claims.read(source).rows, about, source.parent / "steps.png")
+    picture(claims.read(source).rows, about, source.parent / "steps.png")

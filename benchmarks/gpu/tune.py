@@ -18,10 +18,10 @@ from torch import Tensor
 from conr_kernels import triton_backend, triton_configs
 from conr_kernels.triton_configs import Config
 
-from . import gpu_device as device
-from .gpu_candidates import CANDIDATES, ITEMS, Tile
-from .gpu_providers import BF16, PROVIDERS, Size, provider
-from .gpu_rows import TABLE, Stage
+from . import device
+from .candidates import CANDIDATES, ITEMS, Tile
+from .providers import BF16, PROVIDERS, Size, provider
+from .rows import TABLE, Stage
 
 CONSTANTS = {"WIDE_GROUP": (4, 8, 16), "WIDE_PROGRAMS": (132, 264, 528)}
 CROSSOVER = (512, 768, 1024, 1536, 2048)
@@ -119,14 +119,14 @@ def items() -> list[tuple[str, Size, str]]:
 
 
 def warm_call(kind: str, size: Size, how: str, tile: Tile, bucket: int) -> tuple:
-    """The call as gpu_warm takes it."""
+    """The call as warm takes it."""
     call = dict(N=size.N, D=size.D, dtype=size.dtype, precision=how, tried=(kind, tile, bucket))
     return tuple(call.items())
 
 
 def precompile(stage: Stage) -> None:
     """All candidates of all items, in many processes, for at most half of the time."""
-    from . import gpu_warm
+    from . import warm
 
     if device.REHEARSAL:  # the interpreter compiles nothing
         return
@@ -137,9 +137,9 @@ def precompile(stage: Stage) -> None:
         for tiles, bucket in [item_candidates(kind, size, how)]
         for tile in tiles
     ]
-    work = gpu_warm.distinct(calls, 10 * major + minor)
+    work = warm.distinct(calls, 10 * major + minor)
     limit = stage.left() / 2
-    n_done, problems = gpu_warm.compile_all(work, 10 * major + minor, lambda: stage.left() - limit)
+    n_done, problems = warm.compile_all(work, 10 * major + minor, lambda: stage.left() - limit)
     stage.add("kernels", n_done, provider="triton", note=f"of {len(work)}")
     print("\n".join(sorted(set(problems))), flush=True)
 

@@ -43,7 +43,7 @@ class Rows:
 class Claim:
     """A sentence, what it requires, and how a run's rows decide: ``(measured, verdict)``."""
 
-    issue: int
+    subject: str
     text: str
     required: str
     decide: Callable[[Rows], Verdict]
@@ -165,7 +165,7 @@ def training(N: int) -> Callable[[Rows], Verdict]:
 def _small(mode: str, name: str) -> list[Claim]:
     return [
         Claim(
-            6, f"N={n}: time over careful eager{name}", "≤ 0.25",
+            "triton", f"N={n}: time over careful eager{name}", "≤ 0.25",
             at_most(0.25, "{:.3f}", share("eager", n, mode=mode)),
         )
         for n in (128, 256, 512)
@@ -173,51 +173,52 @@ def _small(mode: str, name: str) -> list[Claim]:
 
 
 CLAIMS = [
-    Claim(6, "every dtype and regime agrees with float64", "all pass",
+    Claim("triton", "every dtype and regime agrees with float64", "all pass",
           tests("tests", "test_agrees_with", "test_float32_follows", "test_vector_labels",
                 "test_small_temperature")),
-    Claim(6, "250 repeats have the same bits", "all pass", tests("tests", "test_repeats")),
-    Claim(6, "no host synchronisation, and one would show", "all pass",
+    Claim("triton", "250 repeats have the same bits", "all pass", tests("tests", "test_repeats")),
+    Claim("triton", "no host synchronisation, and one would show", "all pass",
           tests("tests", "test_no_host", "test_a_synchronisation")),
-    Claim(6, "a graph's replay equals the call", "all pass", tests("tests", "test_cuda_graph")),
-    Claim(6, "non-finite input shows, strides, memory", "all pass",
+    Claim("triton", "a graph's replay equals the call", "all pass",
+          tests("tests", "test_cuda_graph")),
+    Claim("triton", "non-finite input shows, strides, memory", "all pass",
           tests("tests", "test_non_finite", "test_row_strides", "test_memory")),
-    Claim(6, "compute-sanitizer: clean, planted fault caught", "clean", sanitizer("triton")),
-    Claim(6, "N=16384 D=128: speed of careful eager", "≥ 100×",
+    Claim("triton", "compute-sanitizer: clean, planted fault caught", "clean", sanitizer("triton")),
+    Claim("triton", "N=16384 D=128: speed of careful eager", "≥ 100×",
           at_least(100, "{:.0f}×", speed_up("eager", 16_384))),
-    Claim(6, "N=65536 D=128: time over one q @ q.T", "≤ 0.5",
+    Claim("triton", "N=65536 D=128: time over one q @ q.T", "≤ 0.5",
           at_most(0.5, "{:.3f}", share("q @ q.T", 65_536))),
-    Claim(6, "N=65536 D=512: time over one q @ q.T", "≤ 0.5",
+    Claim("triton", "N=65536 D=512: time over one q @ q.T", "≤ 0.5",
           at_most(0.5, "{:.3f}", share("q @ q.T", 65_536, 512))),
-    Claim(6, "collapsed, N=65536 D=128: 6·N²·D over time", "≥ 350 TFLOP/s",
+    Claim("triton", "collapsed, N=65536 D=128: 6·N²·D over time", "≥ 350 TFLOP/s",
           at_least(350, "{:.0f} TFLOP/s", dense_rate(128))),
-    Claim(6, "collapsed, N=65536 D=512: 6·N²·D over time", "≥ 450 TFLOP/s",
+    Claim("triton", "collapsed, N=65536 D=512: 6·N²·D over time", "≥ 450 TFLOP/s",
           at_least(450, "{:.0f} TFLOP/s", dense_rate(512))),
-    *(Claim(6, f"collapsed, D={d}: time over a dense pass", "≤ 1.15",
+    *(Claim("triton", f"collapsed, D={d}: time over a dense pass", "≤ 1.15",
             at_most(1.15, "{:.3f}", share("dense fused", 65_536, d, regime=COLLAPSED)))
       for d in (128, 512)),
-    Claim(6, "N=16384 D=2048: rate on visited pairs over mm's", "≥ 0.60",
+    Claim("triton", "N=16384 D=2048: rate on visited pairs over mm's", "≥ 0.60",
           at_least(0.6, "{:.3f}", wide_share)),
-    Claim(6, "N=1048576 D=128: one step", "< 1 s",
+    Claim("triton", "N=1048576 D=128: one step", "< 1 s",
           at_most(1, "{:.3f} s", time("triton", 2**20))),
-    Claim(6, "N=1048576 D=128: extra memory over the features", "< 4",
+    Claim("triton", "N=1048576 D=128: extra memory over the features", "< 4",
           at_most(4, "{:.2f}", memory_share)),
     *_small(BOTH, ""),
     *_small("cuda graph", ", both as graphs"),
-    *(Claim(6, f"N={n} D=128: speed of {name}", "≥ 5×",
+    *(Claim("triton", f"N={n} D=128: speed of {name}", "≥ 5×",
             at_least(5, "{:.1f}×", speed_up(name, n, stage="compare")))
       for name in ("FlexAttention", "dense fused") for n in (16_384, 65_536)),
-    Claim(7, "csrc/ is built by nvcc there", "built",
+    Claim("cuda", "csrc/ is built by nvcc there", "built",
           lambda rows: (f"{rows.value(stage='build', metric='wall seconds') or 0:.0f} s", MET)
           if rows.find(stage="build", metric="built") else ("", NOT_RUN)),
-    Claim(7, "its tests: values, bits, no sync, graphs", "all pass", tests("cuda-tests")),
-    Claim(7, "compute-sanitizer: clean, planted fault caught", "clean", sanitizer("cuda")),
-    *(Claim(7, f"N=16384 D=128 {dtype}: time over Triton's", f"≤ {limit}",
+    Claim("cuda", "its tests: values, bits, no sync, graphs", "all pass", tests("cuda-tests")),
+    Claim("cuda", "compute-sanitizer: clean, planted fault caught", "clean", sanitizer("cuda")),
+    *(Claim("cuda", f"N=16384 D=128 {dtype}: time over Triton's", f"≤ {limit}",
             at_most(limit, "{:.2f}",
                     ratio(time("cuda", 16_384, stage="cuda", dtype=dtype),
                           time("triton", 16_384, stage="cuda", dtype=dtype))))
       for dtype, limit in (("bfloat16", 3), ("float32", 2))),
-    *(Claim(7, text, "all pass", tests("integration", *names))
+    *(Claim("pytorch", text, "all pass", tests("integration", *names))
       for text, names in (
           ("opcheck of both operators", ("test_opcheck",)),
           ("torch.compile: inductor, fullgraph, dynamic", ("test_inductor",)),
@@ -228,7 +229,7 @@ CLAIMS = [
           ("group= with NCCL on one rank", ("test_a_group",)),
           ("deterministic mode", ("test_deterministic",)),
       )),
-    *(Claim(7, f"training, batch {n}: fused / careful eager", "measured", training(n))
+    *(Claim("pytorch", f"training, batch {n}: fused / careful eager", "measured", training(n))
       for n in (128, 1024, 16_384)),
 ]  # fmt: skip
 
@@ -241,16 +242,16 @@ def decided(rows: Rows, is_rehearsal: bool = False) -> list[dict[str, object]]:
         if is_rehearsal and verdict != NOT_RUN:
             measured, verdict = "", "rehearsed"
         found.append(
-            dict(issue=claim.issue, claim=claim.text, required=claim.required,
+            dict(subject=claim.subject, claim=claim.text, required=claim.required,
                  measured=measured, verdict=verdict)
         )  # fmt: skip
     return found
 
 
 def table(found: list[dict[str, object]]) -> str:
-    lines = [f"{'':3}{'claim':<51}{'required':<15}{'measured':<26}verdict"]
+    lines = [f"{'':9}{'claim':<51}{'required':<15}{'measured':<26}verdict"]
     lines += [
-        f"{row['issue']:<3}{row['claim']:<51}{row['required']:<15}{row['measured']:<26}"
+        f"{row['subject']:<9}{row['claim']:<51}{row['required']:<15}{row['measured']:<26}"
         f"{row['verdict']}"
         for row in found
     ]

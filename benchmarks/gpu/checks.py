@@ -14,11 +14,11 @@ import torch
 
 from conr_kernels import available_backends, conr_loss
 
-from . import gpu_device as device
-from .gpu_providers import BF16, F32
-from .gpu_rows import Stage
+from . import device
+from .providers import BF16, F32
+from .rows import Stage
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 #: compute-sanitizer's exit status where it found a fault, and the rows of text kept of its report.
 FAULT, REPORT_LINES = 9, 60
 RAN = "ran every regime"
@@ -95,7 +95,7 @@ def plant_fault() -> int:
     """A store just behind its buffer, which nothing but a sanitizer notices."""
     if device.REHEARSAL:
         return FAULT
-    from .gpu_fault import store_kernel
+    from .fault import store_kernel
 
     x = torch.zeros(1024, device=device.DEVICE)
     store_kernel[(1,)](x, 1024, BLOCK=1024)
@@ -123,7 +123,7 @@ def sanitize(stage: Stage) -> int:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     running = {}
     for name, (check, arguments) in checks.items():
-        command = [sys.executable, "-m", "benchmarks.gpu_stage", *arguments]
+        command = [sys.executable, "-m", "benchmarks.gpu.stage", *arguments]
         command = command if device.REHEARSAL else [*prefix, *options[check], *command]
         start = functools.partial(
             subprocess.Popen, command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,

@@ -12,10 +12,10 @@ from torch import Tensor
 from conr_kernels import reference
 from conr_kernels.variants import Settings, resolve_variant
 
-from . import gpu_device as device
-from .batches import Batch, make_batch
-from .gpu_rows import Stage
-from .providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
+from ..batches import Batch, make_batch
+from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
+from . import device
+from .rows import Stage
 
 #: Kinds of predictions by their names in the rows.
 REGIMES = {"7 years off": "agedb", "converged": "converged", "collapsed": "constant"}
@@ -53,13 +53,13 @@ class Size(NamedTuple):
 
 
 def dense_losses(batch: Batch, reduction: str) -> Tensor:
-    from .gpu_dense import dense_losses
+    from .dense import dense_losses
 
     return dense_losses(batch, reduction)
 
 
 def flex_losses(batch: Batch, reduction: str) -> Tensor:
-    from .gpu_flex import flex_losses
+    from .flex import flex_losses
 
     return flex_losses(batch, reduction)
 
