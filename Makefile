@@ -1,12 +1,14 @@
-# make test, make bench: prepare .venv on first use and run. make gpu: on a machine with a CUDA GPU, as it is.
+# make test, make bench, make abi: prepare .venv on first use and run. make gpu: on a machine with a CUDA GPU, as it is.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 # Where make gpu puts its rows.
 OUT ?= out/gpu
+# make abi: interpreters with other versions of PyTorch, which get the library built with this one.
+PYTHONS ?=
 
-.PHONY: test lint bench static gpu clean
+.PHONY: test lint bench static abi gpu clean
 
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
@@ -27,6 +29,9 @@ bench: $(READY)
 
 static: $(READY)
 	$(PYTHON) -m benchmarks.static
+
+abi: $(READY)
+	CONR_OTHER_PYTHONS="$(PYTHONS)" $(PYTHON) -m pytest tests/test_cuda_build.py -v -s -k "other_versions or 2_10"
 
 gpu:
 	python3 -m benchmarks.gpu --out $(OUT)

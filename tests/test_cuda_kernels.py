@@ -23,7 +23,7 @@ SIZES = (1, 2, 3, 31, 33, 64, 65, 97, 127, 129, 200, 257, 300)
 def compiled(tmp_path_factory):
     if (reason := cuda_shim.missing_tool()) is not None:
         pytest.skip(reason)
-    return cuda_shim.Shim(tmp_path_factory.mktemp("shim"))
+    return cuda_shim.Shim(cuda_shim.compile_shim(tmp_path_factory.mktemp("shim")))
 
 
 @pytest.fixture
