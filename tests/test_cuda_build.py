@@ -190,7 +190,7 @@ def test_the_target_version_keeps_out_what_torch_2_10_lacks(tmp_path, targets_2_
 
 
 @needs_nvcc
-def test_16_bit_sweeps_use_tensor_cores_and_none_use_atomics_or_local_memory(build):
+def test_16_bit_sweeps_use_tensor_cores_and_all_wide_copies_without_atomics_or_local_memory(build):
     tool = shutil.which("cuobjdump")
     spec = importlib.util.find_spec("triton")
     if tool is None and spec is not None:
@@ -210,6 +210,7 @@ def test_16_bit_sweeps_use_tensor_cores_and_none_use_atomics_or_local_memory(bui
     assert len(sweeps) == 11
     for name, code in sweeps.items():
         assert ("HMMA" in code) == ("Half" in name or "BFloat16" in name), name
+        assert re.search(r"LDGSTS\S*\.128", code), name
         assert not any(f" {word}" in code for word in ("ATOM", "RED.", "LDL", "STL")), name
 
 
