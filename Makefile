@@ -1,4 +1,4 @@
-# make test, make bench: prepare .venv on first use and run. make gpu: on a machine with a CUDA GPU, as it is.
+# make test, make bench, make abi: prepare .venv on first use and run. make gpu: on a machine with a CUDA GPU, as it is.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -8,8 +8,10 @@ OUT ?= out/gpu
 STAGES ?=
 LIMIT ?= 530
 CONR_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
+# make abi: interpreters with other versions of PyTorch, which get the library built with this one.
+PYTHONS ?=
 
-.PHONY: test lint bench static gpu clean
+.PHONY: test lint bench static abi gpu clean
 
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
@@ -30,6 +32,9 @@ bench: $(READY)
 
 static: $(READY)
 	$(PYTHON) -m benchmarks.static
+
+abi: $(READY)
+	CONR_OTHER_PYTHONS="$(PYTHONS)" $(PYTHON) -m pytest tests/test_cuda_build.py -v -s -k "other_versions or 2_10"
 
 gpu:
 	CONR_COMMIT=$(CONR_COMMIT) python3 -m benchmarks.gpu --out $(OUT) --limit $(LIMIT) --stages $(STAGES)

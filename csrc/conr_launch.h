@@ -33,7 +33,7 @@ struct RowOutputs {
   const void* w;       // [n_anchors] accumulation type, or null for 1
   const void* poison;  // [1] accumulation type: 0, or NaN where an input is not finite
   void* sums;          // [n_anchors, 5] accumulation type: shift and sum of E, of B; Σ_P s
-  int32_t* counts;     // [n_anchors, 2]: n_i, m_i
+  int32_t* counts;     // [n_anchors, 2]: n_i; positive where m_i is
   void* loss;          // [n_anchors]
   void* stats;         // [n_anchors, 3 or 5]
 };

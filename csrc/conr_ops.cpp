@@ -85,8 +85,8 @@ conr::Rows rows_of(const Tensor& q, const Tensor& scale, const Tensor& y, const 
   check(p, "p", ScalarType::Float, n_labels, q);
   const int64_t n_layout = layout.numel() == 0 ? 0 : 2 + 2 * (n_keys + 3 * n_anchors);
   check(layout, "layout", ScalarType::Int, n_layout, q);
-  STD_TORCH_CHECK(q.size(1) % 8 == 0 && q.size(1) < INT32_MAX,
-                  "conr_kernels: q must have a multiple of 8 columns, fewer than 2^31");
+  STD_TORCH_CHECK(q.size(1) % 8 == 0 && q.size(1) <= INT32_MAX / 8,
+                  "conr_kernels: q must have a multiple of 8 columns, fewer than 2^28");
   STD_TORCH_CHECK(self_offset >= 0 && self_offset + n_anchors <= n_keys && n_keys < INT32_MAX,
                   "conr_kernels: anchors must be among the keys, and fewer than 2^31");
   return {

@@ -78,6 +78,28 @@ __device__ __forceinline__ void mma(BFloat16, float& c0, float& c1, float& c2, f
 #endif
 }
 
+// Begins to copy 16 bytes from global to shared memory, from sm_80 on past the registers; zeros
+// where they are not there. They are to be waited for.
+__device__ __forceinline__ void copy_16_bytes(void* shared, const void* global, bool is_there) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(address), "l"(__cvta_generic_to_global(global)), "r"(is_there ? 16 : 0)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) =
+      is_there ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// This thread's copies have arrived; a barrier shows them to the others.
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
+}
+
 // Four 8×8 matrices of 16-bit elements from shared memory; lane l points to row l % 8 of matrix l
 // / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {

@@ -42,29 +42,59 @@ struct Sweep {
   }
 };
 
-// Labels and scale of key `id` as entry n of a side; coefficients too where there are any.
-template <class A, int kN>
-__device__ void stage(Side<A, kN>& side, int n, int id, const Rows& rows, const void* coef,
-                      bool shifted, A unit) {
-  side.label[n] = Label{NAN, NAN, id};
-  side.scale[n] = A(0);
-#pragma unroll
-  for (int k = 0; k < 5; ++k) side.coef[k][n] = A(0);
-  if (id < 0) return;
+// Labels and scale of key `id`; coefficients too where there are any.
+template <class A>
+__device__ Entry<A> fetch(int id, const Rows& rows, const void* coef, bool shifted, A unit) {
+  Entry<A> entry{Label{NAN, NAN, id}, A(0), {}};
+  if (id < 0) return entry;
   if (rows.n_components == 1) {
-    side.label[n].y = rows.y[id];
-    side.label[n].p = rows.p[id];
+    entry.label.y = rows.y[id];
+    entry.label.p = rows.p[id];
   }
-  side.scale[n] = unit * read<A>(rows.scale, id);
-  if (coef == nullptr) return;
+  entry.scale = unit * read<A>(rows.scale, id);
+  if (coef == nullptr) return entry;
   const int n_stats = shifted ? 5 : 3;
 #pragma unroll
   for (int k = 0; k < 5; ++k) {
     if (k >= n_stats) break;
     const A value = read<A>(coef, static_cast<int64_t>(id) * n_stats + k);
-    side.coef[k][n] = k < 3 ? value : value * A(kLog2E);
+    entry.coef[k] = k < 3 ? value : value * A(kLog2E);
   }
+  return entry;
 }
+
+// A thread's key of the next tile, on its way while the present tile is computed, and the id of the
+// one after it.
+template <class Engine>
+struct NextKey {
+  using A = typename Engine::A;
+  const Sweep& sweep;
+  const Rows& rows;
+  const void* coef;
+  const bool shifted;
+  int64_t j;  // of id
+  int id;
+  Entry<A> entry;
+
+  __device__ NextKey(const Sweep& sweep, const Rows& rows, const void* coef, bool shifted)
+      : sweep(sweep), rows(rows), coef(coef), shifted(shifted), j(sweep.first + threadIdx.x) {
+    id = id_at_j();
+    advance();
+  }
+  __device__ int id_at_j() const {
+    return threadIdx.x < Engine::kCols && j < sweep.last ? sweep.key(j) : -1;
+  }
+  __device__ void advance() {
+    entry = fetch(id, rows, coef, shifted, A(1));
+    j += Engine::kCols;
+    id = id_at_j();
+  }
+  // Puts it into the tile.
+  __device__ void stage(Tile<Engine>& tile) {
+    if (threadIdx.x < Engine::kCols) tile.j.put(threadIdx.x, entry);
+    advance();
+  }
+};
 
 // Decides d_ij ≤ h and δ_ij ≤ h for every pair of the tile, by the reference's own operations.
 template <class Engine>
@@ -105,6 +135,27 @@ __device__ void classify(Tile<Engine>& tile, const Rows& rows, const Settings& s
   }
 }
 
+// What a pair is in a sweep of one kind, decided by its scalar labels (L = 1) in registers. Where
+// there is no row, y is NaN and neither holds. Without branches: "&", not "&&".
+struct ScalarLabels {
+  float h, reach_of_p;
+
+  __device__ explicit ScalarLabels(const Settings& settings)
+      : h(settings.window),
+        reach_of_p(settings.flags & kAllNegatives ? INFINITY : settings.window) {}
+  __device__ bool is_positive(const Label& i, const Label& j) const {
+    return (absolute_difference(i.y, j.y) <= h) & (i.id != j.id);
+  }
+  __device__ bool is_negative(const Label& i, const Label& j, float d) const {
+    return (d > h) & (absolute_difference(i.p, j.p) <= reach_of_p);
+  }
+};
+
+// Whether the pairs of a sweep are decided there; else classify() leaves them in the tile.
+__device__ inline bool decides_in_registers(const Sweep& sweep, const Rows& rows, bool shifted) {
+  return rows.n_components == 1 && !shifted && sweep.serves != (kPositives | kNegatives);
+}
+
 // Whether all pairs of a tile are positives of different rows, so that none needs to be decided.
 template <class Engine>
 __device__ bool is_full(const Sweep& sweep, const Rows& rows, int64_t i0, int n_i, int64_t j0) {
@@ -128,18 +179,9 @@ __device__ void similarities(typename Engine::A (&s)[Engine::kR][Engine::kC], Ti
     if (d0 > 0) __syncthreads();
     if (!q_i_is_there) load_rows<Engine>(tile.q_i, q, tile.i.label, rows.dim, d0);
     load_rows<Engine>(tile.q_j, q, tile.j.label, rows.dim, d0);
+    wait_for_copies();
     __syncthreads();
     Engine::product(s, tile.q_i, tile.q_j, depth_from<Engine>(rows.dim, d0));
-  }
-}
-
-template <class Engine>
-__device__ void stage_keys(Tile<Engine>& tile, const Sweep& sweep, int64_t j0, const Rows& rows,
-                           const void* coef, bool shifted) {
-  const int n = threadIdx.x;
-  if (n < Engine::kCols) {
-    const int id = j0 + n < sweep.last ? sweep.key(j0 + n) : -1;
-    stage(tile.j, n, id, rows, coef, shifted, typename Engine::A(1));
   }
 }
 
@@ -150,7 +192,8 @@ __device__ void stage_anchors(Tile<Engine>& tile, const Sweep& sweep, int64_t i0
   const int n = threadIdx.x;
   if (n < Engine::kRows) {
     const int id = n < n_i ? sweep.anchor(i0 + n, rows.self_offset) : -1;
-    stage(tile.i, n, id, rows, coef, settings.flags & kShifted, A(kLog2E / settings.temperature));
+    const A unit = A(kLog2E / settings.temperature);
+    tile.i.put(n, fetch(id, rows, coef, settings.flags & kShifted, unit));
   }
 }
 
@@ -178,70 +221,92 @@ __global__ void __launch_bounds__(kThreads, 2) conr_forward_kernel(ForwardArgs a
   if (sweep.serves == 0) return;
   const A push = A(settings.push_scale * kLog2E);
   const bool one_piece = rows.dim <= Engine::kDepth;
+  const bool in_registers = decides_in_registers(sweep, rows, shifted);
+  const ScalarLabels labels(settings);
 
   LogSum<A> E[kR], B[kR];
   Sum<A> s_sum[kR];
-  int n[kR] = {}, m[kR] = {};
+  int n[kR] = {}, m[kR] = {};  // positives; whether there are negatives
 #pragma unroll
   for (int r = 0; r < kR; ++r) E[r].shift = B[r].shift = shifted ? -A(INFINITY) : A(0);
 
   stage_anchors(tile, sweep, i0, n_i, rows, nullptr, settings);
+  NextKey<Engine> next(sweep, rows, nullptr, shifted);
   for (int64_t j0 = sweep.first; j0 < sweep.last; j0 += Engine::kCols) {
     __syncthreads();
-    stage_keys(tile, sweep, j0, rows, nullptr, shifted);
+    next.stage(tile);
     __syncthreads();
-    const bool full = is_full<Engine>(sweep, rows, i0, n_i, j0);
-    if (!full) classify(tile, rows, settings, sweep.serves);
+    if (!in_registers) classify(tile, rows, settings, sweep.serves);
+    const bool full = in_registers && is_full<Engine>(sweep, rows, i0, n_i, j0);
     A s[kR][kC] = {};
     similarities(s, tile, rows, one_piece && j0 > sweep.first);
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       const int i = Engine::row(r);
-      const A* pairs = tile.pairs + i * Engine::kPairPitch;
 #pragma unroll
       for (int c = 0; c < kC; ++c)
         s[r][c] *=
             Engine::kRowsAreUnit ? tile.i.scale[i] : tile.i.scale[i] * tile.j.scale[Engine::col(c)];
-      const auto add_positives = [&](auto is_positive) {
-        if (shifted) {
+      const auto add_positives = [&](bool is_shifted, auto is_positive) {
+        if (is_shifted) {
           A top = E[r].shift;
 #pragma unroll
           for (int c = 0; c < kC; ++c) top = is_positive(c) && s[r][c] > top ? s[r][c] : top;
           E[r].raise(top);
         }
+        const A shift = is_shifted ? E[r].shift : A(0);
         A part_E = 0, part_s = 0;
 #pragma unroll
         for (int c = 0; c < kC; ++c) {
           const bool positive = is_positive(c);
-          part_E += positive ? exp2_of(s[r][c] - E[r].shift) : A(0);
+          part_E += positive ? exp2_of(s[r][c] - shift) : A(0);
           part_s += positive ? s[r][c] : A(0);
           n[r] += positive;
         }
         E[r].sum.add(part_E);
         s_sum[r].add(part_s);
       };
-      if (full) {
-        add_positives([](int) { return true; });
-      } else if (sweep.serves & kPositives) {
-        add_positives([&](int c) { return pairs[Engine::col(c)] < A(0); });
-      }
-      if (sweep.serves & kNegatives) {
-        A top = B[r].shift;
+      if (in_registers) {
+        const Label anchor = tile.i.label[i];
+        const auto key = [&](int c) -> const Label& { return tile.j.label[Engine::col(c)]; };
+        if (full) {
+          add_positives(false, [](int) { return true; });
+        } else if (sweep.serves == kPositives) {
+          add_positives(false, [&](int c) { return labels.is_positive(anchor, key(c)); });
+        } else {
+          A part_B = 0, heaviest = 0;
 #pragma unroll
-        for (int c = 0; c < kC; ++c) {
-          const A d = pairs[Engine::col(c)];
-          s[r][c] = negative_exponent(s[r][c], d, push, flags);
-          top = d > A(0) && s[r][c] > top ? s[r][c] : top;
+          for (int c = 0; c < kC; ++c) {
+            const float d = absolute_difference(anchor.y, key(c).y);
+            const A weight = labels.is_negative(anchor, key(c), d) ? phi(A(d), flags) : A(0);
+            part_B += weight * exp2_of(s[r][c]);
+            heaviest = fmax(heaviest, weight);
+          }
+          B[r].sum.add(part_B);
+          m[r] |= heaviest > A(0);
         }
-        if (shifted) B[r].raise(top);
-        A part_B = 0;
+      } else {
+        const A* pairs = tile.pairs + i * Engine::kPairPitch;
+        if (sweep.serves & kPositives)
+          add_positives(shifted, [&](int c) { return pairs[Engine::col(c)] < A(0); });
+        if (sweep.serves & kNegatives) {
+          A top = B[r].shift;
 #pragma unroll
-        for (int c = 0; c < kC; ++c) {
-          const A d = pairs[Engine::col(c)];
-          part_B += d > A(0) ? phi(d, flags) * exp2_of(s[r][c] - B[r].shift) : A(0);
-          m[r] += d > A(0);
+          for (int c = 0; c < kC; ++c) {
+            const A d = pairs[Engine::col(c)];
+            s[r][c] = negative_exponent(s[r][c], d, push, flags);
+            top = d > A(0) && s[r][c] > top ? s[r][c] : top;
+          }
+          if (shifted) B[r].raise(top);
+          A part_B = 0;
+#pragma unroll
+          for (int c = 0; c < kC; ++c) {
+            const A d = pairs[Engine::col(c)];
+            part_B += d > A(0) ? phi(d, flags) * exp2_of(s[r][c] - B[r].shift) : A(0);
+            m[r] += d > A(0);
+          }
+          B[r].sum.add(part_B);
         }
-        B[r].sum.add(part_B);
       }
     }
   }
@@ -257,7 +322,8 @@ __global__ void __launch_bounds__(kThreads, 2) conr_forward_kernel(ForwardArgs a
     const A E_sum = row_sum(E[r].sum.value(), Engine::kLanes);
     const A B_sum = row_sum(B[r].sum.value(), Engine::kLanes);
     const A positives_sum = row_sum(s_sum[r].value(), Engine::kLanes);
-    const int n_all = row_sum(n[r], Engine::kLanes), m_all = row_sum(m[r], Engine::kLanes);
+    const int n_all = row_sum(n[r], Engine::kLanes),
+              m_all = row_sum(m[r], Engine::kLanes);  // > 0: some
     const int i = Engine::row(r);
     if (threadIdx.x % Engine::kLanes != 0 || i >= n_i) continue;
     const int64_t anchor = tile.i.label[i].id - rows.self_offset;
@@ -275,6 +341,13 @@ __global__ void __launch_bounds__(kThreads, 2) conr_forward_kernel(ForwardArgs a
     }
   }
 }
+
+// What a pair is; d_ij is a negative's.
+template <class A>
+struct Kind {
+  bool positive, negative;
+  A d;
+};
 
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
@@ -309,6 +382,8 @@ __global__ void __launch_bounds__(kThreads, 2) conr_backward_kernel(BackwardArgs
   const A push = A(settings.push_scale * kLog2E);
   const T* q = static_cast<const T*>(rows.q);
   const bool one_piece = rows.dim <= Engine::kDepth;
+  const bool in_registers = decides_in_registers(sweep, rows, shifted);
+  const ScalarLabels labels(settings);
   typename Engine::Scaling scaling;
   A G[kHeld][kR][kG] = {};
 
@@ -328,16 +403,17 @@ __global__ void __launch_bounds__(kThreads, 2) conr_backward_kernel(BackwardArgs
   };
 
   stage_anchors(tile, sweep, i0, n_i, rows, args.coef, settings);
+  NextKey<Engine> next(sweep, rows, args.coef, shifted);
   for (int64_t j0 = sweep.first; j0 < sweep.last; j0 += Engine::kCols) {
     __syncthreads();
-    stage_keys(tile, sweep, j0, rows, args.coef, shifted);
+    next.stage(tile);
     __syncthreads();
-    const bool full = !shifted && is_full<Engine>(sweep, rows, i0, n_i, j0);
-    if (!full) classify(tile, rows, settings, sweep.serves);
+    if (!in_registers) classify(tile, rows, settings, sweep.serves);
+    const bool full = in_registers && is_full<Engine>(sweep, rows, i0, n_i, j0);
     A H[kR][kC] = {};
     similarities(H, tile, rows, one_piece && j0 > sweep.first);
-    // Turns similarities into H; kServes 0: every pair is a positive.
-    const auto weigh = [&](auto is_shifted, auto of_sweep) {
+    // Turns similarities into H.
+    const auto weigh = [&](auto is_shifted, auto of_sweep, auto kind_of) {
       constexpr bool kIsShifted = decltype(is_shifted)::value;
       constexpr int kServes = decltype(of_sweep)::value;
 #pragma unroll
@@ -348,34 +424,43 @@ __global__ void __launch_bounds__(kThreads, 2) conr_backward_kernel(BackwardArgs
 #pragma unroll
         for (int r = 0; r < kR; ++r) {
           const int i = Engine::row(r);
-          A* pair = tile.pairs + i * Engine::kPairPitch + j;
-          const A kind = kServes == 0 ? A(kPositive) : *pair;
+          const Kind<A> kind = kind_of(i, j);
           const Coefficients<A> coef_i = tile.i.coefficients(i);
           const A t = H[r][c] * tile.i.scale[i] * scale_j;
           A H_ij = 0;
-          if (kServes != kNegatives) {
+          if (kServes & kPositives) {
             const A value = positive_gradient<kIsShifted>(t, coef_i, coef_j);
-            H_ij = kind < A(0) ? value : A(0);
+            H_ij = kind.positive ? value : A(0);
           }
           if (kServes & kNegatives) {
-            const A value = negative_gradient<kIsShifted>(t, kind, coef_i, coef_j, push, flags);
-            H_ij = kind > A(0) ? value : H_ij;
+            const A value = negative_gradient<kIsShifted>(t, kind.d, coef_i, coef_j, push, flags);
+            H_ij = kind.negative ? value : H_ij;
           }
           H[r][c] = H_ij * scale_j;
-          if (Engine::kHIsShared) *pair = H[r][c];
+          if (Engine::kHIsShared) tile.pairs[i * Engine::kPairPitch + j] = H[r][c];
         }
       }
     };
+    const auto of_tile = [&](int i, int j) {
+      const A d = tile.pairs[i * Engine::kPairPitch + j];
+      return Kind<A>{d == A(kPositive), d > A(0), d};
+    };
     if (shifted) {
-      weigh(Constant<true>{}, Constant<kPositives | kNegatives>{});
+      weigh(Constant<true>{}, Constant<kPositives | kNegatives>{}, of_tile);
+    } else if (!in_registers) {
+      weigh(Constant<false>{}, Constant<kPositives | kNegatives>{}, of_tile);
     } else if (full) {
-      weigh(Constant<false>{}, Constant<0>{});
+      weigh(Constant<false>{}, Constant<kPositives>{},
+            [](int, int) { return Kind<A>{true, false, A(0)}; });
     } else if (sweep.serves == kPositives) {
-      weigh(Constant<false>{}, Constant<kPositives>{});
-    } else if (sweep.serves == kNegatives) {
-      weigh(Constant<false>{}, Constant<kNegatives>{});
+      weigh(Constant<false>{}, Constant<kPositives>{}, [&](int i, int j) {
+        return Kind<A>{labels.is_positive(tile.i.label[i], tile.j.label[j]), false, A(0)};
+      });
     } else {
-      weigh(Constant<false>{}, Constant<kPositives | kNegatives>{});
+      weigh(Constant<false>{}, Constant<kNegatives>{}, [&](int i, int j) {
+        const float d = absolute_difference(tile.i.label[i].y, tile.j.label[j].y);
+        return Kind<A>{false, labels.is_negative(tile.i.label[i], tile.j.label[j], d), A(d)};
+      });
     }
     scaling.fit(H, G);
     if (Engine::kHIsShared && one_piece) __syncthreads();
@@ -387,6 +472,7 @@ __global__ void __launch_bounds__(kThreads, 2) conr_backward_kernel(BackwardArgs
         if (!one_piece) {
           __syncthreads();
           load_rows<Engine>(tile.q_j, q, tile.j.label, rows.dim, d0);
+          wait_for_copies();
           __syncthreads();
         }
         Engine::apply(G[piece], H, tile.pairs, tile.q_j, depth_from<Engine>(rows.dim, d0));
@@ -396,6 +482,7 @@ __global__ void __launch_bounds__(kThreads, 2) conr_backward_kernel(BackwardArgs
         if (!one_piece) {
           __syncthreads();
           load_rows<Engine>(tile.q_j, q, tile.j.label, rows.dim, d0);
+          wait_for_copies();
           __syncthreads();
         }
         Engine::apply(G[0], H, tile.pairs, tile.q_j, depth_from<Engine>(rows.dim, d0));

@@ -115,7 +115,7 @@ struct TensorEngine {
     const int l = lane();
     const T* a_row = q_i + (first_row() + l % 16) * kPitch + l / 16 * 8;
     const T* b_row = q_j + (l % 8 + l / 16 * 8) * kPitch + l / 8 % 2 * 8;
-#pragma unroll 1
+#pragma unroll 2
     for (int k = 0; k < depth; k += 16) {
       uint32_t a[4];
       load_matrices(a, a_row + k);
@@ -213,6 +213,12 @@ __device__ T row_sum(T x, int lanes) {
   return x;
 }
 
+template <class A>
+struct Entry {
+  Label label;
+  A scale, coef[5];
+};
+
 // Labels, scales and coefficients of the rows or columns of a tile.
 template <class A, int kN>
 struct Side {
@@ -220,6 +226,12 @@ struct Side {
   A scale[kN];
   A coef[5][kN];
 
+  __device__ void put(int n, const Entry<A>& entry) {
+    label[n] = entry.label;
+    scale[n] = entry.scale;
+#pragma unroll
+    for (int k = 0; k < 5; ++k) coef[k][n] = entry.coef[k];
+  }
   __device__ Coefficients<A> coefficients(int n) const {
     return {coef[0][n], coef[1][n], coef[2][n], coef[3][n], coef[4][n]};
   }
@@ -236,7 +248,8 @@ struct Tile {
   Side<A, Engine::kCols> j;
 };
 
-// Copies columns d0 … of the rows of q to shared memory; zeros where there is no row or column.
+// Begins to copy columns d0 … of the rows of q to shared memory; zeros where there is no row or
+// column. The copies are there after wait_for_copies() and a barrier.
 template <class Engine, int kN>
 __device__ void load_rows(typename Engine::T* shared, const typename Engine::T* q,
                           const Label (&label)[kN], int64_t dim, int64_t d0) {
@@ -247,15 +260,16 @@ __device__ void load_rows(typename Engine::T* shared, const typename Engine::T* 
   const int64_t d = d0 + column;
   if (d >= (dim + 15) / 16 * 16) return;  // beyond what the products read
   const bool is_column = d < dim;
-  const int width =
-      static_cast<int>(dim);  // one 32-bit multiplication with a 64-bit result per row
+  const auto* source = reinterpret_cast<const unsigned char*>(q + (is_column ? d : 0));
+  // 32 bits each, so that a row costs one multiplication with a 64-bit result.
+  const auto row_bytes = static_cast<uint32_t>(dim * static_cast<int64_t>(sizeof(*q)));
 #pragma unroll 4
   for (int row = first; row < kN; row += kStep) {
     const int id = label[row].id;
-    V value{};
-    if (is_column && id >= 0)
-      value = *reinterpret_cast<const V*>(q + static_cast<int64_t>(id) * width + d);
-    *reinterpret_cast<V*>(shared + row * Engine::kPitch + column) = value;
+    const bool is_there = is_column && id >= 0;
+    const auto row_of_q = static_cast<uint32_t>(is_there ? id : 0);
+    copy_16_bytes(shared + row * Engine::kPitch + column,
+                  source + static_cast<uint64_t>(row_of_q) * row_bytes, is_there);
   }
 }
 

@@ -32,25 +32,29 @@ def missing_tool() -> str | None:
     return None if shutil.which("g++") else "no g++: the CUDA source is not run"
 
 
+def compile_shim(folder: Path) -> Path:
+    """All of ``csrc/`` with the shim, against this PyTorch; its operators are for CPU tensors."""
+    package = Path(torch.__file__).parent
+    libraries = package / "lib"
+    return compile_for_host(
+        folder,
+        "conr_shim",
+        [ROOT / "csrc/conr_cuda.cu", ROOT / "csrc/conr_ops.cpp", SIMT / "simt.cpp"],
+        "-DCONR_DISPATCH_KEY=CPU",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-isystem",
+        str(package / "include"),
+        f"-L{libraries}",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-Wl,-rpath,{libraries}",
+    )
+
+
 class Shim:
     """The host build, its controls, and its operators with guarded buffers."""
 
-    def __init__(self, folder: Path) -> None:
-        package = Path(torch.__file__).parent
-        libraries = package / "lib"
-        path = compile_for_host(
-            folder,
-            "conr_shim",
-            [ROOT / "csrc/conr_cuda.cu", ROOT / "csrc/conr_ops.cpp", SIMT / "simt.cpp"],
-            "-DCONR_DISPATCH_KEY=CPU",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            "-isystem",
-            str(package / "include"),
-            f"-L{libraries}",
-            "-ltorch_cpu",
-            "-lc10",
-            f"-Wl,-rpath,{libraries}",
-        )
+    def __init__(self, path: Path) -> None:
         torch.ops.load_library(str(path))
         self.library = ctypes.CDLL(str(path))
         self.library.simt_allocate.restype = ctypes.c_void_p

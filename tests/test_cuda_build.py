@@ -18,13 +18,21 @@ import torch
 
 from conr_kernels import cuda_backend
 
+from . import cuda_shim
+
 pytest.importorskip("setuptools", reason="no setuptools: setup.py is not run")
 
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURES = ("75", "80", "90")
 
+#: Interpreters with other versions of PyTorch, of which CI has none: ``make abi PYTHONS="…"``.
+OTHER_PYTHONS = os.environ.get("CONR_OTHER_PYTHONS", "").split()
+
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the extension is not built")
+needs_other_pythons = pytest.mark.skipif(
+    not OTHER_PYTHONS, reason="CONR_OTHER_PYTHONS names no interpreter with another PyTorch"
+)
 
 
 def run_setup(folder: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -101,40 +109,88 @@ def test_the_build_takes_less_than_90_seconds_of_one_core(build):
     assert build.cpu_seconds < 90
 
 
+def abi_check(python: str, task: str, library: Path) -> str:
+    """What ``tests.abi_check`` prints in a process of its own under that interpreter."""
+    done = subprocess.run(
+        [python, "-m", "tests.abi_check", task, str(library)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{python}: {done.stdout}"
+    return done.stdout
+
+
 @needs_nvcc
 def test_the_library_loads_and_registers_its_operators(build):
-    """In a process of its own: the tests of the kernels register the same names for the CPU."""
-    code = (
-        "import torch, sys; torch.ops.load_library(sys.argv[1]);"
-        "print(*(getattr(torch.ops.conr_kernels_cuda, n).default._schema.name"
-        " for n in ('prepare', 'bands', 'forward', 'backward', 'finish_gradient')))"
-    )
-    command = [sys.executable, "-c", code, str(build.library)]
-    loaded = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert loaded.stdout.count("conr_kernels_cuda::") == 5
+    assert abi_check(sys.executable, "registers", build.library).count("conr_kernels_cuda::") == 5
 
 
+@needs_other_pythons
 @needs_nvcc
-def test_only_the_stable_abi_is_linked(build):
-    """Every symbol asked of PyTorch is a C function of its stable ABI; Python is not linked at
-    all.
-    """
+def test_the_same_library_loads_under_other_versions_of_pytorch(build):
+    for python in OTHER_PYTHONS:
+        printed = abi_check(python, "registers", build.library)
+        assert printed.count("conr_kernels_cuda::") == 5
+        print(f"built with torch {torch.__version__}, loads under {printed.splitlines()[0]}")
+
+
+@needs_other_pythons
+def test_the_same_host_build_runs_under_other_versions_of_pytorch(tmp_path):
+    if (reason := cuda_shim.missing_tool()) is not None:
+        pytest.skip(reason)
+    library = cuda_shim.compile_shim(tmp_path)
+    for python in (sys.executable, *OTHER_PYTHONS):
+        print(abi_check(python, "runs", library))
+
+
+def undefined_symbols(path: Path, *options: str) -> set[str]:
     if shutil.which("nm") is None:
-        pytest.skip("no nm")
-    listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(build.library)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    symbols = {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
-    mangled = {s for s in symbols if re.search(r"^_Z.*(c10|at|torch|caffe2)\d", s)}
-    assert {s for s in symbols if s.startswith(("aoti_torch_", "torch_"))}
-    assert not mangled and not {s for s in symbols if s.startswith(("Py", "_Py"))}
+        pytest.skip("no nm: symbols are not listed")
+    command = ["nm", "--undefined-only", *options, str(path)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
+
+
+def beyond_2_10(symbols: set[str]) -> set[str]:
+    """Those that are asked of PyTorch's stable ABI and that torch 2.10.0 does not export."""
+    lines = (ROOT / "tests" / "torch_2_10_symbols.txt").read_text().splitlines()
+    asked = {s for s in symbols if s.startswith(("aoti_torch_", "torch_"))}
+    assert asked
+    return asked - {line for line in lines if not line.startswith("#")}
 
 
 @needs_nvcc
-def test_16_bit_sweeps_use_tensor_cores_and_none_use_atomics_or_local_memory(build):
+def test_only_the_stable_abi_of_torch_2_10_is_linked(build):
+    """Every symbol asked of PyTorch is a C function that torch 2.10.0 exports; Python is not linked
+    at all.
+    """
+    symbols = undefined_symbols(build.library, "-D")
+    assert not beyond_2_10(symbols)
+    assert not {s for s in symbols if re.search(r"^_Z.*(c10|at|torch|caffe2)\d", s)}
+    assert not {s for s in symbols if s.startswith(("Py", "_Py"))}
+
+
+@pytest.mark.parametrize("targets_2_10", [True, False], ids=["2.10", "no target"])
+def test_the_target_version_keeps_out_what_torch_2_10_lacks(tmp_path, targets_2_10):
+    """Without the target the same source asks for functions of the PyTorch it is compiled with."""
+    if (reason := cuda_shim.missing_tool()) is not None:
+        pytest.skip(reason)
+    if not targets_2_10 and torch.__version__.startswith("2.10."):
+        pytest.skip("this PyTorch is 2.10: there is nothing newer to ask for")
+    package = ROOT / "csrc", cuda_shim.SIMT, Path(torch.__file__).parent / "include"
+    output = tmp_path / "conr_ops.o"
+    target = ["-DTORCH_TARGET_VERSION=0x020a000000000000"] if targets_2_10 else []
+    command = ["g++", "-std=c++17", "-O0", "-c", "-DCONR_DISPATCH_KEY=CPU", *target]
+    command += [f"-I{folder}" for folder in package] + [str(ROOT / "csrc/conr_ops.cpp")]
+    subprocess.run([*command, "-o", str(output)], check=True)
+    assert bool(beyond_2_10(undefined_symbols(output))) is not targets_2_10
+
+
+@needs_nvcc
+def test_16_bit_sweeps_use_tensor_cores_and_all_wide_copies_without_atomics_or_local_memory(build):
     tool = shutil.which("cuobjdump")
     spec = importlib.util.find_spec("triton")
     if tool is None and spec is not None:
@@ -154,6 +210,7 @@ def test_16_bit_sweeps_use_tensor_cores_and_none_use_atomics_or_local_memory(bui
     assert len(sweeps) == 11
     for name, code in sweeps.items():
         assert ("HMMA" in code) == ("Half" in name or "BFloat16" in name), name
+        assert re.search(r"LDGSTS\S*\.128", code), name
         assert not any(f" {word}" in code for word in ("ATOM", "RED.", "LDL", "STL")), name
 
 

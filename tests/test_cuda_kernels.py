@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conr_kernels import conr_loss, cuda_backend, ops
 from conr_kernels.reference import row_losses
@@ -23,7 +24,7 @@ SIZES = (1, 2, 3, 31, 33, 64, 65, 97, 127, 129, 200, 257, 300)
 def compiled(tmp_path_factory):
     if (reason := cuda_shim.missing_tool()) is not None:
         pytest.skip(reason)
-    return cuda_shim.Shim(tmp_path_factory.mktemp("shim"))
+    return cuda_shim.Shim(cuda_shim.compile_shim(tmp_path_factory.mktemp("shim")))
 
 
 @pytest.fixture
@@ -257,6 +258,37 @@ def test_dense_and_banded_are_chosen_on_the_device(shim, monkeypatch):
     assert served(torch.zeros_like(batch.p)) == [3, 0]
     batch.p = torch.zeros_like(batch.p)
     assert_as_good_as_eager(batch)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operators that make the host wait for a GPU, or whose result's size depends on data."""
+
+    NAMES = {"_local_scalar_dense", "equal", "lift_fresh", "masked_select", "nonzero"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen |= {function._schema.name.removeprefix("aten::")} & self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_keys", [False, True], ids=["batch", "more keys"])
+@pytest.mark.parametrize("L", [1, 2])
+def test_the_host_never_waits_for_the_device(shim, path, L, has_keys):
+    """Neither forward nor backward asks a tensor for a number."""
+    batch = make_batch(66, 16, L)
+    settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+    keys = (batch.x, batch.y, batch.p) if has_keys else None
+    x, y, p, w = (t[:50] if has_keys else t for t in (batch.x, batch.y, batch.p, batch.w))
+    with HostReads() as reads:
+        _, stats, layout = cuda_backend.forward(x, y, p, w, keys, 0, settings)
+        coef_j = torch.zeros(66, 3) if has_keys else None
+        cuda_backend.backward(stats, coef_j, layout, x, y, p, keys, 0, settings)
+        assert not reads.seen
+        x.sum().item()
+        assert reads.seen == {"_local_scalar_dense"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

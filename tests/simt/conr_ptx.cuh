@@ -71,6 +71,13 @@ void mma(T, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], 
   }
 }
 
+// Copies nothing before it is waited for, so that a missing wait shows.
+inline void copy_16_bytes(void* shared, const void* global, bool is_there) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0)
+    throw std::runtime_error("copy_16_bytes: an address is not a multiple of 16 bytes");
+  simt::copy_later(shared, is_there ? global : nullptr, 16);
+}
+
 inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed = false) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
     throw std::runtime_error("ldmatrix: row address is not a multiple of 16 bytes");

@@ -15,6 +15,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __syncthreads() ::simt::block_barrier(__LINE__)
+#define wait_for_copies() ::simt::finish_copies(__LINE__)
 #define CONR_SHARED_BYTES(name) unsigned char* name = ::simt::shared_bytes()
 
 struct dim3 {
@@ -31,6 +32,8 @@ void launch(unsigned n_blocks, unsigned n_threads, std::size_t shared_size,
 void block_barrier(int line);
 void warp_barrier(const char* operation);
 unsigned char* shared_bytes();
+void copy_later(void* to, const void* from, std::size_t size);  // zeros where `from` is null
+void finish_copies(int line);
 
 // Publishes `size` bytes of this lane, waits for the warp and returns a lane's bytes by number.
 const unsigned char* const* exchange(const void* value, std::size_t size, const char* operation);

@@ -29,6 +29,12 @@ constexpr std::size_t kSlotSize = 64;
 
 enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kFinished };
 
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t size;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackSize]};
   ucontext_t context;
@@ -36,6 +42,7 @@ struct Fiber {
   bool started;
   State state;
   std::string place;
+  std::vector<Copy> copies;
   int parity;
   alignas(16) unsigned char slots[2][kSlotSize];
 };
@@ -181,6 +188,7 @@ void start_block(unsigned index) {
     fiber.started = false;
     fiber.state = State::kReady;
     fiber.parity = 0;
+    fiber.copies.clear();
   }
 }
 
@@ -229,6 +237,23 @@ void warp_barrier(const char* operation) {
   yield(State::kAtWarpBarrier, operation);
 }
 
+void copy_later(void* to, const void* from, std::size_t size) {
+  fibers[current].copies.push_back({to, from, size});
+}
+
+void finish_copies(int line) {
+  ++barrier_lines[line];
+  if (line == skipped_line) return;
+  for (const Copy& copy : fibers[current].copies) {
+    if (copy.from == nullptr) {
+      std::memset(copy.to, 0, copy.size);
+    } else {
+      std::memcpy(copy.to, copy.from, copy.size);
+    }
+  }
+  fibers[current].copies.clear();
+}
+
 unsigned char* shared_bytes() {
   return shared->data();
 }
@@ -250,15 +275,15 @@ const unsigned char* const* exchange(const void* value, std::size_t size, const 
 
 extern "C" {
 
-// Order in which threads run: 0 ascending, 1 descending, else a seed; the line whose barrier is
-// ignored, or −1.
+// Order in which threads run: 0 ascending, 1 descending, else a seed; the line whose barrier or
+// wait for copies is ignored, or −1.
 void simt_configure(int order, int skipped_line) {
   simt::order_of_threads = order;
   simt::skipped_line = skipped_line;
   simt::barrier_lines.clear();
 }
 
-// Lines of the barriers met since simt_configure; returns how many there are.
+// Lines of the barriers and waits met since simt_configure; returns how many there are.
 int simt_barrier_lines(int* lines, int capacity) {
   int n = 0;
   for (const auto& [line, count] : simt::barrier_lines)
