@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conr_kernels.triton_configs import ARCHITECTURES
+from conr_kernels.triton_configs import ARCHITECTURES, KINDS, REGISTER_D
+from conr_kernels.variants import PRESETS
 
-from . import compiled
-from .compiled import Launch, Loop, MachineCode
+from . import compiled, machine, rank
+from .compiled import Launch
+from .machine import Loop, MachineCode
 
 TABLE = Path(__file__).parent / "results" / "static.csv"
 AGES = Path(__file__).parent / "agedb_dir_train_ages.csv"
@@ -66,13 +68,13 @@ def rows_of(variant: str, D: int, arithmetic: str, arch: int) -> list[dict[str, 
 
 
 def _row(launch: Launch, variant: str, D: int, arithmetic: str, arch: int) -> dict[str, object]:
-    code = compiled.machine_code(compiled.compile_launch(launch, arch))
+    code = machine.machine_code(compiled.compile_launch(launch, arch))
     given = launch.arguments
     block_i, block_j, width = given["BLOCK_I"], given["BLOCK_J"], given["D_PAD"]
     threads = 32 * launch.options["num_warps"]
     is_wide, is_backward = "wide" in launch.name, "backward" in launch.name
     sweep = "negatives" if "negatives" in launch.name or given.get("NEGATIVES") else "positives"
-    loops = [] if is_wide or width != given["BLOCK_D"] else compiled.pair_loops(code)
+    loops = [] if is_wide or width != given["BLOCK_D"] else machine.pair_loops(code)
     per_pair = [len(loop.instructions) * threads / (block_i * block_j) for loop in loops]
     if len(loops) != 2:  # chunks of D inside the pairs' loop, or exponentials in software
         per_pair, loops = [], []
@@ -102,7 +104,7 @@ def _row(launch: Launch, variant: str, D: int, arithmetic: str, arch: int) -> di
 
 
 def _tensor_core(code: MachineCode) -> str:
-    names = sorted({op.split(".")[0] for op in code.counts if compiled.is_tensor_core(op)})
+    names = sorted({op.split(".")[0] for op in code.counts if machine.is_tensor_core(op)})
     counts = (sum(n for op, n in code.counts.items() if op.split(".")[0] == name) for name in names)
     return " ".join(f"{name}:{n}" for name, n in zip(names, counts, strict=True))
 
@@ -161,7 +163,16 @@ def as_csv(rows: list[dict[str, object]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.static")
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
+    parser.add_argument("--rank", choices=KINDS, help="sort candidates by predicted time instead")
+    parser.add_argument("--D", type=int, default=128)
+    parser.add_argument("--dtype", choices=REGISTER_D, default="bfloat16")
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90)
+    parser.add_argument("--variant", choices=PRESETS, default="paper")
+    parser.add_argument("--N", type=int, default=65_536)
     options = parser.parse_args()
+    if options.rank:
+        rank.rank(options.rank, options.D, options.dtype, options.arch, options.variant, options.N)
+        return 0
     groups = []
     for key in shipped():
         print(f"compiling {key}", file=sys.stderr, flush=True)
