@@ -70,10 +70,12 @@ def recorded_launches(
     K: int | None = None,
     temperature: float = 0.2,
     distance: str = "mae",
+    window: float = 1.0,
+    has_weights: bool = True,
     precision: str = "high",
 ) -> list[Launch]:
     """The launches of one forward and backward, from tensors without storage."""
-    settings = Settings(1.0, temperature, 0.01, resolve_variant(variant), distance)
+    settings = Settings(window, temperature, 0.01, resolve_variant(variant), distance)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, w = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(N, dtype=wide, device="meta")
     y = torch.empty(N, L, device="meta")
@@ -85,7 +87,9 @@ def recorded_launches(
     torch.set_float32_matmul_precision(precision)
     try:
         with intercepted(architecture) as launches:
-            loss, stats, layout = triton_backend.forward(x, y, y, w, keys, 0, settings)
+            loss, stats, layout = triton_backend.forward(
+                x, y, y, w if has_weights else None, keys, 0, settings
+            )
             coef_i = scale_statistics(stats, loss)
             coef_j = None if keys is None else coef_i.new_empty((K, coef_i.shape[1]))
             triton_backend.backward(coef_i, coef_j, layout, x, y, y, keys, 0, settings)

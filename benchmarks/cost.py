@@ -6,7 +6,8 @@ Assumptions, all of them:
   exponentials and 64 float64 operations per cycle, multiplies 4,096 FLOP of 16-bit numbers, 2,048
   of TF32 and 256 of float64, and moves 128 bytes to or from shared memory. 5.5 TB/s from the L2
   cache of 50 MB, shared evenly, at most 64 bytes per cycle and multiprocessor; 4.8 TB/s from HBM.
-  Three-pass TF32 is three products.
+  Three-pass TF32 is three products; mma.sync reaches 60 % of wgmma. For sm_80 and sm_100, which get
+  a bound but no time, the rates of products and of float64 and the shared memory are their own.
 - Every instruction of a loop is issued on every pass (machine code); loads and stores of a tile go
   to L2 once per program (Triton IR), also where the first-level cache would serve them; loops run
   as often as the tile counts of AgeDB's labels say, with window 1 and predictions 7 years off.
@@ -15,9 +16,10 @@ Assumptions, all of them:
 - Within one program a tile's products and its arithmetic alternate and do not overlap; programs
   that share a multiprocessor overlap perfectly. With W resident programs a tile takes
   ``max(the busiest unit, (products + arithmetic + latency) / W)``; where the second is larger the
-  bound is called *latency*.
-- A load whose value is needed at once takes 600 cycles: one for each entry into a loop that the
-  compiler pipelines (a product and more than one stage), one for each pass of any other loop.
+  bound is called *latency*, with the busiest unit in brackets.
+- A load takes 600 cycles. Of a loop that the compiler pipelines (a product and more than one
+  stage) each entry waits for one, and a pass takes no less than ``600 / (stages - 1)``; of any
+  other loop that loads, each pass waits for one.
 - Programs are placed in order on the first free place; the kernel ends with the last of them.
 - Each tensor crosses the HBM bus once. Where what all resident programs work on exceeds the L2
   cache, the same share of all traffic goes to HBM.
@@ -26,12 +28,10 @@ Assumptions, all of them:
 
 from __future__ import annotations
 
-import functools
+import copy
 import heapq
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,20 +39,24 @@ from torch import Tensor
 from . import tiles
 from .compiled import Launch
 from .loops import CodeLoop, Matched, Nest, code_loops, match, nest_of
-from .machine import MachineCode, is_tensor_core, opcode
+from .machine import MachineCode, is_tensor_core, opcode, product_flop
+from .passes import anchor_tiles, phases_of, sweep_of
 
 SMS, CLOCK = 132, 1.755e9
 ISSUE, MUFU, SHARED = 4, 16, 128
 L2_BANDWIDTH, L2_PORT, L2_BYTES, HBM_BANDWIDTH = 5.5e12, 64, 50e6, 4.8e12
 LATENCY = 600
 #: Registers, shared memory, threads and programs of one multiprocessor.
-REGISTERS, SHARED_BYTES, THREADS, PROGRAMS = 65_536, 228 * 1024, 2048, 32
+REGISTERS, THREADS, PROGRAMS = 65_536, 2048, 32
+SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 #: FLOP per cycle and multiprocessor by kind of product, and float64 operations: A100, H200, B200.
 FLOP = {
     80: {"half": 2048, "tf32": 1024, "f64": 128},
     90: {"half": 4096, "tf32": 2048, "f64": 256},
     100: {"half": 8192, "tf32": 4096, "f64": 256},
 }
+#: Share of it that mma.sync reaches where wgmma exists.
+OLD_PRODUCTS = 0.6
 FLOAT64 = {80: 32, 90: 64, 100: 64}
 PASSES = {"tf32x3": 3}
 UNITS = ("issue", "exponential", "tensor", "shared", "float64", "L2")
@@ -79,9 +83,14 @@ class Phase:
     @property
     def alone(self) -> float:
         """Cycles of one program that has the multiprocessor for itself."""
-        unit = self.units
-        products = max(unit["tensor"], unit["shared"])
-        return products + max(unit["issue"], unit["exponential"], unit["float64"]) + self.latency
+        return _one_after_the_other(self.units) + self.latency
+
+
+def _one_after_the_other(units: dict[str, float]) -> float:
+    """Products, then arithmetic."""
+    at = {unit: units.get(unit, 0.0) for unit in UNITS}
+    products = max(at["tensor"], at["shared"])
+    return products + max(at["issue"], at["exponential"], at["float64"])
 
 
 class Model:
@@ -101,19 +110,24 @@ class Model:
         registers = -(-self.code.registers // 8) * 8 * 32 * self.warps
         limits = (
             REGISTERS // max(registers, 1),
-            SHARED_BYTES // (self.code.shared_bytes + 1024),
+            SHARED_BYTES[self.architecture] // (self.code.shared_bytes + 1024),
             THREADS // (32 * self.warps),
             PROGRAMS,
         )
         return max(min(limits), 1)
 
     def phases(self) -> dict[str, Phase]:
-        """One pass through each kind of tile, at any number of tiles."""
-        found = {}
-        for kind, node, n in _passes(self.tree, self.launch, 1, 1):
-            if kind != "rest" and n:
-                found[kind] = self._phase(kind, node, n, self.l2_share(SMS))
-        return found
+        """One pass through each kind of tile."""
+        found = self._phases(1, 1, self.l2_share(SMS))
+        return {kind: phase for kind, (phase, _) in found.items() if kind != "rest"}
+
+    def _phases(self, full: int, edge: int, l2: float) -> dict[str, tuple[Phase, float]]:
+        """The phases of an anchor tile with so many tiles of keys, and how often each passes."""
+        return {
+            kind: (self._phase(kind, node, n, l2), n)
+            for kind, node, n in phases_of(self.tree, self.launch, full, edge)
+            if n
+        }
 
     def l2_share(self, n_programs: int) -> float:
         return min(L2_BANDWIDTH / CLOCK / min(n_programs, SMS), L2_PORT)
@@ -138,11 +152,12 @@ class Model:
         rates, code = FLOP[self.architecture], loop.code
         units = {}
         if self.has_tensor_cores:
+            is_old = self.architecture == 90 and code is not None and code.count("HMMA") > 0
             units["tensor"] = sum(
                 flop * PASSES.get(kind, 1) / rates[kind[:4]]
                 for kind, flop in loop.nest.products.items()
                 if kind[:4] in rates
-            )
+            ) / (OLD_PRODUCTS if is_old else 1)
         if code is not None:
             units["issue"] = len(code.instructions) * self.warps / ISSUE
             units["exponential"] = code.count("MUFU") * 32 * self.warps / MUFU
@@ -152,12 +167,27 @@ class Model:
         return units
 
     def _latency(self, loop: Matched) -> float:
-        """A pass of a loop waits for its loads, or the entry into a pipelined one does."""
-        waits = sum(1 for child in loop.loops if self._is_pipelined(child.nest))
-        return LATENCY * (waits + (loop.nest.loads > 0 and not self._is_pipelined(loop.nest)))
+        """What one pass waits for: its loads, and the first ones of pipelined loops in it."""
+        waits = sum(LATENCY for child in loop.loops if self._is_pipelined(child.nest))
+        if self._is_pipelined(loop.nest):
+            work = _one_after_the_other(self._own(loop, L2_PORT))
+            return waits + max(0.0, LATENCY / (self.stages - 1) - work)
+        return waits + LATENCY * (loop.nest.loads > 0)
 
     def _is_pipelined(self, nest: Nest) -> bool:
         return bool(nest.products) and not nest.loops and nest.loads > 0 and self.stages > 1
+
+    def product_passes(self) -> str:
+        """Products in the machine code for each in Triton IR."""
+        done = sum(n * product_flop(op, self.warps) for op, n in self.code.counts.items())
+        asked = sum(sum(loop.nest.products.values()) for loop in self.tree.walk())
+        return f"{done / asked:.3g}" if done and asked else ""
+
+    def at(self, launch: Launch) -> Model:
+        """The same binary, launched with other sizes."""
+        other = copy.copy(self)
+        other.launch = launch
+        return other
 
     def microseconds(self) -> float:
         """Of the whole launch."""
@@ -165,12 +195,20 @@ class Model:
         return 1e6 * max(busy, self._hbm_bytes() / HBM_BANDWIDTH)
 
     def bound(self, kind: str) -> str:
-        """What bounds a kind of tile: a unit, or the latency of too few resident programs."""
-        phase = self.phases()[kind]
+        """What bounds a kind of tile: a unit, or the latency of too few resident programs. A kernel
+        without pairs has one kind, "rest", and memory for L2.
+        """
+        phase = self._phases(1, 1, self.l2_share(SMS))[kind][0]
         unit, cycles = phase.busiest
-        return unit if cycles >= phase.alone / self.resident else "latency"
+        resident = self._filled if kind == "rest" else self.resident
+        unit = "memory" if kind == "rest" and unit == "L2" else unit
+        return f"latency ({unit})" if cycles < phase.alone / resident else unit
 
-    @functools.cached_property
+    @property
+    def _filled(self) -> int:
+        """Programs on one multiprocessor that the grid really has."""
+        return min(self.resident, -(-self.launch.grid[0] // SMS))
+
     def _work(self) -> list[tuple[float, float]]:
         """Every program's cycles: of the busiest units, and alone."""
         share = self.l2_share(self.launch.grid[0])
@@ -178,11 +216,7 @@ class Model:
         per_tile = []
         for visit in anchor_tiles(self.launch):
             if visit not in seen:
-                phases = [
-                    (self._phase(kind, node, n, share), n)
-                    for kind, node, n in _passes(self.tree, self.launch, *visit)
-                    if n
-                ]
+                phases = self._phases(*visit, share).values()
                 seen[visit] = (
                     sum(n * phase.busiest[1] for phase, n in phases),
                     sum(n * phase.alone for phase, n in phases),
@@ -195,8 +229,8 @@ class Model:
         return [tuple(map(sum, zip(*walk, strict=True))) for walk in walks]
 
     def _makespan(self) -> float:
-        work = self._work
-        resident = min(self.resident, -(-len(work) // SMS))
+        work = self._work()
+        resident = self._filled
         places = [0.0] * (SMS * resident)
         for busiest, alone in work:
             heapq.heapreplace(places, places[0] + max(busiest * resident, alone))
@@ -205,7 +239,7 @@ class Model:
     def l2_bytes(self) -> float:
         total = 0.0
         for visit, times in Counter(anchor_tiles(self.launch)).items():
-            for _, node, _ in _passes(self.tree, self.launch, *visit):
+            for _, node, _ in phases_of(self.tree, self.launch, *visit):
                 total += times * sum(loop.nest.bytes * passes for loop, passes in node)
         return total * max(1, self.launch.grid[0] / len(anchor_tiles(self.launch)))
 
@@ -235,86 +269,6 @@ class Model:
                 share = 1.0 if whole else min(1.0, rows / n)
                 live += value.numel() * value.element_size() * share
         return live
-
-
-def sweep_of(launch: Launch) -> str | None:
-    """``"positives"`` or ``"negatives"`` for the kernels of the banded sweeps."""
-    if "negatives" in launch.name or launch.arguments.get("NEGATIVES") is True:
-        return "negatives" if "gather" not in launch.name else None
-    is_first = "positives" in launch.name or launch.arguments.get("NEGATIVES") is False
-    return "positives" if is_first and "gather" not in launch.name else None
-
-
-def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
-    """Full and edge tiles of each tile of anchors of a sweep; one pair of ones elsewhere."""
-    sweep, given = sweep_of(launch), launch.arguments
-    if sweep is None:
-        return ((1, 1),)
-    L = given["L"]
-    reach = float(given["h"]) * (1 if L == 1 else math.sqrt(L) if given["RMSE"] else L)
-    return tiles.visits(
-        given["n_anchors"], given["n_keys"], given["BLOCK_I"], given["BLOCK_J"], sweep, reach,
-        L == 1, sweep == "negatives" and not given.get("CONFUSED", True),
-    )  # fmt: skip
-
-
-def _passes(
-    tree: Matched, launch: Launch, full: int, edge: int
-) -> Iterator[tuple[str, list[tuple[Matched, float]], float]]:
-    """The phases of one anchor tile: ``(kind, [(loop, passes)], tiles)``."""
-    given = launch.arguments
-    pairs = [m for m in tree.walk() if m is not tree and m.nest.exponentials]
-    kinds = {"full": full, "edge": edge} if len(pairs) == 2 else {"edge": full + edge}
-    if tree.nest.exponentials:
-        yield "edge", list(_subtree(tree, given, 1.0)), 1.0
-        return
-    names = iter(kinds)
-    rest: list[tuple[Matched, float]] = []
-
-    def walk(m: Matched, times: float, chunks: float):
-        rest.append((m, times))
-        for loop in m.loops:
-            known = _trips(loop.nest, given)
-            if loop.nest.exponentials:
-                kind = next(names)
-                n = kinds[kind] if known is None else times * known
-                yield kind, list(_subtree(loop, given, n)), n
-            elif loop.nest.has_pairs:
-                is_group = loop.nest.step == given.get("GROUP")
-                yield from walk(loop, math.ceil((full + edge) / loop.nest.step) if is_group
-                                else times, chunks)  # fmt: skip
-            elif loop.nest.has_product:
-                n = full + edge if pairs or sweep_of(launch) else times
-                yield "product", list(_products(loop, given, times, n)), n
-            else:
-                rest.append((loop, times * (known or 1)))
-
-    yield from walk(tree, 1.0, 1.0)
-    yield "rest", rest, 1.0
-
-
-def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
-    """Passes of a nest of products over ``n`` tiles: its loops over D come from outside in."""
-    known = _trips(loop.nest, given)
-    if known is None and "chunk" in given:
-        known = math.ceil(given["chunk"] / loop.nest.step)
-    passes = times * known if known is not None else n * (times / max(times, 1))
-    yield loop, passes
-    for child in loop.loops:
-        inner = _trips(child.nest, given)
-        yield child, passes * inner if inner is not None else n * (known or 1)
-
-
-def _subtree(m: Matched, given: dict, times: float) -> Iterator[tuple[Matched, float]]:
-    yield m, times
-    for loop in m.loops:
-        yield from _subtree(loop, given, times * (_trips(loop.nest, given) or 1))
-
-
-def _trips(nest: Nest, given: dict) -> int | None:
-    """Passes of a loop that counts to an argument; None for bounds that are found on the device."""
-    end = given.get(nest.bound)
-    return -(-end // nest.step) if isinstance(end, int) and nest.step else None
 
 
 def shared_bytes(code: CodeLoop, warps: int) -> float:

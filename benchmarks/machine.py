@@ -76,23 +76,21 @@ def is_tensor_core(op: str) -> bool:
     return op.startswith(TENSOR)
 
 
-@dataclass(frozen=True)
-class Loop:
-    """An innermost loop: its instructions between the target of a jump back and the jump."""
+def tensor_core_names(code: MachineCode) -> str:
+    """``HGMMA.BF16:48``: tensor-core instructions by type, and how many."""
+    names: Counter[str] = Counter()
+    for op, n in code.counts.items():
+        if is_tensor_core(op):
+            kinds = [part for part in op.split(".")[1:] if part in ("BF16", "TF32")]
+            names[".".join([op.split(".")[0], *kinds])] += n
+    return " ".join(f"{name}:{n}" for name, n in sorted(names.items()))
 
-    instructions: list[str]
 
-    def count(self, *prefixes: str) -> int:
-        return sum(opcode(line).startswith(prefixes) for line in self.instructions)
-
-
-def pair_loops(code: MachineCode) -> list[Loop]:
-    """The innermost loops that take exponentials, in program order: one for each kind of tile."""
-    spans = sorted((target, at) for at, target in code.targets.items() if target <= at)
-    innermost = [
-        (a, b)
-        for a, b in spans
-        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)
-    ]
-    loops = [Loop(code.instructions[a : b + 1]) for a, b in innermost]
-    return [loop for loop in loops if loop.count("MUFU.EX2")]
+def product_flop(op: str, warps: int) -> float:
+    """FLOP of one tensor-core instruction of all warps; 0 where the name does not tell its size."""
+    if found := re.match(r"(HGMMA|DMMA)\.(\d+)x(\d+)x(\d+)", op):
+        m, n, k = map(int, found.groups()[1:])
+        return 2 * m * n * k * (warps / 4 if found[1] == "HGMMA" else warps)
+    if found := re.match(r"HMMA\.16(8)(\d+)", op):
+        return 2 * 16 * 8 * int(found[2]) * warps
+    return 2 * 8 * 8 * 4 * warps if op.startswith("DMMA.884") else 0.0

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from unittest import mock
 
@@ -17,27 +18,23 @@ from conr_kernels.triton_configs import Config
 
 from . import compiled
 from .cost import Model
-from .machine import machine_code
+from .machine import machine_code, tensor_core_names
 
 #: Of a thread's 255 registers; more are sure to spill, which takes minutes to compile.
 ACCUMULATORS = 200
 #: Bytes of shared memory of one program.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-#: Kernels that read a kind of configuration.
-KERNELS = {
-    "forward": "conr_forward_",
-    "backward": "conr_backward_",
-    "wide": "conr_backward_",
-    "dense": "conr_",
-}
+#: Added to the warps of the configuration in question: launches that carry it have read it.
+MARK = 1024
 
 
 def candidates(kind: str, width: int, arithmetic: str) -> list[Config]:
     """Tile shapes, chunks, warps and stages worth a look; ``width`` 0 for rows read in chunks."""
     double = arithmetic == "float64"
     sides = (16, 32) if double else (32, 64, 128)
-    anchors = (16, 32) if kind == "dense" else (*sides, 256) if not double else sides
-    chunks = (width,) if width and kind != "dense" else (16, 32) if double else (32, 64, 128)
+    is_dense = kind.startswith("dense")
+    anchors = (16, 32) if is_dense else sides if double else (*sides, 256)
+    chunks = (width,) if width and not is_dense else (16, 32) if double else (32, 64, 128)
     return [
         Config(block_i, block_j, block_d, warps, stages)
         for block_i, block_j, block_d, warps, stages in itertools.product(
@@ -60,24 +57,27 @@ def judge(
     """The predicted microseconds of the kernels that read the configuration, and remarks; None and
     the reason where it is rejected.
     """
+    marked = replace(chosen, num_warps=chosen.num_warps + MARK)
     plain = triton_backend.config
-    kinds = ("wide", "backward") if kind in ("wide", "backward") else (kind,)
-
-    def config(asked: str, *key):
-        return chosen if asked in kinds else plain(asked, *key)
-
-    total, remarks = 0.0, []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton_backend, "config", config))
+        stack.enter_context(
+            mock.patch.object(
+                triton_backend, "config", lambda asked, *key: (
+                    marked if asked == kind else plain(asked, *key)
+                ),
+            )
+        )  # fmt: skip
         if kind == "wide":
             stack.enter_context(mock.patch.object(triton_backend, "bucket", lambda *_: 0))
         launches = compiled.recorded_launches(
             N, D, getattr(torch, arithmetic.split()[0]), arch, variant=variant,
             precision="highest" if arithmetic.endswith("highest") else "high",
         )  # fmt: skip
+    total, remarks = 0.0, []
     for launch in launches:
-        if not launch.name.startswith(KERNELS[kind]) or "BLOCK_J" not in launch.arguments:
+        if launch.options.get("num_warps", 0) < MARK:
             continue
+        launch.options["num_warps"] -= MARK
         try:
             binary = compiled.compile_launch(launch, arch)
             code = machine_code(binary)
@@ -91,7 +91,10 @@ def judge(
         time = model.microseconds()
         total += time
         bounds = "/".join(f"{name}:{model.bound(name)}" for name in model.phases())
-        remarks.append(f"{time:.0f} us {code.registers} regs x{model.resident} {bounds}")
+        products = tensor_core_names(code) or "no tensor core"
+        remarks.append(f"{time:.0f} us {code.registers} regs x{model.resident} {bounds} {products}")
+    if not remarks:
+        return chosen, None, "no launch reads it"
     return chosen, total, " | ".join(remarks)
 
 
