@@ -23,10 +23,12 @@ from .variants import Settings
 
 #: Up to this many pairs the kernels without a sort serve.
 DENSE_PAIRS = 1024 * 1024
-#: Columns that one program of them reads, and the most numbers in their workspace of partial
-#: products.
-DENSE_COLUMNS = 4096
-DENSE_WORKSPACE = 2**24
+#: Chunks of columns that one program of their forward kernel reads; where it would be more, a
+#: launch before it splits tiles and D over about DENSE_PROGRAMS programs, DENSE_PART chunks at
+#: least each.
+DENSE_CHUNKS = 32
+DENSE_PROGRAMS = 512
+DENSE_PART = 4
 #: Programs of the wide backward kernel, and key tiles whose H_ij one of them keeps.
 WIDE_PROGRAMS = 264
 WIDE_GROUP = 8
@@ -78,11 +80,12 @@ def interpreted() -> bool:
 
 
 def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
-    """A head (the choice of sweep), both orders of keys and anchors, the anchors' places, the
-    bands.
+    """Few pairs: s_ij and the inverse norms. Else a head (the choice of sweep), both orders of keys
+    and anchors, the anchors' places, the bands.
     """
     if n_anchors * n_keys <= DENSE_PAIRS:
-        return 0
+        numbers = n_anchors * _row_of_s(n_keys) + n_anchors + n_keys
+        return numbers * (2 if dtype == torch.float64 else 1)
     return ROW_PAD + 2 * _padded(n_keys) + 7 * _padded(n_anchors)
 
 
@@ -95,7 +98,9 @@ def forward(
     self_offset: int,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses [N], row statistics (rows.py), and orders and bands for the backward pass."""
+    """Row losses [N], row statistics (rows.py), and what ``layout_size`` says for the backward
+    pass.
+    """
     call = _Call(x, y, p, keys, self_offset, settings)
     loss = x.new_empty(call.N, dtype=call.dtype)
     stats = x.new_empty((call.N, 3 if settings.exponent_is_small else 5), dtype=call.dtype)
@@ -104,7 +109,7 @@ def forward(
         w = None if w is None else w.contiguous()
         with call.device_guard():
             if call.is_dense:
-                _forward_dense(call, w, loss, stats)
+                _forward_dense(call, w, loss, stats, layout)
             else:
                 _forward_sweeps(call, w, loss, stats, layout)
     return loss, stats, layout
@@ -129,7 +134,7 @@ def backward(
         coef_j = coef_i if coef_j is None else coef_j.contiguous()
         with call.device_guard():
             if call.is_dense:
-                _backward_dense(call, coef_i, coef_j, gradient)
+                _backward_dense(call, coef_i, coef_j, layout, gradient)
             else:
                 _backward_sweeps(call, coef_i, coef_j, layout, gradient)
     return gradient
@@ -221,66 +226,76 @@ def _padded(n: int) -> int:
     return math.ceil(n / ROW_PAD) * ROW_PAD
 
 
+def _row_of_s(n_keys: int) -> int:
+    """The stride of the kept s_ij: rows that start on 64 bytes are read 16 bytes at a time."""
+    return math.ceil(n_keys / 16) * 16
+
+
 def _tiles(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def _gram(call: _Call, chosen: Config, precision_: str) -> tuple[Tensor | None, int]:
-    """Partial products of the rows where D is too large for one program; None elsewhere."""
+def _gram(call: _Call, chosen: Config) -> tuple[Tensor | None, int]:
+    """Partial products of the rows where they are too many for one program; None elsewhere."""
     from . import triton_dense
 
-    tiles_j = _tiles(call.K, chosen.BLOCK_J)
-    n_tiles = _tiles(call.N, chosen.BLOCK_I) * tiles_j
-    size = chosen.BLOCK_I * chosen.BLOCK_J + chosen.BLOCK_I + chosen.BLOCK_J
-    n_parts = min(_tiles(call.D, DENSE_COLUMNS), max(DENSE_WORKSPACE // (n_tiles * size), 1))
-    if n_parts == 1:
+    tiles_j, chunks = _tiles(call.K, chosen.BLOCK_J), _tiles(call.D, chosen.BLOCK_D)
+    if chunks == 1 or tiles_j * chunks <= DENSE_CHUNKS:
         return None, 1
-    chunk = _tiles(_tiles(call.D, n_parts), chosen.BLOCK_D) * chosen.BLOCK_D
-    n_parts = _tiles(call.D, chunk)
+    n_tiles = _tiles(call.N, chosen.BLOCK_I) * tiles_j
+    n_parts = min(_tiles(DENSE_PROGRAMS, n_tiles), _tiles(chunks, DENSE_PART))
+    per_part = _tiles(chunks, n_parts)
+    n_parts = _tiles(chunks, per_part)
+    size = chosen.BLOCK_I * chosen.BLOCK_J + chosen.BLOCK_I + chosen.BLOCK_J
     gram = call.x.new_empty(n_parts * n_tiles * size, dtype=call.dtype)
     triton_dense.conr_gram_kernel[(n_tiles * n_parts,)](
-        call.x, call.key_x, gram, call.N, call.K, *call.strides(), tiles_j, chunk,
-        D=call.D, PRECISION=precision_, UPCAST=call.pair_flags["UPCAST"],
+        call.x, call.key_x, gram, call.N, call.K, *call.strides(), tiles_j, per_part, call.D,
+        D=call.D, PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"],
         **chosen.tiles, **chosen.launch,
     )  # fmt: skip
     return gram, n_parts
 
 
-def _forward_dense(call: _Call, w: Tensor | None, loss: Tensor, stats: Tensor) -> None:
+def _forward_dense(
+    call: _Call, w: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor
+) -> None:
     from . import triton_dense
 
     chosen, s = call.config("dense"), call.settings
-    gram, n_parts = _gram(call, chosen, call.pair_flags["PRECISION"])
+    gram, n_parts = _gram(call, chosen)
     triton_dense.conr_forward_dense_kernel[(_tiles(call.N, chosen.BLOCK_I),)](
         call.x, call.y, call.p, w, call.key_x, call.key_y, call.key_p, gram, loss, stats,
-        call.N, call.K, call.self_offset, *call.strides(), _tiles(call.K, chosen.BLOCK_J),
-        n_parts, call.D,
+        layout.view(call.dtype),
+        call.N, call.K, call.self_offset, *call.strides(), _row_of_s(call.K),
+        _tiles(call.K, chosen.BLOCK_J), n_parts, call.D,
         s.window, s.push_scale, call.scale * call.scale,
         D=call.D, INSIDE=call.is_inside, **call.pair_flags, **call.row_flags,
         **call.options(chosen),
     )  # fmt: skip
 
 
-def _backward_dense(call: _Call, coef_i: Tensor, coef_j: Tensor, gradient: Tensor) -> None:
+def _backward_dense(
+    call: _Call, coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor
+) -> None:
     from . import triton_dense
 
-    chosen, s = call.config("dense"), call.settings
-    gram, n_parts = _gram(call, chosen, call.pair_flags["PRECISION"])
-    tiles_i, tiles_j = _tiles(call.N, chosen.BLOCK_I), _tiles(call.K, chosen.BLOCK_J)
-    pairs = call.x.new_empty((call.N, call.K), dtype=call.dtype)
+    s, of_pairs, chosen = call.settings, call.config("dense"), call.config("dense backward")
+    kept, stride = layout.view(call.dtype), _row_of_s(call.K)
+    tiles_i, tiles_j = _tiles(call.N, of_pairs.BLOCK_I), _tiles(call.K, of_pairs.BLOCK_J)
+    W = call.x.new_empty((call.N, stride), dtype=call.dtype)
     radial = call.x.new_empty((call.N, tiles_j), dtype=call.dtype)
-    inverse = call.x.new_empty(call.N, dtype=call.dtype)
+    fusion = {"enable_fp_fusion": False} if call.pair_flags["RMSE"] else {}
     triton_dense.conr_pair_gradient_kernel[(tiles_i * tiles_j,)](
-        call.x, call.y, call.p, coef_i, call.key_x, call.key_y, call.key_p, coef_j, gram,
-        pairs, radial, inverse,
-        call.N, call.K, call.self_offset, *call.strides(), tiles_j, n_parts, call.D,
-        s.window, s.push_scale, call.scale * call.scale,
-        D=call.D, INSIDE=call.is_inside, PUSHING=s.variant.pushing, CONFUSED=call.is_confused,
-        **call.pair_flags, **call.options(chosen),
+        call.y, call.p, coef_i, call.key_y, call.key_p, coef_j, kept, W, radial,
+        call.N, call.K, call.self_offset, stride, tiles_j, s.window, s.push_scale,
+        INSIDE=call.is_inside, PUSHING=s.variant.pushing, CONFUSED=call.is_confused,
+        **{name: call.pair_flags[name] for name in ("L", "RMSE", "SHIFTED")},
+        BLOCK_I=of_pairs.BLOCK_I, BLOCK_J=of_pairs.BLOCK_J, num_warps=of_pairs.num_warps, **fusion,
     )  # fmt: skip
-    triton_dense.conr_feature_gradient_kernel[(tiles_i * _tiles(call.D, chosen.BLOCK_D),)](
-        call.x, coef_i, call.key_x, pairs, radial, inverse, gradient,
-        call.N, call.K, *call.strides(), tiles_j, 1 / s.temperature,
+    chunks = _tiles(call.D, chosen.BLOCK_D)
+    triton_dense.conr_feature_gradient_kernel[(_tiles(call.N, chosen.BLOCK_I) * chunks,)](
+        call.x, coef_i, call.key_x, kept, W, radial, gradient,
+        call.N, call.K, *call.strides(), stride, tiles_j, 1 / s.temperature,
         D=call.D, COLUMNS=coef_i.shape[1], PRECISION=call.pair_flags["PRECISION"],
         **chosen.tiles, **chosen.launch,
     )  # fmt: skip

@@ -31,7 +31,8 @@ class Config:
 
 #: Largest D whose gradient tile stays in the registers.
 REGISTER_D = {"float16": 256, "bfloat16": 256, "float32": 128, "float32 highest": 64, "float64": 64}
-KINDS = ("forward", "backward", "wide", "dense")
+#: "dense backward" multiplies tiles as wide as those of "dense".
+KINDS = ("forward", "backward", "wide", "dense", "dense backward")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
 
@@ -59,13 +60,20 @@ _HALVES = {
         (None, None, (128, 64, None, 8, 2)),
     ],
     "wide": [(None, None, (64, 64, 64, 4, 2))],
-    "dense": [(None, None, (16, 64, 64, 4, 2))],
+    "dense": [
+        (None, 16, (16, 64, 16, 4, 2)),
+        (None, 32, (16, 64, 32, 4, 2)),
+        (None, 64, (16, 64, 64, 4, 2)),
+        (None, None, (16, 64, 128, 4, 2)),
+    ],
+    "dense backward": [(None, 0, (16, 64, 128, 4, 3)), (None, None, (16, 64, 32, 4, 3))],
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
     "backward": [(100, None, (64, 64, None, 8, 2)), (None, None, (64, 64, None, 4, 2))],
     "wide": [(None, None, (64, 32, 32, 4, 2))],
-    "dense": [(None, None, (16, 32, 32, 4, 2))],
+    "dense": [(None, None, (16, 32, 64, 4, 2))],
+    "dense backward": [(None, 0, (16, 32, 128, 4, 3)), (None, None, (16, 32, 32, 4, 3))],
 }
 _FLOAT32_HIGHEST = {
     "forward": [
@@ -75,13 +83,15 @@ _FLOAT32_HIGHEST = {
     ],
     "backward": [(80, None, (32, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
     "wide": [(None, None, (64, 32, 32, 4, 2))],
-    "dense": [(None, None, (16, 32, 32, 4, 2))],
+    "dense": [(None, None, (16, 32, 64, 4, 2))],
+    "dense backward": [(None, 0, (16, 32, 128, 4, 3)), (None, None, (16, 32, 32, 4, 3))],
 }
 _FLOAT64 = {
     "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
     "backward": [(100, None, (16, 16, None, 2, 1)), (None, None, (16, 16, None, 4, 1))],
     "wide": [(None, None, (16, 16, 32, 4, 1))],
     "dense": [(None, None, (16, 16, 32, 4, 1))],
+    "dense backward": [(None, None, (16, 16, 32, 4, 1))],
 }
 TABLE = {
     "float16": _HALVES,

@@ -18,7 +18,8 @@ from conr_kernels import Variant, conr_loss, triton_backend
 from conr_kernels.variants import PRESETS
 
 GUARD = 160
-SENTINEL = 2**30
+#: Not a number also where a kernel keeps floating-point numbers in integers.
+SENTINEL = 2**31 - 1
 
 
 def fill_value(dtype: torch.dtype) -> float:
@@ -140,10 +141,11 @@ class Case:
 
     def run_triton(self, given: dict) -> tuple[Tensor, Tensor]:
         pairs = -1 if self.regime == "sweeps" else triton_backend.DENSE_PAIRS
-        columns = 32 if self.regime == "dense-split" else triton_backend.DENSE_COLUMNS
+        chunks = 0 if self.regime == "dense-split" else triton_backend.DENSE_CHUNKS
         with (
             mock.patch.object(triton_backend, "DENSE_PAIRS", pairs),
-            mock.patch.object(triton_backend, "DENSE_COLUMNS", columns),
+            mock.patch.object(triton_backend, "DENSE_CHUNKS", chunks),
+            mock.patch.object(triton_backend, "DENSE_PART", 1 if chunks == 0 else 4),
             guarded_allocations(),
         ):
             return self.run("triton", self.dtype, given)
