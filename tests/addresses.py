@@ -6,7 +6,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-#: A program's or tile's number times the rows of a tile stays a row number.
+#: A program's or tile's number times the rows of a tile stays a row number; a larger constant, a
+#: stride or the width is the length of a row.
 LARGEST_TILE = 256
 
 
@@ -50,8 +51,12 @@ def check_row_offsets(ttir: str, matrices: set[str]) -> tuple[list[str], Counter
         varies = op in ("tt.get_program_id", "tt.load") or any(v.varies for v in known)
         wraps = any(v.wraps for v in known) and op != "tt.load"
         if op == "arith.muli" and varies and re.search(r"i32>?$", rest):
-            factors = [constants.get(operand, LARGEST_TILE + 1) for operand in operands]
-            wraps |= min(factors) > LARGEST_TILE
+            wraps |= any(
+                constants.get(operand, 0) > LARGEST_TILE
+                or "stride" in operand
+                or operand == "width"
+                for operand in operands
+            )
         base = next((v.base for v in known if v.base), "") if "!tt.ptr" in rest else ""
         values[name] = Value(varies, wraps, base)
         if op == "tt.addptr":
