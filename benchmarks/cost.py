@@ -8,7 +8,8 @@ Assumptions, all of them:
   cache of 50 MB, shared evenly, at most 64 bytes per cycle and multiprocessor; 4.8 TB/s from HBM.
   Three-pass TF32 is three products; mma.sync reaches 60 % of wgmma. For sm_80 and sm_100, which get
   a bound but no time, the rates of products and of float64 and the shared memory are their own.
-- Every instruction of a loop is issued on every pass (machine code); loads and stores of a tile go
+- Every instruction of a loop is issued on every pass (machine code), products that two warps both
+  compute count twice; loads and stores of a tile go
   to L2 once per program (Triton IR), also where the first-level cache would serve them; loops run
   as often as the tile counts of AgeDB's labels say, with window 1 and predictions 7 years off.
 - The wgmma instructions read their operands from shared memory, the first one from registers where
@@ -152,12 +153,13 @@ class Model:
         rates, code = FLOP[self.architecture], loop.code
         units = {}
         if self.has_tensor_cores:
-            is_old = self.architecture == 90 and code is not None and code.count("HMMA") > 0
-            units["tensor"] = sum(
-                flop * PASSES.get(kind, 1) / rates[kind[:4]]
-                for kind, flop in loop.nest.products.items()
-                if kind[:4] in rates
-            ) / (OLD_PRODUCTS if is_old else 1)
+            kinds = {k: n * PASSES.get(k, 1) for k, n in loop.nest.products.items()}
+            cycles = sum(n / rates[k[:4]] for k, n in kinds.items() if k[:4] in rates)
+            if code is not None and kinds:
+                done = sum(product_flop(opcode(line), self.warps) for line in code.instructions)
+                cycles *= max(1.0, done / sum(kinds.values()))
+                cycles /= OLD_PRODUCTS if code.count("HMMA") and self.architecture == 90 else 1
+            units["tensor"] = cycles
         if code is not None:
             units["issue"] = len(code.instructions) * self.warps / ISSUE
             units["exponential"] = code.count("MUFU") * 32 * self.warps / MUFU

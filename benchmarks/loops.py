@@ -240,8 +240,8 @@ class Matched:
 #: Loops that must correspond, from all to those that do the work.
 _CHOICES = (
     lambda loop: True,
-    lambda loop: loop.has_product,
     lambda loop: loop.has_product or loop.has_pairs,
+    lambda loop: loop.has_product,
 )
 
 
