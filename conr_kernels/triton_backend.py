@@ -329,9 +329,8 @@ class _Sorted:
         )
 
     @property
-    def n_programs(self) -> int:
-        rows = _padded(self.call.K) + (_padded(self.call.N) if self.call.has_keys else 0)
-        return rows // GATHER_ROWS
+    def n_rows(self) -> int:
+        return _padded(self.call.K) + (_padded(self.call.N) if self.call.has_keys else 0)
 
     def gather(
         self, layout: Tensor, negatives: bool, w: Tensor | None = None, poison: Tensor | None = None
@@ -340,7 +339,7 @@ class _Sorted:
 
         call = self.call
         coef_j, coef_i = self.coef
-        conr_gather_kernel[(self.n_programs,)](
+        conr_gather_kernel[(self.n_rows // GATHER_ROWS,)](
             layout, call.key_x, call.key_y, call.key_p, coef_j, *self.j.values(),
             call.x, call.y, call.p, w, coef_i, *self.i.values(), poison,
             call.N, call.K, call.D_pad, *call.key_x.stride(), *call.x.stride(), call.scale,
@@ -396,7 +395,7 @@ def _forward_sweeps(
     chosen, s = call.config("forward"), call.settings
     _write_layout(call, layout)
     rows = _Sorted(call, None, None)
-    poison = call.x.new_empty(rows.n_programs, dtype=torch.float32)
+    poison = call.x.new_empty(rows.n_rows, dtype=torch.float32)
     E = call.x.new_empty(call.N, dtype=torch.float64)
     s_sum = torch.empty_like(E) if call.is_inside else E
     n = call.x.new_empty(call.N, dtype=torch.int32)
@@ -408,15 +407,15 @@ def _forward_sweeps(
 
     rows.gather(layout, negatives=False, w=w, poison=poison)
     kernels.conr_forward_positives_kernel[grid](
-        layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"], E, s_sum, n,
-        call.N, call.K, call.D_pad, s.window, **common,
+        layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"],
+        poison, E, s_sum, n, call.N, call.K, call.D_pad, s.window, **common,
     )  # fmt: skip
     if call.is_confused:
         rows.gather(layout, negatives=True)
     kernels.conr_forward_negatives_kernel[grid](
         layout, rows.i["q"], rows.i["y"], rows.i["p"], rows.j["q"], rows.j["y"], rows.j["p"],
-        w, E, s_sum, n, poison, loss, stats, 
-        call.N, call.K, len(poison), call.D_pad, s.window, s.push_scale,
+        w, E, s_sum, n, loss, stats,
+        call.N, call.K, call.D_pad, s.window, s.push_scale,
         TINY=s.scales_by_distance and s.window < TINY_WINDOW, **call.row_flags, **common,
     )  # fmt: skip
 

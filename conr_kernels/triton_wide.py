@@ -5,15 +5,9 @@
 import triton
 import triton.language as tl
 
-from .triton_layout import segments
+from .triton_layout import segments, tile_at
 from .triton_math import LOG2E, dot, load_tile, pair_distance, scale_pair, similarity
 from .triton_sweeps import load_coefficients, negative_segments, negative_weights
-
-
-@triton.jit
-def _tile_of(u, a0, a1, b0):
-    """The u-th key tile of ``[a0, a1) ∪ [b0, …)``."""
-    return tl.where(u < a1 - a0, a0 + u, b0 + u - (a1 - a0))
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_programs"])
@@ -134,7 +128,7 @@ def conr_backward_wide_kernel(
                 else:
                     self_i = tl.load(self_ptr + i0 + rows)
             for u in range(n_here):
-                t = _tile_of(u0 + u, a0, a1, b0)
+                t = tile_at(u0 + u, a0, a1, b0, b1, b1)
                 j0 = tl.full((), t, tl.int64) * BLOCK_J
                 s_ij = similarity(
                     0, q_i_ptr + i0 * D_PAD, 0, q_j_ptr + j0 * D_PAD, width,
@@ -184,7 +178,7 @@ def conr_backward_wide_kernel(
                 if NEGATIVES or group > 0:
                     G = tl.load(G_ptrs, mask=is_row[:, None], other=0.0)
                 for v in range(n_here * STEPS):
-                    t = _tile_of(u0 + v // STEPS, a0, a1, b0)
+                    t = tile_at(u0 + v // STEPS, a0, a1, b0, b1, b1)
                     j0 = tl.full((), t, tl.int64) * BLOCK_J + v % STEPS * BLOCK_K
                     H_ij = tl.load(H_rows + v * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
                     q_j = load_tile(q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_G, UPCAST)

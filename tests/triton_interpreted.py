@@ -256,7 +256,8 @@ def test_non_finite_input_shows(case: Case, name: str) -> None:
     given[name].view(-1)[given[name].numel() // 3] = bad
     loss, gradient = case.run_triton(given)
     if name != "upstream":
-        assert not loss.isfinite().all()
+        row = given[name].numel() // 3 // (given[name].numel() // len(given[name]))
+        assert row >= case.N or not loss[row].isfinite()
         assert not loss.sum().isfinite()
     assert not gradient.isfinite().all()
 
