@@ -29,9 +29,9 @@ DENSE_PAIRS = 1024 * 1024
 DENSE_CHUNKS = 32
 DENSE_PROGRAMS = 512
 DENSE_PART = 4
-#: Programs of the wide backward kernel, and key tiles whose H_ij one of them keeps.
-WIDE_PROGRAMS = 264
-WIDE_GROUP = 8
+#: Keys whose H_ij a program of the wide backward kernel keeps, and what its rows are padded to.
+WIDE_KEYS = 1024
+WIDE_PAD = 128
 ROW_PAD = 128
 GATHER_ROWS = 32
 #: Below this window ``φ·exp(s)`` of a negative may underflow (exp(s) ≥ exp(−32)).
@@ -159,7 +159,7 @@ class _Call:
         self.is_dense = self.N * self.K <= DENSE_PAIRS
         self.arithmetic = arithmetic(x.dtype)
         self.D_bucket = bucket(self.D, self.arithmetic)
-        self.D_pad = self.D_bucket or 64 * math.ceil(self.D / 64)
+        self.D_pad = self.D_bucket or WIDE_PAD * math.ceil(self.D / WIDE_PAD)
         variant = s.variant
         #: √(log₂e/τ), the factor of every unit feature.
         self.scale = math.sqrt(math.log2(math.e) / s.temperature)
@@ -220,6 +220,14 @@ def architecture(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 100 if major >= 10 else 90 if major == 9 else 80
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; no bit of a result depends on it."""
+    if device.type != "cuda":
+        return 132  # the interpreter: an H200's
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _padded(n: int) -> int:
@@ -321,9 +329,8 @@ class _Sorted:
         )
 
     @property
-    def n_programs(self) -> int:
-        rows = _padded(self.call.K) + (_padded(self.call.N) if self.call.has_keys else 0)
-        return rows // GATHER_ROWS
+    def n_rows(self) -> int:
+        return _padded(self.call.K) + (_padded(self.call.N) if self.call.has_keys else 0)
 
     def gather(
         self, layout: Tensor, negatives: bool, w: Tensor | None = None, poison: Tensor | None = None
@@ -332,7 +339,7 @@ class _Sorted:
 
         call = self.call
         coef_j, coef_i = self.coef
-        conr_gather_kernel[(self.n_programs,)](
+        conr_gather_kernel[(self.n_rows // GATHER_ROWS,)](
             layout, call.key_x, call.key_y, call.key_p, coef_j, *self.j.values(),
             call.x, call.y, call.p, w, coef_i, *self.i.values(), poison,
             call.N, call.K, call.D_pad, *call.key_x.stride(), *call.x.stride(), call.scale,
@@ -388,7 +395,7 @@ def _forward_sweeps(
     chosen, s = call.config("forward"), call.settings
     _write_layout(call, layout)
     rows = _Sorted(call, None, None)
-    poison = call.x.new_empty(rows.n_programs, dtype=torch.float32)
+    poison = call.x.new_empty(rows.n_rows, dtype=torch.float32)
     E = call.x.new_empty(call.N, dtype=torch.float64)
     s_sum = torch.empty_like(E) if call.is_inside else E
     n = call.x.new_empty(call.N, dtype=torch.int32)
@@ -400,15 +407,15 @@ def _forward_sweeps(
 
     rows.gather(layout, negatives=False, w=w, poison=poison)
     kernels.conr_forward_positives_kernel[grid](
-        layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"], E, s_sum, n,
-        call.N, call.K, call.D_pad, s.window, **common,
+        layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"],
+        poison, E, s_sum, n, call.N, call.K, call.D_pad, s.window, **common,
     )  # fmt: skip
     if call.is_confused:
         rows.gather(layout, negatives=True)
     kernels.conr_forward_negatives_kernel[grid](
         layout, rows.i["q"], rows.i["y"], rows.i["p"], rows.j["q"], rows.j["y"], rows.j["p"],
-        w, E, s_sum, n, poison, loss, stats, 
-        call.N, call.K, len(poison), call.D_pad, s.window, s.push_scale,
+        w, E, s_sum, n, loss, stats,
+        call.N, call.K, call.D_pad, s.window, s.push_scale,
         TINY=s.scales_by_distance and s.window < TINY_WINDOW, **call.row_flags, **common,
     )  # fmt: skip
 
@@ -457,10 +464,14 @@ def _backward_wide(
 ) -> None:
     from .triton_wide import conr_backward_wide_kernel
 
-    s, x, chosen = call.settings, call.x, call.config("wide")
-    n_programs = min(WIDE_PROGRAMS, _tiles(call.N, chosen.BLOCK_I))
-    H_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else call.dtype
-    H = x.new_empty(n_programs * WIDE_GROUP * chosen.BLOCK_I * chosen.BLOCK_J, dtype=H_dtype)
+    s, x, chosen, product = call.settings, call.x, call.config("wide"), call.config("product")
+    columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
+    n_programs = processors(x.device) * 8 // chosen.num_warps
+    n_programs = min(n_programs, _tiles(call.N, chosen.BLOCK_I))
+    group = max(WIDE_KEYS // chosen.BLOCK_J, 1)
+    H = x.new_empty(n_programs * chosen.BLOCK_I * group * chosen.BLOCK_J)
+    # As many bits as the features': float16's range is kept by a factor for each row of a tile.
+    H_scale = x.new_empty(n_programs * group * chosen.BLOCK_I, dtype=call.dtype)
     G = x.new_empty((call.N, call.D_pad), dtype=call.dtype)
     radial = x.new_empty(call.N, dtype=call.dtype)
     for negatives in (False, True):
@@ -470,8 +481,9 @@ def _backward_wide(
             layout,
             *(rows.i[name] for name in ("q", "y", "p", "coef", "inverse")),
             *(rows.j[name] for name in ("q", "y", "p", "coef")),
-            x, H, G, radial, gradient, call.N, call.K, n_programs, call.D_pad, *x.stride(),
-            s.window, s.push_scale, kappa,
+            x, H, H_scale if common["RESCALE"] else None, G, radial, gradient,
+            call.N, call.K, n_programs, call.D_pad, *x.stride(), s.window, s.push_scale, kappa,
             NEGATIVES=negatives, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
-            CONFUSED=call.is_confused, GROUP=WIDE_GROUP, **common, **call.options(chosen),
+            CONFUSED=call.is_confused, GROUP=group, BLOCK_K=product.BLOCK_J, BLOCK_G=columns,
+            **common, **call.options(chosen),
         )  # fmt: skip

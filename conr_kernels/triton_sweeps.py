@@ -79,6 +79,7 @@ def conr_forward_positives_kernel(
     y_i_ptr,
     q_j_ptr,
     y_j_ptr,
+    poison_ptr,
     E_ptr,
     s_sum_ptr,
     n_ptr,
@@ -98,7 +99,10 @@ def conr_forward_positives_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``E_i = Σ_P exp(s_ij)`` or its logarithm, ``Σ_P s_ij`` and ``n_i``, in the caller's order."""
+    """``E_i = Σ_P exp(s_ij)`` or its logarithm, ``Σ_P s_ij`` and ``n_i``, in the caller's order.
+
+    A row that is not finite has n_i = −1; keys that are not are shared out to all rows.
+    """
     PAD: tl.constexpr = 128
     EXACT: tl.constexpr = L == 1
     LN2: tl.constexpr = 0.6931471805599453
@@ -164,13 +168,22 @@ def conr_forward_positives_kernel(
     is_row = row < n_anchors
     if EXACT:
         count = tl.load(hi_ptr + i0 + rows) - tl.load(lo_ptr + i0 + rows) - 1
+    if SAME:
+        poison = tl.load(poison_ptr + i0 + rows)
+    else:
+        poison = tl.load(poison_ptr + keys + i0 + rows)
+        of_keys = tl.zeros((BLOCK_I,), tl.float32)
+        for start in range(tile * BLOCK_I, keys, tl.num_programs(0) * BLOCK_I):
+            of_keys += tl.load(poison_ptr + start + rows, mask=start + rows < keys, other=0.0)
+        poison += tl.sum(of_keys, axis=0)
+    count = tl.where(poison == 0, count, -1)
     tl.store(n_ptr + row, count, mask=is_row)
     tl.store(E_ptr + row, sum_of(E, top, SHIFTED), mask=is_row)
     if INSIDE:
         tl.store(s_sum_ptr + row, s_sum.to(tl.float64) * LN2, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_poisons"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
 def conr_forward_negatives_kernel(
     layout_ptr,
     q_i_ptr,
@@ -183,12 +196,10 @@ def conr_forward_negatives_kernel(
     E_ptr,
     s_sum_ptr,
     n_ptr,
-    poison_ptr,
     loss_ptr,
     stats_ptr,
     n_anchors,
     n_keys,
-    n_poisons,
     width,
     h: tl.float64,
     push_scale: tl.float64,
@@ -270,11 +281,6 @@ def conr_forward_negatives_kernel(
             found |= tl.max(is_in.to(tl.int32), axis=1)
         B, top = add_exponentials(B, top, t_ij, phi_ij, is_in, SHIFTED, True)
 
-    poison = tl.zeros((BLOCK_I,), tl.float32)
-    for start in range(0, n_poisons, BLOCK_I):
-        poison += tl.load(poison_ptr + start + rows, mask=start + rows < n_poisons, other=0.0)
-    poison = tl.sum(poison, axis=0).to(tl.float64)
-
     order_ptr = layout_ptr + PAD + (0 if SAME else 2 * keys)
     if CONFUSED:
         order_ptr += tl.where(tl.load(layout_ptr) == 0, keys if SAME else anchors, 0)
@@ -288,6 +294,7 @@ def conr_forward_negatives_kernel(
     else:
         has_negative = total > 0
     n = tl.load(n_ptr + row, mask=is_row, other=0).to(tl.float64)
+    poison = tl.where(n < 0, float("nan"), 0.0).to(tl.float64)
     E = tl.load(E_ptr + row, mask=is_row, other=0.0)
     s_sum, w = tl.zeros_like(E), tl.full(E.shape, 1.0, tl.float64)
     if INSIDE:

@@ -140,12 +140,16 @@ class Case:
         return loss.detach(), features.grad
 
     def run_triton(self, given: dict) -> tuple[Tensor, Tensor]:
-        pairs = -1 if self.regime == "sweeps" else triton_backend.DENSE_PAIRS
+        """Regime "groups": sweeps whose wide backward kernel walks over anchor tiles and groups."""
+        pairs = triton_backend.DENSE_PAIRS if "dense" in self.regime else -1
+        keys, n_programs = (1, 1) if self.regime == "groups" else (triton_backend.WIDE_KEYS, 132)
         chunks = 0 if self.regime == "dense-split" else triton_backend.DENSE_CHUNKS
         with (
             mock.patch.object(triton_backend, "DENSE_PAIRS", pairs),
             mock.patch.object(triton_backend, "DENSE_CHUNKS", chunks),
             mock.patch.object(triton_backend, "DENSE_PART", 1 if chunks == 0 else 4),
+            mock.patch.object(triton_backend, "WIDE_KEYS", keys),
+            mock.patch.object(triton_backend, "processors", lambda device: n_programs),
             guarded_allocations(),
         ):
             return self.run("triton", self.dtype, given)
@@ -168,6 +172,9 @@ CASES = [
     *(Case(40, 20, v, K=50, regime=r)
       for v, r in itertools.product(("paper", "released-age", "contrastive"), ("sweeps", "dense"))),
     Case(33, 150, "released-age", K=40),
+    Case(140, 150, labels="ages", regime="groups"),
+    Case(130, 150, "released-age", K=20, labels="ages", regime="groups"),
+    Case(140, 130, "contrastive", regime="groups"),
     Case(40, 20, "released-depth", K=95, L=3, distance="rmse"),
     *(Case(70, 24, v, labels="decimal", window=0.2) for v in ("paper", "released-age")),
     Case(70, 24, "paper", labels="decimal", window=0.2, L=2, distance="rmse"),
@@ -194,6 +201,7 @@ HALVES = [
     *(Case(N, D, v, t, regime=r) for (N, D), v, t, r in itertools.product(
         ((33, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
+    Case(140, 257, dtype=F16, regime="groups"),
 ]  # fmt: skip
 
 
@@ -248,7 +256,8 @@ def test_non_finite_input_shows(case: Case, name: str) -> None:
     given[name].view(-1)[given[name].numel() // 3] = bad
     loss, gradient = case.run_triton(given)
     if name != "upstream":
-        assert not loss.isfinite().all()
+        row = given[name].numel() // 3 // (given[name].numel() // len(given[name]))
+        assert row >= case.N or not loss[row].isfinite()
         assert not loss.sum().isfinite()
     assert not gradient.isfinite().all()
 
