@@ -47,6 +47,8 @@ SMS, CLOCK = 132, 1.755e9
 ISSUE, MUFU, SHARED = 4, 16, 128
 L2_BANDWIDTH, L2_PORT, L2_BYTES, HBM_BANDWIDTH = 5.5e12, 64, 50e6, 4.8e12
 LATENCY = 600
+#: Full and edge tiles of a tile of anchors, where what they share is spread over them.
+TYPICAL = 32
 #: Registers, shared memory, threads and programs of one multiprocessor.
 REGISTERS, THREADS, PROGRAMS = 65_536, 2048, 32
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -119,7 +121,7 @@ class Model:
 
     def phases(self) -> dict[str, Phase]:
         """One pass through each kind of tile."""
-        found = self._phases(1, 1, self.l2_share(SMS))
+        found = self._phases(TYPICAL, TYPICAL, self.l2_share(SMS))
         return {kind: phase for kind, (phase, _) in found.items() if kind != "rest"}
 
     def _phases(self, full: int, edge: int, l2: float) -> dict[str, tuple[Phase, float]]:
@@ -200,7 +202,7 @@ class Model:
         """What bounds a kind of tile: a unit, or the latency of too few resident programs. A kernel
         without pairs has one kind, "rest", and memory for L2.
         """
-        phase = self._phases(1, 1, self.l2_share(SMS))[kind][0]
+        phase = self._phases(TYPICAL, TYPICAL, self.l2_share(SMS))[kind][0]
         unit, cycles = phase.busiest
         resident = self._filled if kind == "rest" else self.resident
         unit = "memory" if kind == "rest" and unit == "L2" else unit

@@ -53,9 +53,10 @@ def phases_of(
                 n = kinds[kind] if known is None else times * known
                 yield kind, list(_subtree(loop, given, n)), n
             elif loop.nest.has_pairs:
-                is_group = loop.nest.step == given.get("GROUP")
-                groups = math.ceil((full + edge) / loop.nest.step) if is_group else times
-                yield from walk(loop, groups)
+                # Around a group of tiles and its product, or around all tiles of the anchors.
+                is_group = any(child.nest.exponentials for child in loop.loops)
+                n_groups = math.ceil((full + edge) / given.get("GROUP", 1))
+                yield from walk(loop, max(n_groups, 1) if is_group else times)
             elif loop.nest.has_product:
                 n = full + edge if pairs or sweep_of(launch) else times
                 yield "product", list(_products(loop, given, times, n)), n
@@ -74,9 +75,10 @@ def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
         known = math.ceil(part / loop.nest.step) if part else None
     passes = times * known if known is not None else n * (times / max(times, 1))
     yield loop, passes
+    steps = given["BLOCK_J"] // given.get("BLOCK_K", given["BLOCK_J"])
     for child in loop.loops:
         inner = _trips(child.nest, given)
-        yield child, passes * inner if inner is not None else n * (known or 1)
+        yield child, passes * inner if inner is not None else n * (known or 1) * steps
 
 
 def _subtree(m: Matched, given: dict, times: float) -> Iterator[tuple[Matched, float]]:

@@ -28,9 +28,16 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MARK = 1024
 
 
-def candidates(kind: str, width: int, arithmetic: str) -> list[Config]:
+def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[Config]:
     """Tile shapes, chunks, warps and stages worth a look; ``width`` 0 for rows read in chunks."""
     double = arithmetic == "float64"
+    if kind == "product":  # the launch is that of "wide"
+        wide = triton_backend.config("wide", arch, width, arithmetic)
+        return [
+            replace(wide, BLOCK_J=block_j, BLOCK_D=block_d)
+            for block_j, block_d in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256))
+            if block_j <= wide.BLOCK_J and min(block_j, block_d) >= (16 if double else 32)
+        ]
     sides = (16, 32) if double else (32, 64, 128)
     is_dense = kind.startswith("dense")
     anchors = (16, 32) if is_dense else sides if double else (*sides, 256)
@@ -57,27 +64,28 @@ def judge(
     """The predicted microseconds of the kernels that read the configuration, and remarks; None and
     the reason where it is rejected.
     """
-    marked = replace(chosen, num_warps=chosen.num_warps + MARK)
     plain = triton_backend.config
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            mock.patch.object(
-                triton_backend, "config", lambda asked, *key: (
-                    marked if asked == kind else plain(asked, *key)
-                ),
-            )
-        )  # fmt: skip
-        if kind == "wide":
-            stack.enter_context(mock.patch.object(triton_backend, "bucket", lambda *_: 0))
-        launches = compiled.recorded_launches(
-            N, D, getattr(torch, arithmetic.split()[0]), arch, variant=variant,
-            precision="highest" if arithmetic.endswith("highest") else "high",
-        )  # fmt: skip
+    # The second phase of the wide kernel is launched with the first one's options.
+    carrier = "wide" if kind == "product" else kind
+
+    def launches(mark: int) -> list[compiled.Launch]:
+        def config(asked: str, *key) -> Config:
+            found = chosen if asked == kind else plain(asked, *key)
+            return replace(found, num_warps=found.num_warps + mark * (asked == carrier))
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(triton_backend, "config", config))
+            if carrier == "wide":
+                stack.enter_context(mock.patch.object(triton_backend, "bucket", lambda *_: 0))
+            return compiled.recorded_launches(
+                N, D, getattr(torch, arithmetic.split()[0]), arch, variant=variant,
+                precision="highest" if arithmetic.endswith("highest") else "high",
+            )  # fmt: skip
+
     total, remarks = 0.0, []
-    for launch in launches:
-        if launch.options.get("num_warps", 0) < MARK:
+    for launch, marked in zip(launches(0), launches(MARK), strict=True):
+        if marked.options.get("num_warps", 0) < MARK:
             continue
-        launch.options["num_warps"] -= MARK
         try:
             binary = compiled.compile_launch(launch, arch)
             code = machine_code(binary)
@@ -101,9 +109,9 @@ def judge(
 def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) -> None:
     """Prints the candidates, best first, and those that are rejected."""
     width = triton_backend.bucket(D, arithmetic)
-    if kind == "backward" and width == 0:
-        kind = "wide"
-    configs = candidates(kind, 0 if kind == "wide" else width, arithmetic)
+    kind = "wide" if kind == "backward" and width == 0 else kind
+    width = 0 if kind in ("wide", "product") else width
+    configs = candidates(kind, width, arithmetic, arch)
     results = []
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         jobs = [
@@ -111,7 +119,7 @@ def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) ->
         ]
         for job in tqdm(jobs, file=sys.stderr):
             results.append(job.result())
-    shipped = triton_backend.config(kind, arch, 0 if kind == "wide" else width, arithmetic)
+    shipped = triton_backend.config(kind, arch, width, arithmetic)
     results.sort(key=lambda result: (result[1] is None, result[1] or 0.0))
     print(f"{kind}, D = {D}, {arithmetic}, sm_{arch}, {variant}, N = {N}: predicted for an H200")
     for chosen, time, remark in results:

@@ -47,7 +47,7 @@ CONSTANTS = {
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
-                     "L_PAD", "GROUP")),
+                     "L_PAD", "GROUP", "BLOCK_K", "BLOCK_G")),
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {
