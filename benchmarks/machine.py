@@ -37,6 +37,8 @@ def opcode(instruction: str) -> str:
 
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;?\s*(?:/\*.*)?$")
+#: Loops are also left by calls that never return (sm_80).
+_JUMP = re.compile(r"(?:BRA|CALL\.REL\.NOINC).*`\((\.L_x_\d+)\)")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 
 
@@ -51,7 +53,7 @@ def machine_code(compiled) -> MachineCode:
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
         elif (found := _INSTRUCTION.match(line)) and found[2]:
-            if jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", found[2]):
+            if jump := _JUMP.search(found[2]):
                 jumps.append((len(instructions), jump[1]))
             instructions.append(found[2])
     counts = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
