@@ -201,6 +201,7 @@ HALVES = [
     *(Case(N, D, v, t, regime=r) for (N, D), v, t, r in itertools.product(
         ((33, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
+    *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
     Case(140, 257, dtype=F16, regime="groups"),
 ]  # fmt: skip
 
