@@ -55,11 +55,7 @@ _HALVES = {
         (80, None, (128, 64, None, 8, 2)),
         (None, None, (128, 128, None, 8, 2)),
     ],
-    "backward": [
-        (None, 256, (64, 64, None, 8, 2)),
-        (80, None, (64, 64, None, 8, 2)),
-        (None, None, (128, 64, None, 8, 2)),
-    ],
+    "backward": [(80, None, (64, 64, None, 8, 2)), (None, None, (128, 64, None, 8, 2))],
     "wide": [(90, None, (128, 128, 64, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
     "product": [(90, None, (128, 64, 128, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
     "dense": [
@@ -102,8 +98,10 @@ _FLOAT64 = {
     "dense": [(None, None, (16, 16, 32, 4, 1))],
     "dense backward": [(None, None, (16, 16, 32, 4, 1))],
 }
+#: Rescaled products are a second tile as wide as G in the registers.
+_FLOAT16 = {**_HALVES, "backward": [(None, 256, (64, 64, None, 8, 2)), *_HALVES["backward"]]}
 TABLE = {
-    "float16": _HALVES,
+    "float16": _FLOAT16,
     "bfloat16": _HALVES,
     "float32": _FLOAT32,
     "float32 highest": _FLOAT32_HIGHEST,

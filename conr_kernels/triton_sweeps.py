@@ -338,6 +338,58 @@ def add_product(G, H_ij, q_j, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UP
     return G
 
 
+@triton.jit
+def halves(G):
+    """The left and the right columns of a tile."""
+    parts = tl.reshape(G, (G.shape[0], 2, G.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
+def _store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
+    """Stores columns ``first …`` of G; as two bfloat16 summands where there is a G_rest."""
+    k = first + tl.arange(0, G.shape[1])
+    offsets = row[:, None] * D + k[None, :]
+    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
+    head = G.to(G_ptr.dtype.element_ty)
+    tl.store(G_ptr + offsets, head, mask=mask)
+    if G_rest_ptr is not None:
+        tl.store(G_rest_ptr + offsets, (G - head.to(G.dtype)).to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def _add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
+    """Adds what ``_store_sum`` stored."""
+    k = first + tl.arange(0, G.shape[1])
+    offsets = row[:, None] * D + k[None, :]
+    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
+    G += tl.load(G_ptr + offsets, mask=mask, other=0.0).to(G.dtype)
+    if G_rest_ptr is not None:
+        G += tl.load(G_rest_ptr + offsets, mask=mask, other=0.0).to(G.dtype)
+    return G
+
+
+@triton.jit
+def _unit_columns(
+    row, first, inverse, x_ptr, n_anchors, stride_n, stride_d, D: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    k = first + tl.arange(0, WIDTH)
+    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
+    offsets = row[:, None] * stride_n + k.to(tl.int64)[None, :] * stride_d
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(inverse.dtype) * inverse[:, None]
+
+
+@triton.jit
+def _store_gradient(
+    G, q, row, first, radial, inverse, poison, gradient_ptr, n_anchors, D: tl.constexpr
+):  # fmt: skip
+    k = first + tl.arange(0, G.shape[1])
+    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
+    G = (G - q * radial[:, None]) * inverse[:, None] + poison[:, None]
+    offsets = row[:, None] * D + k[None, :]
+    tl.store(gradient_ptr + offsets, G.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
 def conr_backward_positives_kernel(
     layout_ptr,
@@ -369,6 +421,7 @@ def conr_backward_positives_kernel(
     """``Σ_P H_ij q_j`` in the caller's order; as two bfloat16 summands where G is 16 bits wide."""
     PAD: tl.constexpr = 128
     EXACT: tl.constexpr = L == 1
+    IN_HALVES: tl.constexpr = BLOCK_D > 128
     tile = tl.program_id(0)
     keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
     order_i_ptr = layout_ptr + PAD + (0 if SAME else 2 * keys)
@@ -422,13 +475,12 @@ def conr_backward_positives_kernel(
         G = add_product(G, H_ij, q_j, RESCALE, PRECISION, UPCAST)
 
     row = tl.load(order_i_ptr + i0 + rows).to(tl.int64)
-    k = tl.arange(0, BLOCK_D)
-    offsets = row[:, None] * D + k[None, :]
-    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
-    head = G.to(G_ptr.dtype.element_ty)
-    tl.store(G_ptr + offsets, head, mask=mask)
-    if G_rest_ptr is not None:
-        tl.store(G_rest_ptr + offsets, (G - head.to(dtype)).to(tl.bfloat16), mask=mask)
+    if IN_HALVES:
+        left, right = halves(G)
+        _store_sum(left, row, 0, G_ptr, G_rest_ptr, n_anchors, D)
+        _store_sum(right, row, BLOCK_D // 2, G_ptr, G_rest_ptr, n_anchors, D)
+    else:
+        _store_sum(G, row, 0, G_ptr, G_rest_ptr, n_anchors, D)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
@@ -475,6 +527,7 @@ def conr_backward_negatives_kernel(
     """
     PAD: tl.constexpr = 128
     EXACT: tl.constexpr = L == 1
+    IN_HALVES: tl.constexpr = BLOCK_D > 128
     LOG2E: tl.constexpr = 1.4426950408889634
     tile = tl.program_id(0)
     keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
@@ -525,20 +578,38 @@ def conr_backward_negatives_kernel(
     if CONFUSED:
         order_ptr += tl.where(tl.load(layout_ptr) == 0, keys if SAME else anchors, 0)
     row = tl.load(order_ptr + i0 + rows).to(tl.int64)
-    k = tl.arange(0, BLOCK_D)
-    offsets = row[:, None] * D + k[None, :]
-    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
-    G += tl.load(G_ptr + offsets, mask=mask, other=0.0).to(dtype)
-    if G_rest_ptr is not None:
-        G += tl.load(G_rest_ptr + offsets, mask=mask, other=0.0).to(dtype)
-    x_offsets = row[:, None] * stride_n + k.to(tl.int64)[None, :] * stride_d
-    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(dtype)
     inverse = tl.load(inverse_i_ptr + i0 + rows)
-    q = x * inverse[:, None]
-    G *= tl.full((), kappa, dtype)
-    G -= q * tl.sum(q * G, axis=1)[:, None]
     poison = tl.zeros((BLOCK_I,), dtype)
     for c in tl.static_range(3):
         poison += tl.load(coef_i_ptr + c * anchors + i0 + rows) * 0
-    G = G * inverse[:, None] + poison[:, None]
-    tl.store(gradient_ptr + offsets, G.to(gradient_ptr.dtype.element_ty), mask=mask)
+    factor = tl.full((), kappa, dtype)
+    if IN_HALVES:
+        # A quarter's loads at a time: all at once would spill beside so wide a G.
+        WIDTH: tl.constexpr = BLOCK_D // 4
+        left, right = halves(G)
+        first, second = halves(left)
+        third, fourth = halves(right)
+        parts = (first, second, third, fourth)
+        radial = tl.zeros((BLOCK_I,), dtype)
+        done = ()
+        for c in tl.static_range(4):
+            part = _add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D) * factor
+            q = _unit_columns(
+                row, c * WIDTH, inverse, x_ptr, n_anchors, stride_n, stride_d, D, WIDTH
+            )
+            radial += tl.sum(q * part, axis=1)
+            done = done + (part,)
+            tl.debug_barrier()
+        for c in tl.static_range(4):
+            q = _unit_columns(
+                row, c * WIDTH, inverse, x_ptr, n_anchors, stride_n, stride_d, D, WIDTH
+            )
+            _store_gradient(
+                done[c], q, row, c * WIDTH, radial, inverse, poison, gradient_ptr, n_anchors, D
+            )
+            tl.debug_barrier()
+    else:
+        G = _add_sum(G, row, 0, G_ptr, G_rest_ptr, n_anchors, D) * factor
+        q = _unit_columns(row, 0, inverse, x_ptr, n_anchors, stride_n, stride_d, D, BLOCK_D)
+        radial = tl.sum(q * G, axis=1)
+        _store_gradient(G, q, row, 0, radial, inverse, poison, gradient_ptr, n_anchors, D)

@@ -201,6 +201,7 @@ HALVES = [
     *(Case(N, D, v, t, regime=r) for (N, D), v, t, r in itertools.product(
         ((33, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
+    *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
     Case(140, 257, dtype=F16, regime="groups"),
 ]  # fmt: skip
 
@@ -212,13 +213,18 @@ def test_error_is_within_three_times_eager_float32(case: Case) -> None:
     exact = case.run("reference", torch.float64, given)
     eager_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     eager = case.run("reference", eager_dtype, given)
-    unit = 1e-13 if case.dtype == torch.float64 else max(1e-6, 2**-24 / case.temperature)
     # Gradients times ‖x_i‖, so that every row counts; their sums have terms up to upstream/τ.
-    # Below τ = 0.06 one rounding of the exponent, 2⁻²⁴/τ, is more than a millionth.
     norm = given["x"][: case.N].double().norm(dim=1, keepdim=True)
     for name, ours, theirs, truth in zip(("loss", "gradient"), got, eager, exact, strict=True):
         if name == "gradient":
             ours, theirs, truth = ours * norm, theirs * norm, truth * norm
+        unit = 1e-13 if case.dtype == torch.float64 else 1e-6
+        if name == "gradient" and case.temperature < 0.01:
+            # exp(s_ij) has the relative error of the rounded exponent: log₂e·s_ij is kept in base 2
+            # up to log₂e/τ = 288, where half a last place is 2⁻¹⁶·ln 2 = 1.1e-5, and the product of
+            # features before it is rounded likewise. Eager's rounding is of that size too, but its
+            # own error is no bound: the largest exponents of a batch may round well in one of them.
+            unit = 2**-24 / case.temperature
         largest = truth.abs().max() + 1 / case.temperature
         allowed = 3 * (theirs.double() - truth).abs().max() + unit * largest
         error = (ours.double() - truth).abs().max()
