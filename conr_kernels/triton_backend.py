@@ -23,13 +23,15 @@ from .variants import Settings
 
 #: Up to this many pairs the kernels without a sort serve.
 DENSE_PAIRS = 1024 * 1024
-#: Columns that one program of them reads, and the most numbers in their workspace of partial
-#: products.
-DENSE_COLUMNS = 4096
-DENSE_WORKSPACE = 2**24
-#: Programs of the wide backward kernel, and key tiles whose H_ij one of them keeps.
-WIDE_PROGRAMS = 264
-WIDE_GROUP = 8
+#: Chunks of columns that one program of their forward kernel reads; where it would be more, a
+#: launch before it splits tiles and D over about DENSE_PROGRAMS programs, DENSE_PART chunks at
+#: least each.
+DENSE_CHUNKS = 32
+DENSE_PROGRAMS = 512
+DENSE_PART = 4
+#: Keys whose H_ij a program of the wide backward kernel keeps, and what its rows are padded to.
+WIDE_KEYS = 1024
+WIDE_PAD = 128
 ROW_PAD = 128
 GATHER_ROWS = 32
 #: Below this window ``φ·exp(s)`` of a negative may underflow (exp(s) ≥ exp(−32)).
@@ -78,11 +80,12 @@ def interpreted() -> bool:
 
 
 def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
-    """A head (the choice of sweep), both orders of keys and anchors, the anchors' places, the
-    bands.
+    """Few pairs: s_ij and the inverse norms. Else a head (the choice of sweep), both orders of keys
+    and anchors, the anchors' places, the bands.
     """
     if n_anchors * n_keys <= DENSE_PAIRS:
-        return 0
+        numbers = n_anchors * _row_of_s(n_keys) + n_anchors + n_keys
+        return numbers * (2 if dtype == torch.float64 else 1)
     return ROW_PAD + 2 * _padded(n_keys) + 7 * _padded(n_anchors)
 
 
@@ -95,7 +98,9 @@ def forward(
     self_offset: int,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses [N], row statistics (rows.py), and orders and bands for the backward pass."""
+    """Row losses [N], row statistics (rows.py), and what ``layout_size`` says for the backward
+    pass.
+    """
     call = _Call(x, y, p, keys, self_offset, settings)
     loss = x.new_empty(call.N, dtype=call.dtype)
     stats = x.new_empty((call.N, 3 if settings.exponent_is_small else 5), dtype=call.dtype)
@@ -104,7 +109,7 @@ def forward(
         w = None if w is None else w.contiguous()
         with call.device_guard():
             if call.is_dense:
-                _forward_dense(call, w, loss, stats)
+                _forward_dense(call, w, loss, stats, layout)
             else:
                 _forward_sweeps(call, w, loss, stats, layout)
     return loss, stats, layout
@@ -129,7 +134,7 @@ def backward(
         coef_j = coef_i if coef_j is None else coef_j.contiguous()
         with call.device_guard():
             if call.is_dense:
-                _backward_dense(call, coef_i, coef_j, gradient)
+                _backward_dense(call, coef_i, coef_j, layout, gradient)
             else:
                 _backward_sweeps(call, coef_i, coef_j, layout, gradient)
     return gradient
@@ -154,7 +159,7 @@ class _Call:
         self.is_dense = self.N * self.K <= DENSE_PAIRS
         self.arithmetic = arithmetic(x.dtype)
         self.D_bucket = bucket(self.D, self.arithmetic)
-        self.D_pad = self.D_bucket or 64 * math.ceil(self.D / 64)
+        self.D_pad = self.D_bucket or WIDE_PAD * math.ceil(self.D / WIDE_PAD)
         variant = s.variant
         #: √(log₂e/τ), the factor of every unit feature.
         self.scale = math.sqrt(math.log2(math.e) / s.temperature)
@@ -217,70 +222,88 @@ def architecture(device: torch.device) -> int:
     return 100 if major >= 10 else 90 if major == 9 else 80
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; no bit of a result depends on it."""
+    if device.type != "cuda":
+        return 132  # the interpreter: an H200's
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _padded(n: int) -> int:
     return math.ceil(n / ROW_PAD) * ROW_PAD
+
+
+def _row_of_s(n_keys: int) -> int:
+    """The stride of the kept s_ij: rows that start on 64 bytes are read 16 bytes at a time."""
+    return math.ceil(n_keys / 16) * 16
 
 
 def _tiles(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def _gram(call: _Call, chosen: Config, precision_: str) -> tuple[Tensor | None, int]:
-    """Partial products of the rows where D is too large for one program; None elsewhere."""
+def _gram(call: _Call, chosen: Config) -> tuple[Tensor | None, int]:
+    """Partial products of the rows where they are too many for one program; None elsewhere."""
     from . import triton_dense
 
-    tiles_j = _tiles(call.K, chosen.BLOCK_J)
-    n_tiles = _tiles(call.N, chosen.BLOCK_I) * tiles_j
-    size = chosen.BLOCK_I * chosen.BLOCK_J + chosen.BLOCK_I + chosen.BLOCK_J
-    n_parts = min(_tiles(call.D, DENSE_COLUMNS), max(DENSE_WORKSPACE // (n_tiles * size), 1))
-    if n_parts == 1:
+    tiles_j, chunks = _tiles(call.K, chosen.BLOCK_J), _tiles(call.D, chosen.BLOCK_D)
+    if chunks == 1 or tiles_j * chunks <= DENSE_CHUNKS:
         return None, 1
-    chunk = _tiles(_tiles(call.D, n_parts), chosen.BLOCK_D) * chosen.BLOCK_D
-    n_parts = _tiles(call.D, chunk)
+    n_tiles = _tiles(call.N, chosen.BLOCK_I) * tiles_j
+    n_parts = min(_tiles(DENSE_PROGRAMS, n_tiles), _tiles(chunks, DENSE_PART))
+    per_part = _tiles(chunks, n_parts)
+    n_parts = _tiles(chunks, per_part)
+    size = chosen.BLOCK_I * chosen.BLOCK_J + chosen.BLOCK_I + chosen.BLOCK_J
     gram = call.x.new_empty(n_parts * n_tiles * size, dtype=call.dtype)
     triton_dense.conr_gram_kernel[(n_tiles * n_parts,)](
-        call.x, call.key_x, gram, call.N, call.K, *call.strides(), tiles_j, chunk,
-        D=call.D, PRECISION=precision_, UPCAST=call.pair_flags["UPCAST"],
+        call.x, call.key_x, gram, call.N, call.K, *call.strides(), tiles_j, per_part, call.D,
+        D=call.D, PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"],
         **chosen.tiles, **chosen.launch,
     )  # fmt: skip
     return gram, n_parts
 
 
-def _forward_dense(call: _Call, w: Tensor | None, loss: Tensor, stats: Tensor) -> None:
+def _forward_dense(
+    call: _Call, w: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor
+) -> None:
     from . import triton_dense
 
     chosen, s = call.config("dense"), call.settings
-    gram, n_parts = _gram(call, chosen, call.pair_flags["PRECISION"])
+    gram, n_parts = _gram(call, chosen)
     triton_dense.conr_forward_dense_kernel[(_tiles(call.N, chosen.BLOCK_I),)](
         call.x, call.y, call.p, w, call.key_x, call.key_y, call.key_p, gram, loss, stats,
-        call.N, call.K, call.self_offset, *call.strides(), _tiles(call.K, chosen.BLOCK_J),
-        n_parts, call.D,
+        layout.view(call.dtype),
+        call.N, call.K, call.self_offset, *call.strides(), _row_of_s(call.K),
+        _tiles(call.K, chosen.BLOCK_J), n_parts, call.D,
         s.window, s.push_scale, call.scale * call.scale,
         D=call.D, INSIDE=call.is_inside, **call.pair_flags, **call.row_flags,
         **call.options(chosen),
     )  # fmt: skip
 
 
-def _backward_dense(call: _Call, coef_i: Tensor, coef_j: Tensor, gradient: Tensor) -> None:
+def _backward_dense(
+    call: _Call, coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor
+) -> None:
     from . import triton_dense
 
-    chosen, s = call.config("dense"), call.settings
-    gram, n_parts = _gram(call, chosen, call.pair_flags["PRECISION"])
-    tiles_i, tiles_j = _tiles(call.N, chosen.BLOCK_I), _tiles(call.K, chosen.BLOCK_J)
-    pairs = call.x.new_empty((call.N, call.K), dtype=call.dtype)
+    s, of_pairs, chosen = call.settings, call.config("dense"), call.config("dense backward")
+    kept, stride = layout.view(call.dtype), _row_of_s(call.K)
+    tiles_i, tiles_j = _tiles(call.N, of_pairs.BLOCK_I), _tiles(call.K, of_pairs.BLOCK_J)
+    W = call.x.new_empty((call.N, stride), dtype=call.dtype)
     radial = call.x.new_empty((call.N, tiles_j), dtype=call.dtype)
-    inverse = call.x.new_empty(call.N, dtype=call.dtype)
+    fusion = {"enable_fp_fusion": False} if call.pair_flags["RMSE"] else {}
     triton_dense.conr_pair_gradient_kernel[(tiles_i * tiles_j,)](
-        call.x, call.y, call.p, coef_i, call.key_x, call.key_y, call.key_p, coef_j, gram,
-        pairs, radial, inverse,
-        call.N, call.K, call.self_offset, *call.strides(), tiles_j, n_parts, call.D,
-        s.window, s.push_scale, call.scale * call.scale,
-        D=call.D, INSIDE=call.is_inside, PUSHING=s.variant.pushing, CONFUSED=call.is_confused,
-        **call.pair_flags, **call.options(chosen),
+        call.y, call.p, coef_i, call.key_y, call.key_p, coef_j, kept, W, radial,
+        call.N, call.K, call.self_offset, stride, tiles_j, s.window, s.push_scale,
+        INSIDE=call.is_inside, PUSHING=s.variant.pushing, CONFUSED=call.is_confused,
+        **{name: call.pair_flags[name] for name in ("L", "RMSE", "SHIFTED")},
+        BLOCK_I=of_pairs.BLOCK_I, BLOCK_J=of_pairs.BLOCK_J, num_warps=of_pairs.num_warps, **fusion,
     )  # fmt: skip
-    triton_dense.conr_feature_gradient_kernel[(tiles_i * _tiles(call.D, chosen.BLOCK_D),)](
-        call.x, coef_i, call.key_x, pairs, radial, inverse, gradient,
-        call.N, call.K, *call.strides(), tiles_j, 1 / s.temperature,
+    chunks = _tiles(call.D, chosen.BLOCK_D)
+    triton_dense.conr_feature_gradient_kernel[(_tiles(call.N, chosen.BLOCK_I) * chunks,)](
+        call.x, coef_i, call.key_x, kept, W, radial, gradient,
+        call.N, call.K, *call.strides(), stride, tiles_j, 1 / s.temperature,
         D=call.D, COLUMNS=coef_i.shape[1], PRECISION=call.pair_flags["PRECISION"],
         **chosen.tiles, **chosen.launch,
     )  # fmt: skip
@@ -306,9 +329,8 @@ class _Sorted:
         )
 
     @property
-    def n_programs(self) -> int:
-        rows = _padded(self.call.K) + (_padded(self.call.N) if self.call.has_keys else 0)
-        return rows // GATHER_ROWS
+    def n_rows(self) -> int:
+        return _padded(self.call.K) + (_padded(self.call.N) if self.call.has_keys else 0)
 
     def gather(
         self, layout: Tensor, negatives: bool, w: Tensor | None = None, poison: Tensor | None = None
@@ -317,7 +339,7 @@ class _Sorted:
 
         call = self.call
         coef_j, coef_i = self.coef
-        conr_gather_kernel[(self.n_programs,)](
+        conr_gather_kernel[(self.n_rows // GATHER_ROWS,)](
             layout, call.key_x, call.key_y, call.key_p, coef_j, *self.j.values(),
             call.x, call.y, call.p, w, coef_i, *self.i.values(), poison,
             call.N, call.K, call.D_pad, *call.key_x.stride(), *call.x.stride(), call.scale,
@@ -373,7 +395,7 @@ def _forward_sweeps(
     chosen, s = call.config("forward"), call.settings
     _write_layout(call, layout)
     rows = _Sorted(call, None, None)
-    poison = call.x.new_empty(rows.n_programs, dtype=torch.float32)
+    poison = call.x.new_empty(rows.n_rows, dtype=torch.float32)
     E = call.x.new_empty(call.N, dtype=torch.float64)
     s_sum = torch.empty_like(E) if call.is_inside else E
     n = call.x.new_empty(call.N, dtype=torch.int32)
@@ -385,15 +407,15 @@ def _forward_sweeps(
 
     rows.gather(layout, negatives=False, w=w, poison=poison)
     kernels.conr_forward_positives_kernel[grid](
-        layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"], E, s_sum, n,
-        call.N, call.K, call.D_pad, s.window, **common,
+        layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"],
+        poison, E, s_sum, n, call.N, call.K, call.D_pad, s.window, **common,
     )  # fmt: skip
     if call.is_confused:
         rows.gather(layout, negatives=True)
     kernels.conr_forward_negatives_kernel[grid](
         layout, rows.i["q"], rows.i["y"], rows.i["p"], rows.j["q"], rows.j["y"], rows.j["p"],
-        w, E, s_sum, n, poison, loss, stats, 
-        call.N, call.K, len(poison), call.D_pad, s.window, s.push_scale,
+        w, E, s_sum, n, loss, stats,
+        call.N, call.K, call.D_pad, s.window, s.push_scale,
         TINY=s.scales_by_distance and s.window < TINY_WINDOW, **call.row_flags, **common,
     )  # fmt: skip
 
@@ -442,10 +464,14 @@ def _backward_wide(
 ) -> None:
     from .triton_wide import conr_backward_wide_kernel
 
-    s, x, chosen = call.settings, call.x, call.config("wide")
-    n_programs = min(WIDE_PROGRAMS, _tiles(call.N, chosen.BLOCK_I))
-    H_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else call.dtype
-    H = x.new_empty(n_programs * WIDE_GROUP * chosen.BLOCK_I * chosen.BLOCK_J, dtype=H_dtype)
+    s, x, chosen, product = call.settings, call.x, call.config("wide"), call.config("product")
+    columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
+    n_programs = processors(x.device) * 8 // chosen.num_warps
+    n_programs = min(n_programs, _tiles(call.N, chosen.BLOCK_I))
+    group = max(WIDE_KEYS // chosen.BLOCK_J, 1)
+    H = x.new_empty(n_programs * chosen.BLOCK_I * group * chosen.BLOCK_J)
+    # As many bits as the features': float16's range is kept by a factor for each row of a tile.
+    H_scale = x.new_empty(n_programs * group * chosen.BLOCK_I, dtype=call.dtype)
     G = x.new_empty((call.N, call.D_pad), dtype=call.dtype)
     radial = x.new_empty(call.N, dtype=call.dtype)
     for negatives in (False, True):
@@ -455,8 +481,9 @@ def _backward_wide(
             layout,
             *(rows.i[name] for name in ("q", "y", "p", "coef", "inverse")),
             *(rows.j[name] for name in ("q", "y", "p", "coef")),
-            x, H, G, radial, gradient, call.N, call.K, n_programs, call.D_pad, *x.stride(),
-            s.window, s.push_scale, kappa,
+            x, H, H_scale if common["RESCALE"] else None, G, radial, gradient,
+            call.N, call.K, n_programs, call.D_pad, *x.stride(), s.window, s.push_scale, kappa,
             NEGATIVES=negatives, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
-            CONFUSED=call.is_confused, GROUP=WIDE_GROUP, **common, **call.options(chosen),
+            CONFUSED=call.is_confused, GROUP=group, BLOCK_K=product.BLOCK_J, BLOCK_G=columns,
+            **common, **call.options(chosen),
         )  # fmt: skip

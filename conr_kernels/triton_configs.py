@@ -31,7 +31,9 @@ class Config:
 
 #: Largest D whose gradient tile stays in the registers.
 REGISTER_D = {"float16": 256, "bfloat16": 256, "float32": 128, "float32 highest": 64, "float64": 64}
-KINDS = ("forward", "backward", "wide", "dense")
+#: "dense backward" multiplies tiles as wide as those of "dense"; "product" is the second phase of
+#: "wide", of the same BLOCK_I and launch: BLOCK_J keys a step into BLOCK_D columns.
+KINDS = ("forward", "backward", "wide", "product", "dense", "dense backward")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
 
@@ -53,19 +55,28 @@ _HALVES = {
         (80, None, (128, 64, None, 8, 2)),
         (None, None, (128, 128, None, 8, 2)),
     ],
-    "backward": [
-        (None, 256, (64, 64, None, 8, 2)),
-        (80, None, (64, 64, None, 8, 2)),
-        (None, None, (128, 64, None, 8, 2)),
+    "backward": [(80, None, (64, 64, None, 8, 2)), (None, None, (128, 64, None, 8, 2))],
+    "wide": [(90, None, (128, 128, 64, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
+    "product": [(90, None, (128, 64, 128, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
+    "dense": [
+        (None, 16, (16, 64, 16, 4, 2)),
+        (None, 32, (16, 64, 32, 4, 2)),
+        (None, 128, (16, 64, 128, 4, 2)),
+        (None, None, (16, 64, 64, 4, 2)),
     ],
-    "wide": [(None, None, (64, 64, 64, 4, 2))],
-    "dense": [(None, None, (16, 64, 64, 4, 2))],
+    "dense backward": [(None, 0, (16, 64, 128, 4, 3)), (None, None, (16, 64, 32, 4, 3))],
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
     "backward": [(100, None, (64, 64, None, 8, 2)), (None, None, (64, 64, None, 4, 2))],
-    "wide": [(None, None, (64, 32, 32, 4, 2))],
-    "dense": [(None, None, (16, 32, 32, 4, 2))],
+    "wide": [
+        (90, None, (128, 128, 32, 8, 3)),
+        (80, None, (64, 64, 32, 4, 3)),
+        (None, None, (64, 32, 32, 4, 3)),
+    ],
+    "product": [(90, None, (128, 32, 128, 8, 3)), (None, None, (64, 32, 64, 4, 3))],
+    "dense": [(None, None, (16, 32, 64, 4, 2))],
+    "dense backward": [(None, 0, (16, 32, 128, 4, 3)), (None, None, (16, 32, 32, 4, 3))],
 }
 _FLOAT32_HIGHEST = {
     "forward": [
@@ -74,17 +85,23 @@ _FLOAT32_HIGHEST = {
         (None, None, (64, 64, None, 4, 2)),
     ],
     "backward": [(80, None, (32, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
-    "wide": [(None, None, (64, 32, 32, 4, 2))],
+    "wide": [(80, None, (64, 32, 32, 4, 2)), (None, None, (64, 64, 32, 4, 2))],
+    "product": [(None, None, (64, 32, 32, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
+    "dense backward": [(None, 0, (16, 32, 128, 4, 3)), (None, None, (16, 32, 32, 4, 3))],
 }
 _FLOAT64 = {
     "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
     "backward": [(100, None, (16, 16, None, 2, 1)), (None, None, (16, 16, None, 4, 1))],
     "wide": [(None, None, (16, 16, 32, 4, 1))],
+    "product": [(None, None, (16, 16, 32, 4, 1))],
     "dense": [(None, None, (16, 16, 32, 4, 1))],
+    "dense backward": [(None, None, (16, 16, 32, 4, 1))],
 }
+#: Rescaled products are a second tile as wide as G in the registers.
+_FLOAT16 = {**_HALVES, "backward": [(None, 256, (64, 64, None, 8, 2)), *_HALVES["backward"]]}
 TABLE = {
-    "float16": _HALVES,
+    "float16": _FLOAT16,
     "bfloat16": _HALVES,
     "float32": _FLOAT32,
     "float32 highest": _FLOAT32_HIGHEST,

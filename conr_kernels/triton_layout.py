@@ -285,7 +285,7 @@ def _gather_tile(
         w = tl.load(w_ptr + rows, mask=is_row, other=0.0)
         poison += (w * 0).to(tl.float32)
     if poison_ptr is not None:
-        tl.store(poison_ptr, tl.sum(poison, axis=0))
+        tl.store(poison_ptr + here, poison)
     if coef_ptr is not None:
         coef_ptrs, sorted_ptrs = coef_ptr + rows * COLUMNS, sorted_coef_ptr + here
         beta = tl.load(coef_ptrs + 1, mask=is_row, other=0.0)
@@ -340,6 +340,7 @@ def conr_gather_kernel(
     CHUNK: tl.constexpr,
 ):
     """Unit features times the scale, labels and coefficients in one order; a program per ROWS rows.
+    Poison, 0 or NaN, shows what is not finite in a row: of the keys, then of the anchors.
 
     The order of the labels, or for the negatives that of the predictions; where the choice fell on
     the order of the labels, the copies made for the positives serve the negatives too.
@@ -354,27 +355,27 @@ def conr_gather_kernel(
         is_stale = tl.load(layout_ptr) == 0
         order_ptr += keys
         order_i_ptr += anchors
-    poison_at = None if poison_ptr is None else poison_ptr + pid
     if is_stale:
         if HAS_KEYS:
             n_programs = keys // ROWS
             if pid < n_programs:
                 _gather_tile(
                     pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, None, key_coef_ptr,
-                    q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_at,
+                    q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_ptr,
                     n_keys, width, key_stride_n, key_stride_d, scale,
                     D, D_PAD, L, COLUMNS, ROWS, CHUNK,
                 )  # fmt: skip
             else:
+                anchor_poison_ptr = None if poison_ptr is None else poison_ptr + keys
                 _gather_tile(
                     pid - n_programs, order_i_ptr, x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr,
-                    q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, poison_at,
+                    q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, anchor_poison_ptr,
                     n_anchors, width, stride_n, stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
                 )  # fmt: skip
         else:
             _gather_tile(
                 pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, w_ptr, key_coef_ptr,
-                q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_at,
+                q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_ptr,
                 n_keys, width, key_stride_n, key_stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
             )  # fmt: skip
 

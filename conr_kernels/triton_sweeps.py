@@ -79,6 +79,7 @@ def conr_forward_positives_kernel(
     y_i_ptr,
     q_j_ptr,
     y_j_ptr,
+    poison_ptr,
     E_ptr,
     s_sum_ptr,
     n_ptr,
@@ -98,7 +99,10 @@ def conr_forward_positives_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``E_i = Σ_P exp(s_ij)`` or its logarithm, ``Σ_P s_ij`` and ``n_i``, in the caller's order."""
+    """``E_i = Σ_P exp(s_ij)`` or its logarithm, ``Σ_P s_ij`` and ``n_i``, in the caller's order.
+
+    A row that is not finite has n_i = −1; keys that are not are shared out to all rows.
+    """
     PAD: tl.constexpr = 128
     EXACT: tl.constexpr = L == 1
     LN2: tl.constexpr = 0.6931471805599453
@@ -164,13 +168,22 @@ def conr_forward_positives_kernel(
     is_row = row < n_anchors
     if EXACT:
         count = tl.load(hi_ptr + i0 + rows) - tl.load(lo_ptr + i0 + rows) - 1
+    if SAME:
+        poison = tl.load(poison_ptr + i0 + rows)
+    else:
+        poison = tl.load(poison_ptr + keys + i0 + rows)
+        of_keys = tl.zeros((BLOCK_I,), tl.float32)
+        for start in range(tile * BLOCK_I, keys, tl.num_programs(0) * BLOCK_I):
+            of_keys += tl.load(poison_ptr + start + rows, mask=start + rows < keys, other=0.0)
+        poison += tl.sum(of_keys, axis=0)
+    count = tl.where(poison == 0, count, -1)
     tl.store(n_ptr + row, count, mask=is_row)
     tl.store(E_ptr + row, sum_of(E, top, SHIFTED), mask=is_row)
     if INSIDE:
         tl.store(s_sum_ptr + row, s_sum.to(tl.float64) * LN2, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_poisons"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
 def conr_forward_negatives_kernel(
     layout_ptr,
     q_i_ptr,
@@ -183,12 +196,10 @@ def conr_forward_negatives_kernel(
     E_ptr,
     s_sum_ptr,
     n_ptr,
-    poison_ptr,
     loss_ptr,
     stats_ptr,
     n_anchors,
     n_keys,
-    n_poisons,
     width,
     h: tl.float64,
     push_scale: tl.float64,
@@ -270,11 +281,6 @@ def conr_forward_negatives_kernel(
             found |= tl.max(is_in.to(tl.int32), axis=1)
         B, top = add_exponentials(B, top, t_ij, phi_ij, is_in, SHIFTED, True)
 
-    poison = tl.zeros((BLOCK_I,), tl.float32)
-    for start in range(0, n_poisons, BLOCK_I):
-        poison += tl.load(poison_ptr + start + rows, mask=start + rows < n_poisons, other=0.0)
-    poison = tl.sum(poison, axis=0).to(tl.float64)
-
     order_ptr = layout_ptr + PAD + (0 if SAME else 2 * keys)
     if CONFUSED:
         order_ptr += tl.where(tl.load(layout_ptr) == 0, keys if SAME else anchors, 0)
@@ -288,6 +294,7 @@ def conr_forward_negatives_kernel(
     else:
         has_negative = total > 0
     n = tl.load(n_ptr + row, mask=is_row, other=0).to(tl.float64)
+    poison = tl.where(n < 0, float("nan"), 0.0).to(tl.float64)
     E = tl.load(E_ptr + row, mask=is_row, other=0.0)
     s_sum, w = tl.zeros_like(E), tl.full(E.shape, 1.0, tl.float64)
     if INSIDE:
@@ -331,6 +338,58 @@ def add_product(G, H_ij, q_j, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UP
     return G
 
 
+@triton.jit
+def halves(G):
+    """The left and the right columns of a tile."""
+    parts = tl.reshape(G, (G.shape[0], 2, G.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
+def _store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
+    """Stores columns ``first …`` of G; as two bfloat16 summands where there is a G_rest."""
+    k = first + tl.arange(0, G.shape[1])
+    offsets = row[:, None] * D + k[None, :]
+    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
+    head = G.to(G_ptr.dtype.element_ty)
+    tl.store(G_ptr + offsets, head, mask=mask)
+    if G_rest_ptr is not None:
+        tl.store(G_rest_ptr + offsets, (G - head.to(G.dtype)).to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def _add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
+    """Adds what ``_store_sum`` stored."""
+    k = first + tl.arange(0, G.shape[1])
+    offsets = row[:, None] * D + k[None, :]
+    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
+    G += tl.load(G_ptr + offsets, mask=mask, other=0.0).to(G.dtype)
+    if G_rest_ptr is not None:
+        G += tl.load(G_rest_ptr + offsets, mask=mask, other=0.0).to(G.dtype)
+    return G
+
+
+@triton.jit
+def _unit_columns(
+    row, first, inverse, x_ptr, n_anchors, stride_n, stride_d, D: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    k = first + tl.arange(0, WIDTH)
+    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
+    offsets = row[:, None] * stride_n + k.to(tl.int64)[None, :] * stride_d
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(inverse.dtype) * inverse[:, None]
+
+
+@triton.jit
+def _store_gradient(
+    G, q, row, first, radial, inverse, poison, gradient_ptr, n_anchors, D: tl.constexpr
+):  # fmt: skip
+    k = first + tl.arange(0, G.shape[1])
+    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
+    G = (G - q * radial[:, None]) * inverse[:, None] + poison[:, None]
+    offsets = row[:, None] * D + k[None, :]
+    tl.store(gradient_ptr + offsets, G.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
 def conr_backward_positives_kernel(
     layout_ptr,
@@ -362,6 +421,7 @@ def conr_backward_positives_kernel(
     """``Σ_P H_ij q_j`` in the caller's order; as two bfloat16 summands where G is 16 bits wide."""
     PAD: tl.constexpr = 128
     EXACT: tl.constexpr = L == 1
+    IN_HALVES: tl.constexpr = BLOCK_D > 128
     tile = tl.program_id(0)
     keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
     order_i_ptr = layout_ptr + PAD + (0 if SAME else 2 * keys)
@@ -415,13 +475,12 @@ def conr_backward_positives_kernel(
         G = add_product(G, H_ij, q_j, RESCALE, PRECISION, UPCAST)
 
     row = tl.load(order_i_ptr + i0 + rows).to(tl.int64)
-    k = tl.arange(0, BLOCK_D)
-    offsets = row[:, None] * D + k[None, :]
-    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
-    head = G.to(G_ptr.dtype.element_ty)
-    tl.store(G_ptr + offsets, head, mask=mask)
-    if G_rest_ptr is not None:
-        tl.store(G_rest_ptr + offsets, (G - head.to(dtype)).to(tl.bfloat16), mask=mask)
+    if IN_HALVES:
+        left, right = halves(G)
+        _store_sum(left, row, 0, G_ptr, G_rest_ptr, n_anchors, D)
+        _store_sum(right, row, BLOCK_D // 2, G_ptr, G_rest_ptr, n_anchors, D)
+    else:
+        _store_sum(G, row, 0, G_ptr, G_rest_ptr, n_anchors, D)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
@@ -468,6 +527,7 @@ def conr_backward_negatives_kernel(
     """
     PAD: tl.constexpr = 128
     EXACT: tl.constexpr = L == 1
+    IN_HALVES: tl.constexpr = BLOCK_D > 128
     LOG2E: tl.constexpr = 1.4426950408889634
     tile = tl.program_id(0)
     keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
@@ -518,20 +578,38 @@ def conr_backward_negatives_kernel(
     if CONFUSED:
         order_ptr += tl.where(tl.load(layout_ptr) == 0, keys if SAME else anchors, 0)
     row = tl.load(order_ptr + i0 + rows).to(tl.int64)
-    k = tl.arange(0, BLOCK_D)
-    offsets = row[:, None] * D + k[None, :]
-    mask = (row < n_anchors)[:, None] & (k < D)[None, :]
-    G += tl.load(G_ptr + offsets, mask=mask, other=0.0).to(dtype)
-    if G_rest_ptr is not None:
-        G += tl.load(G_rest_ptr + offsets, mask=mask, other=0.0).to(dtype)
-    x_offsets = row[:, None] * stride_n + k.to(tl.int64)[None, :] * stride_d
-    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(dtype)
     inverse = tl.load(inverse_i_ptr + i0 + rows)
-    q = x * inverse[:, None]
-    G *= tl.full((), kappa, dtype)
-    G -= q * tl.sum(q * G, axis=1)[:, None]
     poison = tl.zeros((BLOCK_I,), dtype)
     for c in tl.static_range(3):
         poison += tl.load(coef_i_ptr + c * anchors + i0 + rows) * 0
-    G = G * inverse[:, None] + poison[:, None]
-    tl.store(gradient_ptr + offsets, G.to(gradient_ptr.dtype.element_ty), mask=mask)
+    factor = tl.full((), kappa, dtype)
+    if IN_HALVES:
+        # A quarter's loads at a time: all at once would spill beside so wide a G.
+        WIDTH: tl.constexpr = BLOCK_D // 4
+        left, right = halves(G)
+        first, second = halves(left)
+        third, fourth = halves(right)
+        parts = (first, second, third, fourth)
+        radial = tl.zeros((BLOCK_I,), dtype)
+        done = ()
+        for c in tl.static_range(4):
+            part = _add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D) * factor
+            q = _unit_columns(
+                row, c * WIDTH, inverse, x_ptr, n_anchors, stride_n, stride_d, D, WIDTH
+            )
+            radial += tl.sum(q * part, axis=1)
+            done = done + (part,)
+            tl.debug_barrier()
+        for c in tl.static_range(4):
+            q = _unit_columns(
+                row, c * WIDTH, inverse, x_ptr, n_anchors, stride_n, stride_d, D, WIDTH
+            )
+            _store_gradient(
+                done[c], q, row, c * WIDTH, radial, inverse, poison, gradient_ptr, n_anchors, D
+            )
+            tl.debug_barrier()
+    else:
+        G = _add_sum(G, row, 0, G_ptr, G_rest_ptr, n_anchors, D) * factor
+        q = _unit_columns(row, 0, inverse, x_ptr, n_anchors, stride_n, stride_d, D, BLOCK_D)
+        radial = tl.sum(q * G, axis=1)
+        _store_gradient(G, q, row, 0, radial, inverse, poison, gradient_ptr, n_anchors, D)

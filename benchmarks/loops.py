@@ -1,0 +1,270 @@
+"""Loop nests of a compiled kernel, of its Triton IR and of its machine code, and how the two match.
+
+The IR says what a loop moves and multiplies (shapes of loads, stores and products), the machine
+code what it costs to issue.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .machine import MachineCode, is_tensor_core, opcode
+
+SIZES = {"i1": 1, "i8": 1, "f16": 2, "bf16": 2, "i16": 2, "f32": 4, "i32": 4, "f64": 8, "i64": 8}
+_TENSOR = re.compile(r"tensor<((?:\d+x)*)(?:!tt\.ptr<)?(\w+)>*")
+_DOT = re.compile(r"= tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x(\w+)>")
+_SCALAR = re.compile(r"!tt\.ptr<(\w+)>")
+
+
+@dataclass
+class Nest:
+    """One loop, or the kernel around all loops: what one pass through its own body does.
+
+    ``bound`` and ``step``: the loop counts up to this value, by this constant, as far as the IR
+    names them.
+    """
+
+    bound: str = ""
+    step: int = 0
+    loads: float = 0.0
+    bytes: float = 0.0
+    #: FLOP by kind (``"half"``, ``"tf32"``, ``"tf32x3"``, ``"ieee"``, ``"f64"``), and the bytes of
+    #: both factors.
+    products: Counter[str] = field(default_factory=Counter)
+    operand_bytes: float = 0.0
+    #: Pairs of rows whose exponentials this very body takes.
+    exponentials: int = 0
+    loops: list[Nest] = field(default_factory=list)
+
+    @property
+    def has_product(self) -> bool:
+        return bool(self.products) or any(loop.has_product for loop in self.loops)
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.exponentials > 0 or any(loop.has_pairs for loop in self.loops)
+
+    def walk(self) -> Iterator[Nest]:
+        yield self
+        for loop in self.loops:
+            yield from loop.walk()
+
+
+def nest_of(ttir: str) -> Nest:
+    """The loops of a kernel in Triton IR; of two branches of an if, each counts half."""
+    kernel = Nest()
+    constants: dict[str, int] = {}
+    stack: list[tuple[Nest, float]] = [(kernel, 1.0)]
+    for raw in ttir.splitlines():
+        line = re.sub(r"\s*loc\(#loc\d*\)$", "", raw).strip()
+        here, share = stack[-1]
+        if line.startswith("}"):
+            stack.pop()
+            if line.endswith("{"):
+                stack.append(stack[-1])
+                stack[-1] = (stack[-1][0], stack[-1][1] / 2)
+            continue
+        if found := re.match(r"(%\S+) = arith\.constant (-?\d+) : ", line):
+            constants[found[1]] = int(found[2])
+        if found := re.search(r"scf\.for %\S+ = \S+ to (\S+) step (\S+)", line):
+            loop = Nest(found[1].lstrip("%"), constants.get(found[2], 0))
+            here.loops.append(loop)
+            stack.append((loop, 1.0))
+            continue
+        _count(here, line, share)
+        if line.endswith("{"):
+            stack.append((here, share))
+    return kernel
+
+
+def _count(nest: Nest, line: str, share: float) -> None:
+    if found := _DOT.search(line):
+        m, k, n = (int(size) for size in found.groups()[:3])
+        kind = {"f64": "f64", "f32": "ieee"}.get(found[4], "half")
+        if kind == "ieee" and (how := re.search(r"inputPrecision = (\w+)", line)):
+            kind = how[1]
+        nest.products[kind] += share * 2 * m * n * k
+        nest.operand_bytes += share * (m + n) * k * SIZES[found[4]]
+    elif re.search(
+        r"\btt\.(load|store|descriptor_load|descriptor_store|descriptor_gather)\b", line
+    ):
+        shapes = _TENSOR.findall(line.split(" : ")[-1]) or [
+            ("", kind) for kind in _SCALAR.findall(line)
+        ]
+        dims, kind = shapes[-1]
+        n = math.prod(int(d) for d in dims.split("x") if d)
+        nest.bytes += share * n * SIZES[kind]
+        nest.loads += share * ("load" in line or "gather" in line)
+    elif "exp2" in line and (found := re.search(r"tensor<(\d+)x(\d+)x(?:f32|f64)>", line)):
+        nest.exponentials = int(found[1]) * int(found[2])
+
+
+@dataclass
+class CodeLoop:
+    """One loop of the machine code: the instructions of its own body and the loops in it."""
+
+    instructions: list[str]
+    loops: list[CodeLoop] = field(default_factory=list)
+
+    def count(self, *prefixes: str) -> int:
+        """Instructions of its own body that start with one of these."""
+        return sum(opcode(line).startswith(prefixes) for line in self.instructions)
+
+    @property
+    def has_product(self) -> bool:
+        multiplies = any(map(is_tensor_core, map(opcode, self.instructions)))
+        return multiplies or self.count("DFMA") >= 32 or any(x.has_product for x in self.loops)
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.count("MUFU.EX2") > 0 or any(x.has_pairs for x in self.loops)
+
+    def walk(self) -> Iterator[CodeLoop]:
+        yield self
+        for loop in self.loops:
+            yield from loop.walk()
+
+
+def code_loops(code: MachineCode) -> CodeLoop:
+    """The natural loops of the control flow graph, nested; the kernel's straight code around."""
+    blocks, successors = _blocks(code)
+    bodies: dict[int, set[int]] = {}
+    dominators = _dominators(successors)
+    for block, nexts in enumerate(successors):
+        for header in nexts:
+            if block in dominators and header in dominators[block]:
+                bodies.setdefault(header, set()).update(_body(header, block, successors))
+    order = sorted(bodies.items(), key=lambda item: (item[0], -len(item[1])))
+    root = CodeLoop([])
+    made: list[tuple[set[int], CodeLoop]] = [(set(dominators), root)]
+    for _, body in order:
+        if body in (at for at, _ in made) or not _is_work(body, blocks):
+            continue
+        parent = min((m for m in made if body <= m[0]), key=lambda m: len(m[0]))[1]
+        loop = CodeLoop([])
+        parent.loops.append(loop)
+        made.append((body, loop))
+    for block in sorted(dominators):
+        owner = min((m for m in made if block in m[0]), key=lambda m: len(m[0]))[1]
+        owner.instructions += blocks[block]
+    return root
+
+
+def _is_work(body: set[int], blocks: list[list[str]]) -> bool:
+    """False for the empty loop that ends a kernel and for waiting at a barrier in memory."""
+    instructions = [line for block in body for line in blocks[block]]
+    waits = any("TRYWAIT" in line for line in instructions)
+    return len(instructions) > (8 if waits else 1)
+
+
+def _blocks(code: MachineCode) -> tuple[list[list[str]], list[list[int]]]:
+    ends = {at + 1 for at, line in enumerate(code.instructions) if _leaves(line)}
+    starts = sorted({0, *code.targets.values(), *ends, *(at + 1 for at in code.targets)})
+    starts = [at for at in starts if at < len(code.instructions)]
+    number = {at: block for block, at in enumerate(starts)}
+    blocks, successors = [], []
+    for start, stop in zip(starts, [*starts[1:], len(code.instructions)], strict=True):
+        last = code.instructions[stop - 1]
+        jumps = stop - 1 in code.targets
+        nexts = [number[code.targets[stop - 1]]] if jumps else []
+        falls = not re.match(r"BRA `", last) if jumps else not _leaves(last)
+        if falls and stop in number:
+            nexts.append(number[stop])
+        blocks.append(code.instructions[start:stop])
+        successors.append(nexts)
+    return blocks, successors
+
+
+def _leaves(line: str) -> bool:
+    return line.startswith(("EXIT", "RET"))
+
+
+def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:
+    """Of every block that can be reached."""
+    before: dict[int, set[int]] = {}
+    reached, stack = {0}, [0]
+    while stack:
+        block = stack.pop()
+        for after in successors[block]:
+            before.setdefault(after, set()).add(block)
+            if after not in reached:
+                reached.add(after)
+                stack.append(after)
+    found = {block: set(reached) for block in reached}
+    found[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for block in sorted(reached - {0}):
+            new = {block} | set.intersection(*(found[b] for b in before[block] if b in reached))
+            if new != found[block]:
+                found[block], changed = new, True
+    return found
+
+
+def _body(header: int, end: int, successors: list[list[int]]) -> set[int]:
+    before: dict[int, list[int]] = {}
+    for block, nexts in enumerate(successors):
+        for after in nexts:
+            before.setdefault(after, []).append(block)
+    body, stack = {header, end}, [end]
+    while stack:
+        block = stack.pop()
+        if block == header:
+            continue
+        for previous in before.get(block, []):
+            if previous not in body:
+                body.add(previous)
+                stack.append(previous)
+    return body
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A loop of the IR with its machine code; ``code`` is None where the compiler reshaped it."""
+
+    nest: Nest
+    code: CodeLoop | None
+    loops: list[Matched]
+
+    def walk(self) -> Iterator[Matched]:
+        yield self
+        for loop in self.loops:
+            yield from loop.walk()
+
+
+#: Loops that must correspond, from all to those that do the work.
+_CHOICES = (
+    lambda loop: True,
+    lambda loop: loop.has_product or loop.has_pairs,
+    lambda loop: loop.has_product,
+)
+
+
+def match(nest: Nest, code: CodeLoop) -> Matched:
+    """Pairs up the loops of the largest class on which both trees agree."""
+    for chosen in _CHOICES:
+        if _shape(nest, chosen) == _shape(code, chosen):
+            return _zip(nest, code, chosen)
+    return Matched(nest, code, [_alone(loop) for loop in nest.loops])
+
+
+def _shape(tree: Nest | CodeLoop, chosen) -> tuple:
+    return tuple(_shape(loop, chosen) for loop in tree.loops if chosen(loop))
+
+
+def _zip(nest: Nest, code: CodeLoop, chosen) -> Matched:
+    rest = iter([loop for loop in code.loops if chosen(loop)])
+    loops = [_zip(x, next(rest), chosen) if chosen(x) else _alone(x) for x in nest.loops]
+    own = code.instructions + [
+        line for x in code.loops if not chosen(x) for each in x.walk() for line in each.instructions
+    ]
+    return Matched(nest, CodeLoop(own), loops)
+
+
+def _alone(nest: Nest) -> Matched:
+    return Matched(nest, None, [_alone(loop) for loop in nest.loops])

@@ -1,0 +1,93 @@
+"""How often each loop of a kernel passes: from the launch's arguments and AgeDB's tile counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from . import tiles
+from .compiled import Launch
+from .loops import Matched, Nest
+
+
+def sweep_of(launch: Launch) -> str | None:
+    """``"positives"`` or ``"negatives"`` for the kernels of the banded sweeps."""
+    if "negatives" in launch.name or launch.arguments.get("NEGATIVES") is True:
+        return "negatives" if "gather" not in launch.name else None
+    is_first = "positives" in launch.name or launch.arguments.get("NEGATIVES") is False
+    return "positives" if is_first and "gather" not in launch.name else None
+
+
+def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
+    """Full and edge tiles of each tile of anchors of a sweep; one pair of ones elsewhere."""
+    sweep, given = sweep_of(launch), launch.arguments
+    if sweep is None:
+        return ((1, 1),)
+    L = given["L"]
+    reach = float(given["h"]) * (1 if L == 1 else math.sqrt(L) if given["RMSE"] else L)
+    return tiles.visits(
+        given["n_anchors"], given["n_keys"], given["BLOCK_I"], given["BLOCK_J"], sweep, reach,
+        L == 1, sweep == "negatives" and not given.get("CONFUSED", True),
+    )  # fmt: skip
+
+
+def phases_of(
+    tree: Matched, launch: Launch, full: int, edge: int
+) -> Iterator[tuple[str, list[tuple[Matched, float]], float]]:
+    """The phases of one anchor tile: ``(kind, [(loop, passes)], tiles)``."""
+    given = launch.arguments
+    pairs = [m for m in tree.walk() if m is not tree and m.nest.exponentials]
+    kinds = {"full": full, "edge": edge} if len(pairs) == 2 else {"edge": full + edge}
+    if tree.nest.exponentials:
+        yield "edge", list(_subtree(tree, given, 1.0)), 1.0
+        return
+    names = iter(kinds)
+    rest: list[tuple[Matched, float]] = []
+
+    def walk(m: Matched, times: float):
+        rest.append((m, times))
+        for loop in m.loops:
+            known = _trips(loop.nest, given)
+            if loop.nest.exponentials:
+                kind = next(names)
+                n = kinds[kind] if known is None else times * known
+                yield kind, list(_subtree(loop, given, n)), n
+            elif loop.nest.has_pairs:
+                # Around a group of tiles and its product, or around all tiles of the anchors.
+                is_group = any(child.nest.exponentials for child in loop.loops)
+                n_groups = math.ceil((full + edge) / given.get("GROUP", 1))
+                yield from walk(loop, max(n_groups, 1) if is_group else times)
+            elif loop.nest.has_product:
+                n = full + edge if pairs or sweep_of(launch) else times
+                yield "product", list(_products(loop, given, times, n)), n
+            else:
+                rest.append((loop, times * (known or 1)))
+
+    yield from walk(tree, 1.0)
+    yield "rest", rest, 1.0
+
+
+def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
+    """Passes of a nest of products over ``n`` tiles: its loops over D come from outside in."""
+    known = _trips(loop.nest, given)
+    if known is None:  # a part of D: so many columns, or chunks
+        part = given.get("chunk", given.get("n_chunks", 0) * loop.nest.step)
+        known = math.ceil(part / loop.nest.step) if part else None
+    passes = times * known if known is not None else n * (times / max(times, 1))
+    yield loop, passes
+    steps = given["BLOCK_J"] // given.get("BLOCK_K", given["BLOCK_J"])
+    for child in loop.loops:
+        inner = _trips(child.nest, given)
+        yield child, passes * inner if inner is not None else n * (known or 1) * steps
+
+
+def _subtree(m: Matched, given: dict, times: float) -> Iterator[tuple[Matched, float]]:
+    yield m, times
+    for loop in m.loops:
+        yield from _subtree(loop, given, times * (_trips(loop.nest, given) or 1))
+
+
+def _trips(nest: Nest, given: dict) -> int | None:
+    """Passes of a loop that counts to an argument; None for bounds that are found on the device."""
+    end = given.get(nest.bound)
+    return -(-end // nest.step) if isinstance(end, int) and nest.step else None

@@ -1,0 +1,129 @@
+"""Candidates for the table of configurations, compiled and sorted by their predicted time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+from conr_kernels import triton_backend
+from conr_kernels.triton_configs import Config
+
+from . import compiled
+from .cost import Model
+from .machine import machine_code, tensor_core_names
+
+#: Of a thread's 255 registers; more are sure to spill, which takes minutes to compile.
+ACCUMULATORS = 200
+#: Bytes of shared memory of one program.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: Added to the warps of the configuration in question: launches that carry it have read it.
+MARK = 1024
+
+
+def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[Config]:
+    """Tile shapes, chunks, warps and stages worth a look; ``width`` 0 for rows read in chunks."""
+    double = arithmetic == "float64"
+    if kind == "product":  # the launch is that of "wide"
+        wide = triton_backend.config("wide", arch, width, arithmetic)
+        return [
+            replace(wide, BLOCK_J=block_j, BLOCK_D=block_d)
+            for block_j, block_d in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256))
+            if block_j <= wide.BLOCK_J and min(block_j, block_d) >= (16 if double else 32)
+        ]
+    sides = (16, 32) if double else (32, 64, 128)
+    is_dense = kind.startswith("dense")
+    anchors = (16, 32) if is_dense else sides if double else (*sides, 256)
+    chunks = (width,) if width and not is_dense else (16, 32) if double else (32, 64, 128)
+    return [
+        Config(block_i, block_j, block_d, warps, stages)
+        for block_i, block_j, block_d, warps, stages in itertools.product(
+            anchors, sides, chunks, (4, 8), (1, 2, 3)
+        )
+        if block_i * block_j / (32 * warps) >= 2
+        and _accumulators(kind, block_i, block_j, block_d) / (32 * warps) <= ACCUMULATORS
+    ]
+
+
+def _accumulators(kind: str, block_i: int, block_j: int, block_d: int) -> int:
+    """Numbers that a program holds in registers from one tile to the next, and the tile's own."""
+    kept = block_d if kind == "backward" else 0 if kind == "wide" else block_j
+    return block_i * (block_j + kept)
+
+
+def judge(
+    kind: str, chosen: Config, D: int, arithmetic: str, arch: int, variant: str, N: int
+) -> tuple[Config, float | None, str]:
+    """The predicted microseconds of the kernels that read the configuration, and remarks; None and
+    the reason where it is rejected.
+    """
+    plain = triton_backend.config
+    # The second phase of the wide kernel is launched with the first one's options.
+    carrier = "wide" if kind == "product" else kind
+
+    def launches(mark: int) -> list[compiled.Launch]:
+        def config(asked: str, *key) -> Config:
+            found = chosen if asked == kind else plain(asked, *key)
+            return replace(found, num_warps=found.num_warps + mark * (asked == carrier))
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(triton_backend, "config", config))
+            if carrier == "wide":
+                stack.enter_context(mock.patch.object(triton_backend, "bucket", lambda *_: 0))
+            return compiled.recorded_launches(
+                N, D, getattr(torch, arithmetic.split()[0]), arch, variant=variant,
+                precision="highest" if arithmetic.endswith("highest") else "high",
+            )  # fmt: skip
+
+    total, remarks = 0.0, []
+    for launch, marked in zip(launches(0), launches(MARK), strict=True):
+        if marked.options.get("num_warps", 0) < MARK:
+            continue
+        try:
+            binary = compiled.compile_launch(launch, arch)
+            code = machine_code(binary)
+        except Exception as error:  # the compiler's, of any type: this candidate is none
+            return chosen, None, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+        if code.spill_bytes:
+            return chosen, None, f"spills {code.spill_bytes} bytes ({launch.name})"
+        if code.shared_bytes > SHARED_LIMIT[arch]:
+            return chosen, None, f"shared memory {code.shared_bytes} bytes ({launch.name})"
+        model = Model(launch, binary.asm["ttir"], code, arch)
+        time = model.microseconds()
+        total += time
+        bounds = "/".join(f"{name}:{model.bound(name)}" for name in model.phases())
+        products = tensor_core_names(code) or "no tensor core"
+        remarks.append(f"{time:.0f} us {code.registers} regs x{model.resident} {bounds} {products}")
+    if not remarks:
+        return chosen, None, "no launch reads it"
+    return chosen, total, " | ".join(remarks)
+
+
+def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) -> None:
+    """Prints the candidates, best first, and those that are rejected."""
+    width = triton_backend.bucket(D, arithmetic)
+    kind = "wide" if kind == "backward" and width == 0 else kind
+    width = 0 if kind in ("wide", "product") else width
+    configs = candidates(kind, width, arithmetic, arch)
+    results = []
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(judge, kind, chosen, D, arithmetic, arch, variant, N) for chosen in configs
+        ]
+        for job in tqdm(jobs, file=sys.stderr):
+            results.append(job.result())
+    shipped = triton_backend.config(kind, arch, width, arithmetic)
+    results.sort(key=lambda result: (result[1] is None, result[1] or 0.0))
+    print(f"{kind}, D = {D}, {arithmetic}, sm_{arch}, {variant}, N = {N}: predicted for an H200")
+    for chosen, time, remark in results:
+        tile = f"{chosen.BLOCK_I}x{chosen.BLOCK_J}x{chosen.BLOCK_D}"
+        mark = "*" if chosen == shipped else " "
+        cost = "rejected" if time is None else f"{time:8.0f}"
+        print(f"{mark} {tile:>12} w{chosen.num_warps} s{chosen.num_stages} {cost}  {remark}")

@@ -1,0 +1,130 @@
+"""Every kernel launch that the package ships, up to its sizes: the calls that reach every entry of
+the table of configurations and every branch that a constant compiles in or out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from conr_kernels.triton_configs import ARCHITECTURES, BUCKETS, REGISTER_D
+
+from . import compiled
+from .compiled import Launch
+
+#: Rows of a call: enough for the sweeps, and the most that the kernels without a sort serve.
+SWEEPS, DENSE = 16_384, 1024
+#: A D of the bucket 0, whose rows are read in chunks: of ResNet-50, and beyond one program's part.
+CHUNKED, LONG = 2048, 8192
+
+
+@dataclass(frozen=True)
+class Call:
+    """The form of one call of the backend.
+
+    ``part``: the launches of interest, ``"all"``, those that read the ``"table"``, or those of the
+    ``"wide"`` kernel.
+    """
+
+    N: int
+    D: int
+    arithmetic: str
+    variant: str = "paper"
+    L: int = 1
+    distance: str = "mae"
+    temperature: float = 0.2
+    window: float = 1.0
+    has_keys: bool = False
+    has_weights: bool = True
+    part: str = "all"
+
+    def __str__(self) -> str:
+        """The variant and what else differs from the defaults."""
+        words = [self.variant, "few rows" if self.N == DENSE else ""]
+        words.append(f"L={self.L} {self.distance}" if self.L > 1 else "")
+        words.append(f"t={self.temperature:g}" if self.temperature != 0.2 else "")
+        words.append(f"h={self.window:g}" if self.window != 1 else "")
+        words += ["keys"] * self.has_keys + ["no weights"] * (not self.has_weights)
+        return " ".join(word for word in words if word)
+
+    def launches(self, architecture: int, n: int | None = None) -> list[Launch]:
+        """Its launches on an architecture, for ``n`` rows instead of N."""
+        n = n or self.N
+        found = compiled.recorded_launches(
+            n, self.D, getattr(torch, self.arithmetic.split()[0]), architecture,
+            variant=self.variant, L=self.L, K=self._keys(n), temperature=self.temperature,
+            distance=self.distance, window=self.window, has_weights=self.has_weights,
+            precision="highest" if self.arithmetic.endswith("highest") else "high",
+        )  # fmt: skip
+        return [launch for launch in found if self._has(launch)]
+
+    def _has(self, launch: Launch) -> bool:
+        if self.part == "wide":
+            return "wide" in launch.name
+        return self.part == "all" or "BLOCK_J" in launch.arguments
+
+    def _keys(self, n: int) -> int | None:
+        if not self.has_keys:
+            return None
+        return n if self.N == DENSE else 2 * n
+
+
+def _flags(call: Call) -> list[Call]:
+    """Calls that, beside the presets below, take every branch that is not the arithmetic's."""
+    return [
+        replace(call, variant="released-depth", has_keys=True),
+        replace(call, variant="no-pushing", L=3),
+        replace(call, variant="no-weight", window=0.0),
+        replace(call, variant="no-similarity", has_weights=False, temperature=0.02),
+        replace(call, variant="contrastive"),
+        replace(call, variant="contrastive", L=3, distance="rmse", has_keys=True),
+    ]
+
+
+def calls() -> list[Call]:
+    """In the order of the table: every bucket of D in every arithmetic with the paper's loss and in
+    one with the drop-in's default, whose exponents are shifted; then the other branches.
+    """
+    found = []
+    for arithmetic, largest in REGISTER_D.items():
+        buckets = [width for width in BUCKETS if width <= largest]
+        is_first = arithmetic == "bfloat16"
+        for D in (*buckets, CHUNKED):
+            whole = D == CHUNKED or (is_first and D == 128)
+            found.append(Call(SWEEPS, D, arithmetic, part="all" if whole else "table"))
+        found.append(Call(SWEEPS, min(largest, 128), arithmetic, "released-age", part="table"))
+        # Only the 16-bit table tells the buckets of few rows apart.
+        few = buckets if arithmetic.endswith("16") else buckets[-1:]
+        found += [Call(DENSE, D, arithmetic) for D in (*few, LONG)]
+    for N, D, part in ((SWEEPS, 128, "all"), (SWEEPS, CHUNKED, "wide"), (DENSE, 128, "all")):
+        call = Call(N, D, "bfloat16", part=part)
+        found += [replace(call, variant="released-age"), *_flags(call)]
+    return found
+
+
+def specialization(launch: Launch) -> str:
+    """What the compiler is given: equal for launches that share one binary."""
+    source = compiled.source_of(launch)
+    constants = sorted(source.constants.items(), key=str)
+    given = (source.signature, constants, source.attrs, sorted(launch.options.items()))
+    return f"{launch.name} {given}"
+
+
+@functools.cache
+def distinct() -> tuple[tuple[Call, int, int], ...]:
+    """Every binary once: the first call, the number of its launch, and the architecture."""
+    return tuple(_distinct())
+
+
+def _distinct() -> Iterator[tuple[Call, int, int]]:
+    for architecture in ARCHITECTURES:
+        seen = set()
+        for call in calls():
+            for index, launch in enumerate(call.launches(architecture)):
+                key = specialization(launch)
+                if key not in seen:
+                    seen.add(key)
+                    yield call, index, architecture
