@@ -220,6 +220,15 @@ def conr_choose_kernel(
 
 
 @triton.jit
+def _load_rows(
+    x_ptr, rows, is_row, columns, stride_n, stride_d, D: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    offsets = rows[:, None] * stride_n + columns[None, :] * stride_d
+    mask = is_row[:, None] & (columns < D)[None, :]
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
 def _gather_tile(
     pid,
     order_ptr,
@@ -256,24 +265,28 @@ def _gather_tile(
     dtype: tl.constexpr = inverse_ptr.dtype.element_ty
     squares = tl.zeros((ROWS,), dtype)
     poison = tl.zeros((ROWS,), tl.float32)
-    for k in range(0, width, CHUNK):
-        offsets = rows[:, None] * stride_n + (k + columns)[None, :] * stride_d
-        mask = is_row[:, None] & (k + columns < D)[None, :]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
+    if D_PAD == CHUNK:
+        x = _load_rows(x_ptr, rows, is_row, columns, stride_n, stride_d, D, dtype)
         squares += tl.sum(x * x, axis=1)
         poison += tl.sum((x * 0).to(tl.float32), axis=1)
+    else:
+        for k in range(0, width, CHUNK):
+            x = _load_rows(x_ptr, rows, is_row, k + columns, stride_n, stride_d, D, dtype)
+            squares += tl.sum(x * x, axis=1)
+            poison += tl.sum((x * 0).to(tl.float32), axis=1)
     # A row's factor multiplies all its exponents, which reach 200: it is rounded once.
     is_zero = squares == 0
     norm = tl.sqrt(tl.where(is_zero, 1.0, squares).to(tl.float64))
     inverse = tl.where(is_zero, 0.0, 1.0 / norm)
     tl.store(inverse_ptr + here, inverse.to(dtype))
     factor = (inverse * scale).to(dtype)
-    for k in range(0, width, CHUNK):
-        offsets = rows[:, None] * stride_n + (k + columns)[None, :] * stride_d
-        mask = is_row[:, None] & (k + columns < D)[None, :]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
-        q = (x * factor[:, None]).to(q_ptr.dtype.element_ty)
-        tl.store(q_ptr + here[:, None] * D_PAD + k + columns[None, :], q)
+    q_ptrs = q_ptr + here[:, None] * D_PAD + columns[None, :]
+    if D_PAD == CHUNK:
+        tl.store(q_ptrs, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
+    else:
+        for k in range(0, width, CHUNK):
+            x = _load_rows(x_ptr, rows, is_row, k + columns, stride_n, stride_d, D, dtype)
+            tl.store(q_ptrs + k, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
 
     for c in range(L):
         y = tl.load(y_ptr + rows * L + c, mask=is_row, other=float("nan"))
