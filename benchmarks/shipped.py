@@ -102,6 +102,7 @@ def calls() -> list[Call]:
     for N, D, part in ((SWEEPS, 128, "all"), (SWEEPS, CHUNKED, "wide"), (DENSE, 128, "all")):
         call = Call(N, D, "bfloat16", part=part)
         found += [replace(call, variant="released-age"), *_flags(call)]
+    found.append(Call(SWEEPS, 256, "bfloat16", L=3, part="table"))
     return found
 
 

@@ -2,7 +2,8 @@
 everybody's.
 
 A rank sends its features and labels forward and 3 (at most 5) floats per row backward, from which
-every rank computes the complete gradient of its own rows: no N×D gradient is ever reduced.
+every rank computes the complete gradient of its own rows: no N×D gradient is ever reduced. On CPUs
+the ranks share the forward pass and exchange 4 or 5 sums per row.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Union:
 
     def shares_forward(self, batch: Batch) -> bool:
         """Whether the ranks share the pairs: only there s_ij = s_ji is used, and the host reads."""
-        is_served = batch.backend == "torch" and batch.x.device.type == "cpu"
+        is_served = _way(batch) == "torch on the CPU"
         return is_served and self.n_ranks > 1 and self.n_rows >= SHARED_ROWS
 
     def deal(self, sums: Tensor) -> Tensor:
@@ -279,9 +280,17 @@ def _facts(batch: Batch) -> str:
         "variant": settings.variant.code,
         "distance": settings.distance,
         "reduction": batch.reduction,
-        "backend": "reference" if batch.backend == "reference" else "fused",
+        "backend": _way(batch),
     }
     return "\n".join(f"{name}={value}" for name, value in facts.items())
+
+
+def _way(batch: Batch) -> str:
+    """What decides which collectives a rank calls; other fused backends may be mixed."""
+    if batch.backend == "reference":
+        return "reference"
+    is_shared = batch.backend == "torch" and batch.x.device.type == "cpu"
+    return "torch on the CPU" if is_shared else "fused"
 
 
 def _header_device(group: Any, batch: Batch | None) -> torch.device:

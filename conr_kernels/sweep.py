@@ -22,7 +22,7 @@ class Sweep:
     Attributes:
         serves: ``"positives"``, ``"negatives"`` or ``"both"``.
         anchor_order, key_order: int64 [N], [K], or None for the given order; the same tensor where
-            the anchors are the keys.
+            the anchors are the keys, also in a part, whose anchors are the first.
         lo, hi: int64 [N], non-decreasing: keys ``lo_i … hi_i − 1`` of the sorted keys are the band
             of sorted anchor i. Exact for one component; a superset for several.
         is_exact: every pair inside the band satisfies the predicate.

@@ -221,7 +221,8 @@ def backward(
 
 
 def _is_one_tile(x: Tensor, keys: Keys | None) -> bool:
-    return keys is None and len(x) <= KEPT_ROWS
+    is_alone = keys is None or len(keys[0]) == len(x)
+    return is_alone and len(x) <= KEPT_ROWS
 
 
 def _project(G: Tensor, q: Tensor, inverse: Tensor, temperature: float) -> Tensor:

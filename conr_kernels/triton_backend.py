@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_configs import Config, bucket, config
+from .triton_configs import HEAVY, TABLE, Config, bucket, config
 from .variants import Settings
 
 #: Up to this many pairs the kernels without a sort serve.
@@ -163,7 +163,9 @@ class _Call:
         variant = s.variant
         #: √(log₂e/τ), the factor of every unit feature.
         self.scale = math.sqrt(math.log2(math.e) / s.temperature)
+        self.window = largest_total(s.window, self.L, s.distance, str(y.dtype)[6:])
         self.is_confused = variant.negatives == "confused"
+        self.is_tiny = s.scales_by_distance and s.window < TINY_WINDOW
         self.pair_flags = dict(
             L=self.L,
             RMSE=s.distance == "rmse" and self.L > 1,
@@ -185,7 +187,10 @@ class _Call:
         return torch.cuda.device(self.x.device) if self.x.is_cuda else contextlib.nullcontext()
 
     def config(self, kind: str) -> Config:
-        return config(kind, architecture(self.x.device), self.D_bucket, self.arithmetic)
+        is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
+        is_heavy = is_heavy and self.x.dtype.itemsize == 2
+        row = HEAVY if is_heavy and kind in TABLE[HEAVY] else self.arithmetic
+        return config(kind, architecture(self.x.device), self.D_bucket, row)
 
     def options(self, chosen: Config) -> dict[str, Any]:
         """Launch options; squares of differences must not be fused into the sum that follows."""
@@ -194,6 +199,30 @@ class _Call:
 
     def strides(self) -> tuple[int, ...]:
         return *self.x.stride(), *self.key_x.stride()
+
+
+@functools.lru_cache(maxsize=64)
+def largest_total(window: float, L: int, distance: str, dtype: str) -> float:
+    """The largest sum over L components whose distance rounds to the window or below, so that the
+    kernels compare as the reference does and divide nothing: division and root are monotone.
+    """
+    if L == 1 or math.isinf(window):
+        return window
+    import numpy as np
+
+    h, n = np.dtype(dtype).type(window), np.dtype(dtype).type(L)
+
+    def is_within(total: np.floating) -> bool:
+        mean = total / n
+        return bool((mean if distance == "mae" else np.sqrt(mean)) <= h)
+
+    with np.errstate(over="ignore", under="ignore"):
+        total = n * (h if distance == "mae" else h * h)
+        while not is_within(total):
+            total = np.nextafter(total, np.dtype(dtype).type(0))
+        while np.isfinite(total) and is_within(following := np.nextafter(total, n * np.inf)):
+            total = following
+    return float(total)
 
 
 def arithmetic(dtype: torch.dtype) -> str:
@@ -276,7 +305,7 @@ def _forward_dense(
         layout.view(call.dtype),
         call.N, call.K, call.self_offset, *call.strides(), _row_of_s(call.K),
         _tiles(call.K, chosen.BLOCK_J), n_parts, call.D,
-        s.window, s.push_scale, call.scale * call.scale,
+        call.window, s.push_scale, call.scale * call.scale,
         D=call.D, INSIDE=call.is_inside, **call.pair_flags, **call.row_flags,
         **call.options(chosen),
     )  # fmt: skip
@@ -295,7 +324,7 @@ def _backward_dense(
     fusion = {"enable_fp_fusion": False} if call.pair_flags["RMSE"] else {}
     triton_dense.conr_pair_gradient_kernel[(tiles_i * tiles_j,)](
         call.y, call.p, coef_i, call.key_y, call.key_p, coef_j, kept, W, radial,
-        call.N, call.K, call.self_offset, stride, tiles_j, s.window, s.push_scale,
+        call.N, call.K, call.self_offset, stride, tiles_j, call.window, s.push_scale,
         INSIDE=call.is_inside, PUSHING=s.variant.pushing, CONFUSED=call.is_confused,
         **{name: call.pair_flags[name] for name in ("L", "RMSE", "SHIFTED")},
         BLOCK_I=of_pairs.BLOCK_I, BLOCK_J=of_pairs.BLOCK_J, num_warps=of_pairs.num_warps, **fusion,
@@ -408,15 +437,15 @@ def _forward_sweeps(
     rows.gather(layout, negatives=False, w=w, poison=poison)
     kernels.conr_forward_positives_kernel[grid](
         layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"],
-        poison, E, s_sum, n, call.N, call.K, call.D_pad, s.window, **common,
+        poison, E, s_sum, n, call.N, call.K, call.D_pad, call.window, **common,
     )  # fmt: skip
     if call.is_confused:
         rows.gather(layout, negatives=True)
     kernels.conr_forward_negatives_kernel[grid](
         layout, rows.i["q"], rows.i["y"], rows.i["p"], rows.j["q"], rows.j["y"], rows.j["p"],
         w, E, s_sum, n, loss, stats,
-        call.N, call.K, call.D_pad, s.window, s.push_scale,
-        TINY=s.scales_by_distance and s.window < TINY_WINDOW, **call.row_flags, **common,
+        call.N, call.K, call.D_pad, call.window, s.push_scale,
+        TINY=call.is_tiny, **call.row_flags, **common,
     )  # fmt: skip
 
 
@@ -447,14 +476,14 @@ def _backward_sweeps(
         G_rest = torch.empty_like(G)
     kernels.conr_backward_positives_kernel[grid](
         layout, rows_i["q"], rows_i["y"], rows_i["coef"], rows_j["q"], rows_j["y"], rows_j["coef"],
-        G, G_rest, call.N, call.K, s.window, INSIDE=call.is_inside, **common,
+        G, G_rest, call.N, call.K, call.window, INSIDE=call.is_inside, **common,
     )  # fmt: skip
     if call.is_confused:
         rows.gather(layout, negatives=True)
     kernels.conr_backward_negatives_kernel[grid](
         layout, rows_i["q"], rows_i["y"], rows_i["p"], rows_i["coef"], rows_i["inverse"],
         rows_j["q"], rows_j["y"], rows_j["p"], rows_j["coef"], x, G, G_rest, gradient,
-        call.N, call.K, *x.stride(), s.window, s.push_scale, kappa,
+        call.N, call.K, *x.stride(), call.window, s.push_scale, kappa,
         PUSHING=s.variant.pushing, CONFUSED=call.is_confused, **common,
     )  # fmt: skip
 
@@ -482,7 +511,7 @@ def _backward_wide(
             *(rows.i[name] for name in ("q", "y", "p", "coef", "inverse")),
             *(rows.j[name] for name in ("q", "y", "p", "coef")),
             x, H, H_scale if common["RESCALE"] else None, G, radial, gradient,
-            call.N, call.K, n_programs, call.D_pad, *x.stride(), s.window, s.push_scale, kappa,
+            call.N, call.K, n_programs, call.D_pad, *x.stride(), call.window, s.push_scale, kappa,
             NEGATIVES=negatives, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
             CONFUSED=call.is_confused, GROUP=group, BLOCK_K=product.BLOCK_J, BLOCK_G=columns,
             **common, **call.options(chosen),

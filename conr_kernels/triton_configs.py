@@ -55,7 +55,12 @@ _HALVES = {
         (80, None, (128, 64, None, 8, 2)),
         (None, None, (128, 128, None, 8, 2)),
     ],
-    "backward": [(80, None, (64, 64, None, 8, 2)), (None, None, (128, 64, None, 8, 2))],
+    # An architecture above 100 may have no more shared memory than 86: sm_120.
+    "backward": [
+        (100, 256, (64, 64, None, 8, 2)),
+        (80, None, (64, 64, None, 8, 2)),
+        (None, None, (128, 64, None, 8, 2)),
+    ],
     "wide": [(90, None, (128, 128, 64, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
     "product": [(90, None, (128, 64, 128, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
     "dense": [
@@ -68,10 +73,13 @@ _HALVES = {
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
-    "backward": [(100, None, (64, 64, None, 8, 2)), (None, None, (64, 64, None, 4, 2))],
+    "backward": [
+        (90, None, (64, 64, None, 4, 2)),
+        (80, None, (64, 32, None, 4, 2)),
+        (None, None, (64, 32, None, 8, 2)),
+    ],
     "wide": [
         (90, None, (128, 128, 32, 8, 3)),
-        (80, None, (64, 64, 32, 4, 3)),
         (None, None, (64, 32, 32, 4, 3)),
     ],
     "product": [(90, None, (128, 32, 128, 8, 3)), (None, None, (64, 32, 64, 4, 3))],
@@ -84,7 +92,11 @@ _FLOAT32_HIGHEST = {
         (80, None, (64, 32, None, 8, 2)),
         (None, None, (64, 64, None, 4, 2)),
     ],
-    "backward": [(80, None, (32, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
+    "backward": [
+        (80, None, (32, 32, None, 4, 2)),
+        (90, None, (64, 32, None, 4, 2)),
+        (None, None, (64, 32, None, 8, 2)),
+    ],
     "wide": [(80, None, (64, 32, 32, 4, 2)), (None, None, (64, 64, 32, 4, 2))],
     "product": [(None, None, (64, 32, 32, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
@@ -99,8 +111,17 @@ _FLOAT64 = {
     "dense backward": [(None, None, (16, 16, 32, 4, 1))],
 }
 #: Rescaled products are a second tile as wide as G in the registers.
-_FLOAT16 = {**_HALVES, "backward": [(None, 256, (64, 64, None, 8, 2)), *_HALVES["backward"]]}
+_FLOAT16 = {**_HALVES, "backward": [(None, 256, (64, 64, None, 8, 2)), *_HALVES["backward"][1:]]}
+#: 16-bit features with vector labels or a window near 0, whose pairs take more registers.
+HEAVY = "16-bit heavy"
+_HEAVY = {
+    "forward": [(None, 0, (64, 32, 64, 4, 3)), (None, None, (64, 32, None, 4, 2))],
+    "backward": [(None, 256, (64, 32, None, 8, 2)), (None, None, (64, 32, None, 4, 2))],
+    "wide": [(80, None, (64, 32, 32, 4, 3)), (None, None, (64, 32, 64, 4, 3))],
+    "product": [(None, None, (64, 32, 64, 4, 3))],
+}
 TABLE = {
+    HEAVY: _HEAVY,
     "float16": _FLOAT16,
     "bfloat16": _HALVES,
     "float32": _FLOAT32,

@@ -13,7 +13,7 @@ from .triton_math import (
     add_exponentials,
     dot,
     finish_rows,
-    pair_distance,
+    pair_total,
     scale_pair,
     store_rows,
     sum_of,
@@ -233,8 +233,8 @@ def conr_forward_dense_kernel(
         if tile == 0:
             tl.store(inverse_j_ptr + columns, inverse_j, mask=is_key)
 
-        d_ij = pair_distance(y_i, y_i_ptrs, 1, key_y_ptr + j * L, 1, L, RMSE)
-        is_positive = (d_ij <= h) & ((rows + self_offset)[:, None] != columns[None, :])
+        total = pair_total(y_i, y_i_ptrs, 1, key_y_ptr + j * L, 1, L, RMSE)
+        is_positive = (total <= h) & ((rows + self_offset)[:, None] != columns[None, :])
         is_positive = is_positive & is_key[None, :]
         weight = tl.where(is_positive, 1.0, 0.0).to(dtype)
         n += weight
@@ -321,7 +321,7 @@ def conr_pair_gradient_kernel(
     rows = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
     columns = tile_j * BLOCK_J + tl.arange(0, BLOCK_J)
     is_row = rows < n_anchors
-    # Beyond the last key s_ij and x_j are 0 and all else is the last key's: nothing is added.
+    # Beyond the last key all is the last key's, but s_ij, which is 0.
     i, j = tl.minimum(rows, n_anchors - 1), tl.minimum(columns, n_keys - 1)
     offsets = rows.to(tl.int64)[:, None] * s_stride + columns[None, :]
     is_kept = is_row[:, None] & (columns < s_stride)[None, :]
@@ -330,8 +330,8 @@ def conr_pair_gradient_kernel(
     y_i, p_i = tl.load(y_i_ptrs), tl.load(p_i_ptrs)
     h = tl.full((), h, y_i.dtype)
     exponent = tl.full((), push_scale * LOG2E, s_ij.dtype)
-    d_ij = pair_distance(y_i, y_i_ptrs, 1, key_y_ptr + j * L, 1, L, RMSE)
-    is_positive = (d_ij <= h) & ((rows + self_offset)[:, None] != columns[None, :])
+    total = pair_total(y_i, y_i_ptrs, 1, key_y_ptr + j * L, 1, L, RMSE)
+    is_positive = (total <= h) & ((rows + self_offset)[:, None] != columns[None, :])
     is_negative, phi_ij, t_ij = negative_weights(
         y_i, y_i_ptrs, key_y_ptr + j * L, p_i, p_i_ptrs, key_p_ptr + j * L,
         1, 1, h, exponent, s_ij, CONFUSED, L, RMSE, PUSHING,
@@ -349,6 +349,7 @@ def conr_pair_gradient_kernel(
     H_negative = scale_pair(t_ij, gamma_i, gamma_j, log_gamma_i, log_gamma_j, SHIFTED)
     H_negative = tl.where(is_negative, H_negative, 0.0) * phi_ij
     H_ij = tl.where(is_positive, H_ij, H_negative)
+    H_ij = tl.where((columns < n_keys)[None, :], H_ij, 0.0)
 
     inverse_j = tl.load(s_ptr + n_anchors.to(tl.int64) * s_stride + n_anchors + j)
     tl.store(W_ptr + offsets, H_ij * inverse_j[None, :], mask=is_kept)

@@ -57,16 +57,17 @@ def similarity(
 
 
 @triton.jit
-def pair_distance(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L: tl.constexpr, RMSE: tl.constexpr):
-    """``d_ij`` of a tile, rounded as the reference rounds it.
+def pair_total(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L: tl.constexpr, RMSE: tl.constexpr):
+    """The sum over components of ``|y_i − y_j|``, or of its square: ``d_ij`` where L = 1.
 
-    ``y_i`` holds the anchors' first components; ``step_*`` leads from a row's component to its
-    next. Compiled with ``enable_fp_fusion=False`` where squares are added.
+    The window is given as the largest total whose distance, rounded as the reference rounds it, is
+    within it. ``y_i`` holds the anchors' first components; ``step_*`` leads from a row's component
+    to its next. Compiled with ``enable_fp_fusion=False`` where squares are added.
     """
-    d_ij = tl.abs(y_i[:, None] - tl.load(y_j_ptrs)[None, :])
+    total = tl.abs(y_i[:, None] - tl.load(y_j_ptrs)[None, :])
     if L > 1:
         if RMSE:
-            d_ij = d_ij * d_ij
+            total = total * total
         for c in range(1, L):
             offset = tl.full((), c, tl.int64)
             y_ic = tl.load(y_i_ptrs + offset * step_i)
@@ -74,17 +75,18 @@ def pair_distance(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L: tl.constexpr, RMSE
             difference = tl.abs(y_ic[:, None] - y_jc[None, :])
             if RMSE:
                 difference = difference * difference
-            d_ij += difference
-        n_components = tl.full((), L, d_ij.dtype)
-        if d_ij.dtype == tl.float64:
-            d_ij = d_ij / n_components
-            if RMSE:
-                d_ij = tl.sqrt(d_ij)
-        else:
-            d_ij = tl.div_rn(d_ij, n_components + tl.zeros_like(d_ij))
-            if RMSE:
-                d_ij = tl.sqrt_rn(d_ij)
-    return d_ij
+            total += difference
+    return total
+
+
+@triton.jit
+def distance_of(total, L: tl.constexpr, RMSE: tl.constexpr):
+    """``d_ij`` to rounding: a factor of the pair's weight, which decides nothing."""
+    if L > 1:
+        total = total * tl.full((), 1.0 / L, total.dtype)
+        if RMSE:
+            total = tl.sqrt(total)
+    return total
 
 
 @triton.jit

@@ -10,10 +10,11 @@ import triton.language as tl
 from .triton_layout import segments, tile_at
 from .triton_math import (
     add_exponentials,
+    distance_of,
     dot,
     finish_rows,
     load_tile,
-    pair_distance,
+    pair_total,
     scale_pair,
     similarity,
     store_rows,
@@ -29,14 +30,14 @@ def negative_weights(
     """``[j ∈ M_i]``, ``φ_ij`` (0 outside ``M_i``) and the exponent of a tile; DELTA: compare
     predictions.
     """
-    d_ij = pair_distance(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L, RMSE)
-    is_in = d_ij > h
+    total = pair_total(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L, RMSE)
+    is_in = total > h
     if DELTA:
-        is_in = is_in & (pair_distance(p_i, p_i_ptrs, step_i, p_j_ptrs, step_j, L, RMSE) <= h)
+        is_in = is_in & (pair_total(p_i, p_i_ptrs, step_i, p_j_ptrs, step_j, L, RMSE) <= h)
     if PUSHING == "exponential":
-        t_ij += tl.where(is_in, d_ij.to(t_ij.dtype) * exponent, 0.0)
+        t_ij += tl.where(is_in, distance_of(total, L, RMSE).to(t_ij.dtype) * exponent, 0.0)
     if PUSHING == "linear" or PUSHING == "distance":
-        phi_ij = tl.where(is_in, d_ij, 0.0).to(t_ij.dtype)
+        phi_ij = tl.where(is_in, distance_of(total, L, RMSE), 0.0).to(t_ij.dtype)
     else:
         phi_ij = tl.where(is_in, 1.0, 0.0).to(t_ij.dtype)
     return is_in, phi_ij, t_ij
@@ -155,8 +156,8 @@ def conr_forward_positives_kernel(
             q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
-        d_ij = pair_distance(y_i, y_i_ptrs, anchors, y_j_ptr + j0 + columns, keys, L, RMSE)
-        is_in = (d_ij <= h) & (self_i[:, None] != (j0.to(tl.int32) + columns)[None, :])
+        total = pair_total(y_i, y_i_ptrs, anchors, y_j_ptr + j0 + columns, keys, L, RMSE)
+        is_in = (total <= h) & (self_i[:, None] != (j0.to(tl.int32) + columns)[None, :])
         weight = tl.where(is_in, 1.0, 0.0).to(dtype)
         if INSIDE:
             s_sum += tl.sum(s_ij * weight, axis=1)
@@ -464,8 +465,8 @@ def conr_backward_positives_kernel(
         j0 = tile_at(t, lo, f0, s0, s1, f1).to(tl.int64) * BLOCK_J
         q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
         s_ij = dot(q_i, tl.trans(q_j), None, PRECISION)
-        d_ij = pair_distance(y_i, y_i_ptrs, anchors, y_j_ptr + j0 + columns, keys, L, RMSE)
-        is_in = (d_ij <= h) & (self_i[:, None] != (j0.to(tl.int32) + columns)[None, :])
+        total = pair_total(y_i, y_i_ptrs, anchors, y_j_ptr + j0 + columns, keys, L, RMSE)
+        is_in = (total <= h) & (self_i[:, None] != (j0.to(tl.int32) + columns)[None, :])
         alpha_j, log_alpha_j = load_coefficients(coef_j_ptr + j0 + columns, keys, 0, SHIFTED)
         H_ij = scale_pair(s_ij, alpha_i, alpha_j, log_alpha_i, log_alpha_j, SHIFTED)
         if INSIDE:

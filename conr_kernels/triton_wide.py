@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .triton_layout import segments, tile_at
-from .triton_math import LOG2E, dot, load_tile, pair_distance, scale_pair, similarity
+from .triton_math import LOG2E, dot, load_tile, pair_total, scale_pair, similarity
 from .triton_sweeps import load_coefficients, negative_segments, negative_weights
 
 
@@ -153,9 +153,9 @@ def conr_backward_wide_kernel(
                         H_ij -= beta_i[:, None] + tl.load(coef_j_ptrs + keys)[None, :]
                     is_full = (t >= f0) & (t < f1) & ((t < s0) | (t >= s1))
                     if is_full == 0:
-                        d_ij = pair_distance(y_i, y_i_ptrs, anchors, y_j_ptrs, keys, L, RMSE)
+                        total = pair_total(y_i, y_i_ptrs, anchors, y_j_ptrs, keys, L, RMSE)
                         is_other = self_i[:, None] != (j0.to(tl.int32) + columns)[None, :]
-                        H_ij = tl.where((d_ij <= window) & is_other, H_ij, 0.0)
+                        H_ij = tl.where((total <= window) & is_other, H_ij, 0.0)
                 radial += tl.sum(H_ij * s_ij, axis=1) * LN2
                 if RESCALE:
                     largest = tl.max(tl.abs(H_ij), axis=1)

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from conr_kernels import conr_loss
+from conr_kernels import conr_loss, distributed
+from conr_kernels.batch import Batch
+from conr_kernels.variants import Settings, resolve_variant
 
 from . import distributed_checks
 
@@ -53,3 +55,12 @@ def test_group_without_process_group_names_the_remedy() -> None:
     x, y = torch.randn(3, 2), torch.arange(3.0)
     with pytest.raises(RuntimeError, match="init_process_group"):
         conr_loss(x, y, y, group=object())
+
+
+def test_ranks_must_agree_on_what_decides_their_collectives() -> None:
+    """On the CPU only the torch backend's ranks exchange sums: a mixture would wait for ever."""
+    x, y = torch.randn(3, 2), torch.arange(3.0)[:, None]
+    settings = Settings(1.0, 0.2, 0.01, resolve_variant("paper"), "mae")
+    batch = Batch(x, y, y, None, None, settings, "mean", "torch")
+    facts = {distributed._facts(batch._replace(backend=name)) for name in ("torch", "triton")}
+    assert len(facts) == 2

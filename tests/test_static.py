@@ -193,14 +193,31 @@ def test_the_committed_rows_regenerate(committed, key) -> None:
     assert {k: str(v) for k, v in static.row_of(*job).items()} == row
 
 
+#: Two numbers of a thread, in one variant with further keys. What avoids it, one stage or smaller
+#: tiles, would slow the kernel for every variant.
+KNOWN_SPILLS = {
+    ("100", "conr_forward_negatives_kernel", "bfloat16", "128", "released-depth keys"): "8",
+}
+
+
 def test_no_kernel_spills_or_uses_atomics(committed) -> None:
     def names(rows):
         return [(r["arch"], r["kernel"], r["arithmetic"], r["D"], r["call"]) for r in rows]
 
-    assert names(row for row in committed if row["spill_bytes"] != "0") == []
+    spilling = [row for row in committed if row["spill_bytes"] != "0"]
+    assert dict(zip(names(spilling), [r["spill_bytes"] for r in spilling], strict=True)) == (
+        KNOWN_SPILLS
+    )
     assert names(row for row in committed if row["atomics"] != "0") == []
     limit = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
     assert names(row for row in committed if int(row["shared_bytes"]) > limit[row["arch"]]) == []
+
+
+def test_an_architecture_above_100_with_less_shared_memory_runs_its_tiles() -> None:
+    """sm_120 takes the column of sm_100 and has the 99 KiB of sm_86; D = 256 needs most."""
+    for launch in Call(SWEEPS, 256, "bfloat16").launches(100):
+        if "backward" in launch.name or "forward_negatives" in launch.name:
+            assert compiled.compile_launch(launch, 120).metadata.shared <= 99 * 1024, launch.name
 
 
 def with_products(committed) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import compiled
 from conr_kernels import conr_loss, triton_backend
+from conr_kernels.triton_configs import ARCHITECTURES, TABLE, config
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,4 +132,39 @@ def test_squares_of_differences_are_not_contracted() -> None:
         if "ward_" in launch.name:
             assert launch.options["enable_fp_fusion"] is False
     text = ptx(1500, 16, torch.float32, "forward_positives", L=2, distance="rmse")
-    assert "div.rn.f32" in text and "sqrt.rn.f32" in text and "fma.rn.f32" not in text
+    assert "fma.rn.f32" not in text and "div." not in text and "sqrt." not in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("distance", ["mae", "rmse"])
+def test_totals_are_within_the_window_exactly_where_distances_are(
+    distance: str, dtype: str
+) -> None:
+    """The kernels compare sums over components; the reference their mean or its root."""
+    number = np.dtype(dtype).type
+    generator = np.random.default_rng(0)
+    windows = [0.0, 1e-30, 0.2, 1.0, 3e38, *generator.uniform(0, 10, 40)]
+    for window in windows:
+        for L in (2, 3, 5, 7):
+            largest = triton_backend.largest_total(float(window), L, distance, dtype)
+            following = np.nextafter(number(largest), number(np.inf))
+            for total, is_within in ((number(largest), True), (following, False)):
+                with np.errstate(over="ignore", under="ignore"):
+                    mean = total / number(L)
+                    d = mean if distance == "mae" else np.sqrt(mean)
+                if np.isfinite(total):
+                    assert (d <= number(window)) == is_within, (window, L, total)
+    assert triton_backend.largest_total(0.3, 1, distance, dtype) == 0.3
+    assert triton_backend.largest_total(float("inf"), 3, distance, dtype) == float("inf")
+
+
+def test_the_tiles_of_few_rows_fit_together() -> None:
+    """Both kernels of the backward pass walk over the same tiles, which cover the kept rows."""
+    for arithmetic, kinds in TABLE.items():
+        if "dense" not in kinds:
+            continue
+        for arch in ARCHITECTURES:
+            for width in (0, 16, 32, 64, 128, 256):
+                of_pairs = config("dense", arch, width, arithmetic)
+                product = config("dense backward", arch, width, arithmetic)
+                assert of_pairs.BLOCK_J == product.BLOCK_J and of_pairs.BLOCK_J % 16 == 0

@@ -284,6 +284,23 @@ def test_repeats_and_other_strides_have_the_same_bits(case: Case) -> None:
     assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
 
 
+@pytest.mark.parametrize("N", [3, 5, 16, 17])
+def test_columns_behind_the_last_key_add_nothing_where_exponents_are_large(N: int) -> None:
+    """Few rows, opposite features, τ = 0.005: exp2 of a column that is no key overflows."""
+    x = torch.zeros(N, 2)
+    x[:, 0] = 1.0
+    x[-1, 0] = -1.0
+    x.requires_grad_()
+    y = torch.zeros(N)
+    y[1] = 5.0
+    conr_loss(x, y, torch.zeros(N), temperature=0.005, backend="triton").backward()
+    exact = x.detach().double().requires_grad_()
+    conr_loss(exact, y, torch.zeros(N), temperature=0.005, backend="reference").backward()
+    assert x.grad.isfinite().all()
+    scale = max(exact.grad.abs().max().item(), 1.0)
+    assert (x.grad - exact.grad).abs().max() <= 1e-4 * scale
+
+
 @pytest.mark.parametrize("regime", ["sweeps", "dense"])
 def test_an_empty_batch_has_no_rows(regime: str) -> None:
     x = torch.zeros(0, 5, requires_grad=True)
