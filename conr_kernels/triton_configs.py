@@ -53,6 +53,7 @@ _HALVES = {
         (80, 0, (128, 64, 64, 8, 2)),
         (None, 0, (128, 128, 64, 8, 3)),
         (80, None, (128, 64, None, 8, 2)),
+        (100, 256, (64, 64, None, 4, 2)),
         (None, None, (128, 128, None, 8, 2)),
     ],
     # An architecture above 100 may have no more shared memory than 86: sm_120.

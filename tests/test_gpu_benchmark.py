@@ -283,14 +283,14 @@ def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
             kind = tune.kind_of(launch.name)
             found.add(kind)
             assert (kind is None) == ("BLOCK_J" not in launch.arguments), launch.name
-    assert found - {None} == set(KINDS)
+    assert found - {None} == set(KINDS) - {"product"}  # a phase of the wide kernel
 
 
 def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
     pytest.importorskip("triton", reason="triton is not installed")
     from benchmarks.gpu import tune, warm
 
-    assert {kind for kind, *_ in tune.items()} == set(KINDS)
+    assert {kind for kind, *_ in tune.items()} == set(KINDS) - {"product"}
     for kind, size, how in tune.items():
         tiles, bucket = tune.item_candidates(kind, size, how)
         assert len(tiles) >= 3
