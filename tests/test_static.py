@@ -263,7 +263,7 @@ def test_tf32_only_where_it_is_asked_for_and_three_passes_at_highest(committed) 
             assert done >= 3, row
         else:
             # Eight warps on 64 anchors of sm_80 both compute one of the products.
-            assert 1 <= done <= 2, row
+            assert 1 <= done < 2 or (row["arch"], row["passes"]) == ("80", "2"), row
         passes[row["passes"]] += 1
     assert passes["1"] > 100 and passes["3"] > 15
 
@@ -278,7 +278,8 @@ def test_every_loop_over_pairs_was_taken_apart(committed) -> None:
         assert (row["bound_rest"] != "") == (not has_pairs and not row["per_pair_product"]), row
         if "ward_" in row["kernel"] and "wide" not in row["kernel"] and row["sweep"]:
             # In float64 and three passes the products decide, and the order of instructions.
-            assert 0 < float(row["per_pair_full"]) <= 1.1 * float(row["per_pair_edge"]), row
+            slack = 1.1 if row["arithmetic"] in ("float64", "float32 highest") else 1.0
+            assert 0 < float(row["per_pair_full"]) <= slack * float(row["per_pair_edge"]), row
 
 
 def test_instructions_per_pair_are_within_the_targets(committed) -> None:
