@@ -51,6 +51,10 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
     mine = slice(rank * n // n_ranks, (rank + 1) * n // n_ranks)
     x = batch.x.detach()[mine].clone().requires_grad_()
     part = tuple(t[mine] for t in union)
+    # Every process has met both sizes, as after some epochs: the C library adapts to what it has
+    # seen, and else gives memory back to the system and takes it again in every step.
+    turn(batch.x, union, None)
+    turn(x, part, dist.group.WORLD)
     one, several = [], []
     for _ in trange(rounds, disable=rank > 0, unit="round"):
         dist.barrier()

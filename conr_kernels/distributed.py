@@ -70,6 +70,15 @@ class Union:
         """Rows [n_r, C] of every rank, in the ranks' order: [Σ n_r, C], written to ``out`` if
         given.
         """
+        out, pending = self.start_gather(t, sizes, out)
+        for work in pending:
+            work.wait()
+        return out
+
+    def start_gather(
+        self, t: Tensor, sizes: list[int], out: Tensor | None = None
+    ) -> tuple[Tensor, list[Any]]:
+        """What ``gather`` returns, and what to wait for before it is read."""
         if out is None:
             out = t.new_empty(sum(sizes), *t.shape[1:])
         mine = _bytes(t.detach())
@@ -77,7 +86,7 @@ class Union:
         if len(set(sizes)) == 1 and out.device.type != "cpu":
             if sizes[0] > 0:
                 _all_gather(_bytes(out), mine, self.group)
-            return out
+            return out, []
         pending = []
         for rank, stop in enumerate(accumulate(sizes)):
             if sizes[rank] == 0:
@@ -86,9 +95,7 @@ class Union:
             if rank == self.rank:
                 part.copy_(mine)
             pending.append(dist.broadcast(part, group=self.group, group_src=rank, async_op=True))
-        for work in pending:
-            work.wait()
-        return out
+        return out, pending
 
     def shares_forward(self, batch: Batch) -> bool:
         """Whether the ranks share the pairs: only there s_ij = s_ji is used, and the host reads."""
@@ -110,30 +117,43 @@ class Union:
         )
         return dealt
 
-    def gather_keys(self, batch: Batch) -> Keys | None:
-        """All ranks' rows, then all ranks' further keys; differentiable in the reference
-        backend.
-        """
-        if self.n_ranks == 1:
-            return batch.all_keys()
-        is_reference = batch.backend == "reference"
+    def gather_labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """y, p of all ranks' rows and then of all ranks' further keys."""
         L = batch.y.shape[1]
-        x = _Gather.apply(batch.x, self) if is_reference else self.gather(batch.x, self.sizes)
         labels = self.gather(torch.cat([batch.y, batch.p], dim=1), self.sizes)
-        if sum(self.key_sizes) > 0:
-            rows = (batch.x[:0].detach(), batch.y[:0], batch.p[:0])
-            key_x, *key_labels = rows if batch.keys is None else batch.keys
-            x = torch.cat([x, self.gather(key_x, self.key_sizes)])
+        if self.n_keys > 0:
+            _, *key_labels = self._own_keys(batch)
             labels = torch.cat([labels, self.gather(torch.cat(key_labels, dim=1), self.key_sizes)])
-        return x, labels[:, :L].contiguous(), labels[:, L:].contiguous()
+        return labels[:, :L].contiguous(), labels[:, L:].contiguous()
+
+    def gather_keys(self, batch: Batch, labels: tuple[Tensor, Tensor], x: Tensor) -> Keys:
+        """The keys, of features x of all ranks' rows and the labels of ``gather_labels``."""
+        if self.n_keys > 0:
+            x = torch.cat([x, self.gather(self._own_keys(batch)[0], self.key_sizes)])
+        return x, *labels
+
+    @property
+    def n_keys(self) -> int:
+        return sum(self.key_sizes)
+
+    @staticmethod
+    def _own_keys(batch: Batch) -> Keys:
+        nothing = (batch.x[:0].detach(), batch.y[:0], batch.p[:0])
+        return nothing if batch.keys is None else batch.keys
 
     def row_losses(self, batch: Batch) -> Tensor:
         """``ℓ_i`` of this rank's rows."""
-        keys, offset = self.gather_keys(batch), self.offset
         if batch.backend != "reference":
-            return _RowLosses.apply(batch.x, batch, keys, self)
-        own = batch.x if self.n_ranks == 1 else keys[0][offset : offset + len(batch.x)]
-        return reference_losses(batch, own, keys, offset)
+            return _RowLosses.apply(batch.x, batch, self)
+        if self.n_ranks == 1:
+            return reference_losses(batch, batch.x, batch.all_keys(), 0)
+        x = _Gather.apply(batch.x, self)
+        keys = self.gather_keys(batch, self.gather_labels(batch), x)
+        return reference_losses(batch, x[self.own], keys, self.offset)
+
+    @property
+    def own(self) -> slice:
+        return slice(self.offset, self.offset + self.sizes[self.rank])
 
 
 class _RowLosses(torch.autograd.Function):
@@ -142,13 +162,10 @@ class _RowLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch, keys: Keys | None, union: Union) -> Tensor:
+    def forward(ctx: Any, x: Tensor, batch: Batch, union: Union) -> Tensor:
         settings, backend = batch.settings, batch.backend
-        own = (x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings)
-        if union.shares_forward(batch):
-            rows, stats, layout = ops.without_autocast(_shared_forward, x.device, own, union)
-        else:
-            rows, stats, layout = ops.row_losses(*own, backend)
+        forward = _shared_forward if union.shares_forward(batch) else _forward
+        keys, (rows, stats, layout) = forward(x.detach(), batch, union)
         ctx.save_for_backward(stats, layout, x, batch.y, batch.p, *(keys or (None,) * 3))
         ctx.scalars = (union.offset, *settings.scalars, backend)
         ctx.union = union
@@ -168,17 +185,37 @@ class _RowLosses(torch.autograd.Function):
         gradient = (
             gradient * union.n_ranks if torch.is_grad_enabled() else gradient.mul_(union.n_ranks)
         )
-        return gradient, None, None, None
+        return gradient, None, None
 
 
-def _shared_forward(own: tuple, union: Union) -> tuple[Tensor, Tensor, Tensor]:
+#: All keys, and a backend's losses, statistics and layout of this rank's rows.
+Forward = tuple[Keys | None, tuple[Tensor, Tensor, Tensor]]
+
+
+def _forward(x: Tensor, batch: Batch, union: Union) -> Forward:
+    """The backend's forward pass of this rank's rows against all keys."""
+    if union.n_ranks == 1:
+        keys = batch.all_keys()
+    else:
+        labels = union.gather_labels(batch)
+        keys = union.gather_keys(batch, labels, union.gather(x, union.sizes))
+    rows = (x, batch.y, batch.p, batch.w)
+    return keys, ops.row_losses(*rows, keys, union.offset, batch.settings, batch.backend)
+
+
+def _shared_forward(x: Tensor, batch: Batch, union: Union) -> Forward:
     """The torch backend's forward pass over a share of the union's pairs; each pair is one rank's,
-    for both of its rows.
+    for both of its rows. The pairs are found while the features travel.
     """
-    keys, settings = own[4], own[6]
-    share = (union.rank, union.n_ranks)
-    sums, layout = torch_backend.share_of_sums(keys, union.n_rows, settings, share)
-    return *torch_backend.forward_from_shares(union.deal(sums), *own), layout
+    settings, share = batch.settings, (union.rank, union.n_ranks)
+    labels = union.gather_labels(batch)
+    x_of_all, pending = union.start_gather(x, union.sizes)
+    sweeps = torch_backend.union_sweeps(*labels, union.n_rows, settings)
+    for work in pending:
+        work.wait()
+    keys = union.gather_keys(batch, labels, x_of_all)
+    args = (sweeps, keys, union.own, batch.w, settings, share, union.deal)
+    return keys, ops.without_autocast(torch_backend.shared_forward, x.device, *args)
 
 
 class _Gather(torch.autograd.Function):

@@ -7,6 +7,8 @@ them; and for small batches one tile, kept for the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,14 @@ from .rows import (
     finish_rows,
     to_log_statistics,
 )
+from .sweep import Sweep
+from .torch_pairs import negative_weight, push, similarities, times_coefficients
 from .torch_sweeps import (
     Source,
     all_sweeps,
     gradient_sums,
     inverse_norms,
+    negatives_show,
     other_keys,
     pack_sweeps,
     row_norms,
@@ -29,18 +34,13 @@ from .torch_sweeps import (
     unpack_sweeps,
     wide_dtype,
 )
-from .torch_tiles import Rows, block_rows, negative_weight, push, similarities, times_coefficients
+from .torch_tiles import Rows, block_rows
 from .variants import Settings
 
 #: Up to this many rows one tile holds all pairs; row losses keep it for backward.
 KEPT_ROWS = 640
-#: A negative's distance exceeds the window; from here on ``d_ij exp(−1/τ)`` is no zero in float32.
-SMALLEST_WINDOW = 1e-20
 #: Rows of the gradient that are finished at a time.
 PROJECTED_ROWS = 1024
-
-#: What the pairs of an anchor add up to: see ``row_sums``.
-SUMS = ("E", "B", "n", "m", "s_sum")
 
 Keys = tuple[Tensor, Tensor, Tensor]
 
@@ -77,57 +77,61 @@ def forward(
         layout = torch.stack(pairs)
     else:
         sums = row_sums(
-            anchors, others, all_sweeps(anchors, others, settings), settings, is_shifted
-        )
+            anchors, others, _sweeps(anchors, others, settings), settings, is_shifted,
+            counts_negatives=not negatives_show(settings, is_shifted),
+        )  # fmt: skip
         layout = anchors.norm.new_empty(0)
-    loss, stats = _finish(sums, anchors, others, w, settings, is_shifted)
+    n_keys = len(x) if others is None else len(x) + len(others)
+    loss, stats = _finish(sums, _poison(anchors, others), n_keys, w, settings, is_shifted)
     stats = _stored(stats, anchors.norm.dtype, settings, is_shifted)
     return loss.to(anchors.norm.dtype), stats, layout.view(-1).view(torch.int32)
 
 
-def share_of_sums(
-    keys: Keys, n_anchors: int, settings: Settings, share: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """``SUMS`` of all anchors, which are the first keys, over the k-th of n shares of their pairs;
-    and a layout for ``backward``.
+def union_sweeps(y: Tensor, p: Tensor, n_anchors: int, settings: Settings) -> list[Sweep]:
+    """The sweeps of keys of which the first ``n_anchors`` are the anchors."""
+    others = (y[n_anchors:], p[n_anchors:]) if n_anchors < len(y) else None
+    return all_sweeps((y[:n_anchors], p[:n_anchors]), others, settings)
 
-    Float64 [4 or 5, N]. Where several processes have the same keys each may take a share, and use
-    ``s_ij = s_ji`` in all of it.
+
+def shared_forward(
+    sweeps: list[Sweep],
+    keys: Keys,
+    own: slice,
+    w: Tensor | None,
+    settings: Settings,
+    share: tuple[int, int],
+    deal: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``forward`` of the own ones of the anchors of ``union_sweeps``, where several processes have
+    the same keys.
+
+    Each sums over the k-th of n shares of all anchors' pairs, and uses ``s_ij = s_ji`` in all of
+    it.
+
+    Args:
+        deal: exchanges these sums [S, n_anchors] of the own rows for all processes' sums of them
+            [n, S, n_own].
     """
     x, y, p = keys
-    anchors = Source(*(t[:n_anchors] for t in (x, row_norms(x), y, p)))
-    others = other_keys(keys, 0, n_anchors)
-    sweeps = all_sweeps(anchors, others, settings)
-    parts = [sweep.part(*share, rows=block_rows(sweep)) for sweep in sweeps]
-    sums = row_sums(anchors, others, parts, settings, _is_shifted(y, keys, settings))
-    in_order = torch.stack([sums[name] for name in SUMS if name in sums])
-    return in_order.to(wide_dtype(x.device)), pack_sweeps(sweeps)
-
-
-def forward_from_shares(
-    shares: Tensor,
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    keys: Keys,
-    self_offset: int,
-    settings: Settings,
-) -> tuple[Tensor, Tensor]:
-    """Losses and statistics as of ``forward``, from all shares of these anchors' sums
-    [n, 4 or 5, N].
-    """
-    x = x.contiguous()
     is_shifted = _is_shifted(y, keys, settings)
-    sums = dict(zip(SUMS, shares.sum(0).unbind(), strict=False))
+    counts_negatives = not negatives_show(settings, is_shifted)
+    union = Source(x, row_norms(x), y, p)
+    n_anchors = sweeps[0].n_anchors
+    anchors = union.part(slice(0, n_anchors))
+    others = union.part(slice(n_anchors, None)) if n_anchors < len(union) else None
+    parts = [sweep.part(*share, rows=block_rows(sweep)) for sweep in sweeps]
+    sums = row_sums(anchors, others, parts, settings, is_shifted, counts_negatives)
+
+    dtype = union.norm.dtype
+    shares = deal(torch.stack([t.to(wide_dtype(x.device)) for t in sums.values()]))
+    sums = dict(zip(sums, shares.sum(0).unbind(), strict=True))
     if is_shifted:
-        for k, name in enumerate(("E", "B")):
-            sums[name] = shares[:, k].logsumexp(0)
-    anchors = Source(x, row_norms(x), y, p)
-    others = other_keys(keys, self_offset, len(x))
-    loss, stats = _finish(sums, anchors, others, w, settings, is_shifted)
-    dtype = anchors.norm.dtype
-    return loss.to(dtype), _stored(stats, dtype, settings, is_shifted)
+        for k, name in enumerate(sums):
+            if name in ("E", "B"):
+                sums[name] = shares[:, k].logsumexp(0)
+    poison = union.not_finite().expand(own.stop - own.start)
+    loss, stats = _finish(sums, poison, len(union), w, settings, is_shifted)
+    return loss.to(dtype), _stored(stats, dtype, settings, is_shifted), pack_sweeps(sweeps)
 
 
 def loss_with_gradient(
@@ -143,9 +147,9 @@ def loss_with_gradient(
     anchors = Source(x, row_norms(x), y, p)
     norm, inverse = anchors.norm, inverse_norms(anchors.norm)
     rows = Rows(x * inverse, y, p, None)
-    underflows = is_shifted or settings.window < SMALLEST_WINDOW
-    sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives=underflows)
-    loss, stats = _finish(sums, anchors, None, w, settings, is_shifted)
+    counts_negatives = not negatives_show(settings, is_shifted)
+    sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives)
+    loss, stats = _finish(sums, _poison(anchors, None), len(x), w, settings, is_shifted)
     loss, stats = loss.to(norm.dtype), _stored(stats, norm.dtype, settings, is_shifted)
     if not is_shifted and not settings.exponent_is_small:
         stats = collapse_statistics(stats)
@@ -165,20 +169,19 @@ def _stored(stats: Tensor, dtype: torch.dtype, settings: Settings, is_shifted: b
 
 def _finish(
     sums: dict[str, Tensor],
-    anchors: Source,
-    others: Source | None,
+    poison: Tensor,
+    n_keys: int,
     w: Tensor | None,
     settings: Settings,
     is_shifted: bool,
 ) -> tuple[Tensor, Tensor]:
     """Row losses and statistics in float64: weights up to 1e30 meet sums up to 1e30 in the rows."""
-    of_rows = {**sums, "poison": _poison(anchors, others, w)}
+    of_rows = {**sums, "poison": poison}
     if w is not None:
-        of_rows["w"] = w
+        of_rows |= {"w": w, "poison": torch.add(poison, w, alpha=0)}
     # One conversion of all of them: on a small batch each costs as much as a sum over its pairs.
-    wide_rows = torch.stack(list(of_rows.values())).to(wide_dtype(anchors.norm.device)).unbind()
+    wide_rows = torch.stack(list(of_rows.values())).to(wide_dtype(poison.device)).unbind()
     of_rows = dict(zip(of_rows, wide_rows, strict=True))
-    n_keys = len(anchors) + (0 if others is None else len(others))
     finish = finish_log_rows if is_shifted else finish_rows
     return finish(**of_rows, n_keys=n_keys, settings=settings)
 
@@ -210,7 +213,7 @@ def backward(
     if len(layout) > 0:
         sweeps = unpack_sweeps(layout, self_offset, len(x), is_exact=y.shape[1] == 1)
     else:
-        sweeps = all_sweeps(anchors, others, settings)
+        sweeps = _sweeps(anchors, others, settings)
     G = gradient_sums(anchors, others, sweeps, settings)
     poison = (coef_i[:, :3] * 0).sum(dim=1, keepdim=True)
     for start in range(0, len(x), PROJECTED_ROWS):
@@ -218,6 +221,11 @@ def backward(
         q = x[rows] * inverse[rows]
         _project(G[rows], q, inverse[rows], settings.temperature).add_(poison[rows])
     return G.to(x.dtype)
+
+
+def _sweeps(anchors: Source, others: Source | None, settings: Settings) -> list[Sweep]:
+    labels_j = None if others is None else (others.y, others.p)
+    return all_sweeps((anchors.y, anchors.p), labels_j, settings)
 
 
 def _is_one_tile(x: Tensor, keys: Keys | None) -> bool:
@@ -231,7 +239,7 @@ def _project(G: Tensor, q: Tensor, inverse: Tensor, temperature: float) -> Tenso
     return G.addcmul_(q, radial, value=-1).mul_(inverse / temperature)
 
 
-def _poison(anchors: Source, others: Source | None, w: Tensor | None) -> Tensor:
+def _poison(anchors: Source, others: Source | None) -> Tensor:
     """0 for each row [N] with finite inputs, else NaN; NaN everywhere if another key is not
     finite.
     """
@@ -241,8 +249,6 @@ def _poison(anchors: Source, others: Source | None, w: Tensor | None) -> Tensor:
             labels = (labels * 0).sum(dim=1, keepdim=True)
         total.add_(labels, alpha=0)
     total = total[:, 0]
-    if w is not None:
-        total.add_(w, alpha=0)
     return total if others is None else total + others.not_finite()
 
 
@@ -263,8 +269,7 @@ def one_tile_sums(
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """The sums of ``row_sums`` from one tile, and the tile's pairs weighted by either mask.
 
-    Without ``counts_negatives`` m is 1 for any number of negatives: where ``φ exp(s_ij)`` cannot
-    underflow, a positive sum shows that there is one.
+    Without ``counts_negatives`` m is 1 for any number of negatives, as there.
     """
     s_ij = similarities(rows.q, rows.q, settings)
     d_ij = pair_distance(rows.y, rows.y, settings.distance)

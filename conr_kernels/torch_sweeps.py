@@ -14,12 +14,9 @@ from torch import Tensor
 
 from .reference import pair_distance
 from .sweep import Sweep, banded_sweep, dense_sweep
-from .torch_tiles import (
-    Rows,
-    Tile,
+from .torch_pairs import (
     Totals,
     drop_self,
-    make_tiles,
     negative_weight,
     push,
     similarities,
@@ -27,12 +24,16 @@ from .torch_tiles import (
     weigh,
     window_mask,
 )
+from .torch_tiles import Rows, Tile, make_tiles
 from .variants import Settings
 
+#: A negative's distance exceeds the window; from here on ``d_ij exp(−1/τ)`` is no zero in float32.
+SMALLEST_WINDOW = 1e-20
 #: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
 DENSE_SHARE = 0.7
 
 Keys = tuple[Tensor, Tensor, Tensor]
+Labels = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Source:
             q = self.x[at].to(inverse.dtype)
         coef = None if self.coef is None else self.coef[order]
         return Rows(q.mul_(inverse[order]), self.y[order], self.p[order], coef)
+
+    def part(self, rows: slice) -> Source:
+        """Some of the rows of a source without index and coefficients."""
+        return Source(self.x[rows], self.norm[rows], self.y[rows], self.p[rows])
 
     def not_finite(self) -> Tensor:
         """0, or NaN if any feature, label or prediction is not finite."""
@@ -123,13 +128,12 @@ def find_sweeps(
     return [dense_sweep(N, None if y_j is None else K, y.device)]
 
 
-def all_sweeps(anchors: Source, others: Source | None, settings: Settings) -> list[Sweep]:
+def all_sweeps(labels: Labels, labels_j: Labels | None, settings: Settings) -> list[Sweep]:
     """First the anchors among themselves, where ``s_ij = s_ji`` saves half of the pairs, then
-    against the other keys.
+    against the other keys, if there are any. From labels and predictions of either.
     """
-    y, p = anchors.y, anchors.p
-    own = find_sweeps(y, p, None, None, settings)
-    return own if others is None else own + find_sweeps(y, p, others.y, others.p, settings)
+    own = find_sweeps(*labels, None, None, settings)
+    return own if labels_j is None else own + find_sweeps(*labels, *labels_j, settings)
 
 
 def pack_sweeps(sweeps: list[Sweep]) -> Tensor:
@@ -203,9 +207,13 @@ def row_sums(
     sweeps: list[Sweep],
     settings: Settings,
     is_shifted: bool,
+    counts_negatives: bool = True,
 ) -> dict[str, Tensor]:
     """``E`` = Σ_P exp s, ``B`` = Σ_M φ exp s (their logarithms if shifted), ``s_sum``, ``n``,
     ``m``: of all anchors, over the pairs of the sweeps.
+
+    Without ``counts_negatives`` m is 1 for any number of negatives, as a positive B shows them:
+    see ``negatives_show``.
     """
     norm = anchors.norm[:, 0]
     wide = wide_dtype(norm.device)
@@ -219,11 +227,14 @@ def row_sums(
     for rows_i, _, with_keys in sorted_rows(anchors, others, sweeps):
         for sweep, rows_j in with_keys:
             order = sweep.anchor_order
-            for name, part in _forward_sweep(sweep, rows_i, rows_j, settings, is_shifted).items():
+            totals = _forward_sweep(sweep, rows_i, rows_j, settings, is_shifted, counts_negatives)
+            for name, part in totals.items():
                 at = sums[name] if order is None else sums[name][order]
                 is_log = is_shifted and name in ("E", "B")
                 total = torch.logaddexp(at, part) if is_log else at + part
                 sums[name] = total if order is None else sums[name].index_copy_(0, order, total)
+    if not counts_negatives:
+        sums["m"] = sums["B"].sign()
     return sums
 
 
@@ -246,13 +257,23 @@ def gradient_sums(
     return G
 
 
+def negatives_show(settings: Settings, is_shifted: bool) -> bool:
+    """Whether ``B`` > 0 where there is a negative: no ``φ exp(s_ij)`` underflows."""
+    return not is_shifted and settings.window >= SMALLEST_WINDOW
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which rows are finished: weights up to 1e30 meet sums up to 1e30 there."""
     return torch.float64 if device.type != "mps" else torch.float32
 
 
 def _forward_sweep(
-    sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings, is_shifted: bool
+    sweep: Sweep,
+    rows_i: Rows,
+    rows_j: Rows,
+    settings: Settings,
+    is_shifted: bool,
+    counts_negatives: bool,
 ) -> dict[str, Tensor]:
     """The sums of ``row_sums`` that the sweep serves, in its order."""
     positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
@@ -282,7 +303,8 @@ def _forward_sweep(
         if negatives:
             d_ij = pair_distance(i.y, j.y, settings.distance)
             weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
-            totals.add("m", tile, weight.sign(), wide)
+            if counts_negatives:
+                totals.add("m", tile, weight.sign(), wide)
             value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
             totals.add("B", tile, value, dtype, is_shifted)
     return totals

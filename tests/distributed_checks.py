@@ -102,11 +102,11 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
     saved = [getattr(module, name) for module, name, _ in changed]
     shares = []
 
-    def counted(*args: object, of: Callable = torch_backend.share_of_sums) -> tuple:
-        shares.append(args[-1])
+    def counted(*args: object, of: Callable = torch_backend.shared_forward) -> tuple:
+        shares.append(args[-2])
         return of(*args)
 
-    torch_backend.share_of_sums, plain = counted, torch_backend.share_of_sums
+    torch_backend.shared_forward, plain = counted, torch_backend.shared_forward
     try:
         for module, name, value in changed:
             setattr(module, name, value)
@@ -114,7 +114,7 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
         check_second_derivative(group)
         check_not_finite(group)
     finally:
-        torch_backend.share_of_sums = plain
+        torch_backend.shared_forward = plain
         for (module, name, _), value in zip(changed, saved, strict=True):
             setattr(module, name, value)
     n_ranks = dist.get_world_size(group)

@@ -115,7 +115,7 @@ def counts(x, y, p, settings):
         sums, _ = torch_backend.one_tile_sums(rows, settings, False)
     else:
         sums = torch_sweeps.row_sums(
-            anchors, None, torch_sweeps.all_sweeps(anchors, None, settings), settings, False
+            anchors, None, torch_sweeps.all_sweeps((y, p), None, settings), settings, False
         )
     return sums["n"].tolist(), sums["m"].tolist()
 
