@@ -1,7 +1,8 @@
 """``python -m benchmarks.ranks``: one process with the union batch against W processes with a part
 of it each, in turns, one thread a process, on the CPU with gloo.
 
-Prints the medians of forward and backward, the ratio, and the elements that arrive at a rank.
+Prints the medians of forward and backward and the ratios; and how much W independent processes
+slow one another here, which no program can avoid: a shared machine's cores are not all its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .batches import make_batch
 
 #: Counted steps of a turn.
 STEPS = 3
+#: Bytes of the activations that an encoder would have freed: glibc adapts to pieces up to 32 MiB.
+LARGER_PIECE = 31 * 2**20
 
 
 def step(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> tuple[float, ...]:
@@ -51,42 +54,53 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
     mine = slice(rank * n // n_ranks, (rank + 1) * n // n_ranks)
     x = batch.x.detach()[mine].clone().requires_grad_()
     part = tuple(t[mine] for t in union)
-    # Every process has met both sizes, as after some epochs: the C library adapts to what it has
-    # seen, and else gives memory back to the system and takes it again in every step.
-    turn(batch.x, union, None)
-    turn(x, part, dist.group.WORLD)
-    one, several = [], []
+    # As an encoder's activations do: the C library keeps freed memory for the next step once it has
+    # seen larger pieces, and else returns the pages and asks for them again, in every step.
+    activations = torch.empty(LARGER_PIECE, dtype=torch.uint8)
+    del activations
+    one, beside, several = [], [], []
     for _ in trange(rounds, disable=rank > 0, unit="round"):
         dist.barrier()
         if rank == 0:
             one += turn(batch.x, union, None)
         dist.barrier()
+        beside += turn(batch.x, union, None)
+        dist.barrier()
         several += turn(x, part, dist.group.WORLD)
     mean = (batch.x.grad[mine] * n_ranks - x.grad).norm() if rank == 0 else None
     if rank == 0:
-        report(one, several, n_ranks, f"N = {n:,}, D = {d}, {labels}")
+        report(one, beside, several, n_ranks, f"N = {n:,}, D = {d}, {labels}")
         print(f"gradients differ by {mean / x.grad.norm():.1e} of their norm")
     dist.destroy_process_group()
 
 
-def report(one: list, several: list, n_ranks: int, batch: str) -> None:
+def report(one: list, beside: list, several: list, n_ranks: int, batch: str) -> None:
     print(
         f"{batch}, float32, torch {torch.__version__}, {rows._processor()}, "
         f"medians of {len(one)} steps"
     )
     medians = []
-    for name, steps in (("1 process", one), (f"{n_ranks} processes", several)):
+    kinds = (
+        ("1 process alone", one),
+        (f"1 beside {n_ranks - 1} like it", beside),
+        (f"{n_ranks} as one", several),
+    )
+    for name, steps in kinds:
         forward, backward, processor = map(statistics.median, zip(*steps, strict=True))
         total = statistics.median(a + b for a, b, _ in steps)
         medians.append((total, forward, backward, processor))
         print(
-            f"{name:>12}: {total * 1e3:7.1f} ms = forward {forward * 1e3:.1f} + backward "
+            f"{name:>19}: {total * 1e3:7.1f} ms = forward {forward * 1e3:.1f} + backward "
             f"{backward * 1e3:.1f}; processor time of one {processor * 1e3:.1f} ms"
         )
-    ratios = (b / a for a, b in zip(*medians, strict=True))
+    alone, crowded, ranks = medians
     names = ("step", "forward", "backward", "processor time")
-    of_each = (f"{name} {ratio:.2f}" for name, ratio in zip(names, ratios, strict=True))
+    of_each = (f"{name} {b / a:.2f}" for name, a, b in zip(names, alone, ranks, strict=True))
     print(f"ratio: {', '.join(of_each)}")
+    print(
+        f"independent processes, which exchange nothing, take {crowded[0] / alone[0]:.2f} of the "
+        "time alone beside each other here"
+    )
 
 
 def main() -> None:
