@@ -502,7 +502,6 @@ def _backward_wide(
     # As many bits as the features': float16's range is kept by a factor for each row of a tile.
     H_scale = x.new_empty(n_programs * group * chosen.BLOCK_I, dtype=call.dtype)
     G = x.new_empty((call.N, call.D_pad), dtype=call.dtype)
-    radial = x.new_empty(call.N, dtype=call.dtype)
     for negatives in (False, True):
         if negatives and call.is_confused:
             rows.gather(layout, negatives=True)
@@ -510,7 +509,7 @@ def _backward_wide(
             layout,
             *(rows.i[name] for name in ("q", "y", "p", "coef", "inverse")),
             *(rows.j[name] for name in ("q", "y", "p", "coef")),
-            x, H, H_scale if common["RESCALE"] else None, G, radial, gradient,
+            x, H, H_scale if common["RESCALE"] else None, G, gradient,
             call.N, call.K, n_programs, call.D_pad, *x.stride(), call.window, s.push_scale, kappa,
             NEGATIVES=negatives, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
             CONFUSED=call.is_confused, GROUP=group, BLOCK_K=product.BLOCK_J, BLOCK_G=columns,

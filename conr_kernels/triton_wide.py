@@ -10,6 +10,20 @@ from .triton_math import LOG2E, dot, load_tile, pair_total, scale_pair, similari
 from .triton_sweeps import load_coefficients, negative_segments, negative_weights
 
 
+@triton.jit
+def _sum_and_feature(
+    G_ptr, x_ptr, row, k, inverse, n_anchors, stride_n, stride_d,
+    D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Columns ``[k, k + WIDTH)`` of G and of the unit features."""
+    d = k + tl.arange(0, WIDTH)
+    is_row = row < n_anchors
+    G = tl.load(G_ptr + row[:, None] * D_PAD + d[None, :], mask=is_row[:, None], other=0.0)
+    offsets = row[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+    x_i = tl.load(x_ptr + offsets, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
+    return G, x_i.to(inverse.dtype) * inverse[:, None]
+
+
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_programs"])
 def conr_backward_wide_kernel(
     layout_ptr,
@@ -26,7 +40,6 @@ def conr_backward_wide_kernel(
     H_ptr,
     H_scale_ptr,
     G_ptr,
-    radial_ptr,
     gradient_ptr,
     n_anchors,
     n_keys,
@@ -67,7 +80,6 @@ def conr_backward_wide_kernel(
     keeps.
     """
     PAD: tl.constexpr = 128
-    LN2: tl.constexpr = 0.6931471805599453
     EXACT: tl.constexpr = L == 1
     ROW: tl.constexpr = GROUP * BLOCK_J
     STEPS: tl.constexpr = BLOCK_J // BLOCK_K
@@ -83,7 +95,7 @@ def conr_backward_wide_kernel(
     if RESCALE:
         H_scale_ptr += pid.to(tl.int64) * GROUP * BLOCK_I
     H_rows = H_ptr + rows[:, None] * ROW
-    dtype: tl.constexpr = radial_ptr.dtype.element_ty
+    dtype: tl.constexpr = G_ptr.dtype.element_ty
 
     for tile in range(pid, tl.cdiv(n_anchors, BLOCK_I), n_programs):
         i0 = tl.full((), tile, tl.int64) * BLOCK_I
@@ -103,7 +115,6 @@ def conr_backward_wide_kernel(
             )  # fmt: skip
             b0, b1 = a1, a1
         n_tiles = a1 - a0 + b1 - b0
-        radial = tl.zeros((BLOCK_I,), dtype)
 
         # One group at least: it writes G, and last the gradient, of a tile without pairs too.
         n_groups = tl.maximum(tl.cdiv(n_tiles, GROUP), 1)
@@ -156,7 +167,6 @@ def conr_backward_wide_kernel(
                         total = pair_total(y_i, y_i_ptrs, anchors, y_j_ptrs, keys, L, RMSE)
                         is_other = self_i[:, None] != (j0.to(tl.int32) + columns)[None, :]
                         H_ij = tl.where((total <= window) & is_other, H_ij, 0.0)
-                radial += tl.sum(H_ij * s_ij, axis=1) * LN2
                 if RESCALE:
                     largest = tl.max(tl.abs(H_ij), axis=1)
                     scale = tl.where(largest > 1e-30, largest, 1.0)
@@ -164,9 +174,6 @@ def conr_backward_wide_kernel(
                     tl.store(H_scale_ptr + u * BLOCK_I + rows, scale)
                 H_ptrs = H_rows + u * BLOCK_J + columns[None, :]
                 tl.store(H_ptrs, H_ij.to(H_ptr.dtype.element_ty))
-            row = tl.load(order_ptr + i0 + rows).to(tl.int64)
-            if NEGATIVES and group == n_groups - 1:
-                radial += tl.load(radial_ptr + row, mask=row < n_anchors, other=0.0)
             tl.debug_barrier()  # the stores of the whole program before its loads
 
             for k in range(0, width, BLOCK_G):
@@ -189,21 +196,30 @@ def conr_backward_wide_kernel(
                         G += dot(H_ij, q_j, None, PRECISION) * scale[:, None]
                     else:
                         G = dot(H_ij, q_j, G, PRECISION)
-                if NEGATIVES and group == n_groups - 1:
-                    inverse = tl.load(inverse_i_ptr + i0 + rows)
-                    poison = tl.zeros((BLOCK_I,), dtype)
-                    for c in tl.static_range(3):
-                        poison += tl.load(coef_i_ptr + c * anchors + i0 + rows) * 0
-                    mask = is_row[:, None] & (d < D)[None, :]
-                    x_ptrs = x_ptr + row[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
-                    q_i = tl.load(x_ptrs, mask=mask, other=0.0).to(dtype) * inverse[:, None]
-                    G = G * tl.full((), kappa, dtype) - q_i * radial[:, None]
-                    G = G * inverse[:, None] + poison[:, None]
-                    gradient_ptrs = gradient_ptr + row[:, None] * D + d[None, :]
-                    tl.store(gradient_ptrs, G.to(gradient_ptr.dtype.element_ty), mask=mask)
-                else:
-                    tl.store(G_ptrs, G, mask=is_row[:, None])
+                tl.store(G_ptrs, G, mask=is_row[:, None])
             tl.debug_barrier()
-        if not NEGATIVES:
+
+        if NEGATIVES:
+            # q_i·G of the G that was summed, from H_ij as it was rounded: nearly parallel features
+            # leave little beside their radial part.
             row = tl.load(order_ptr + i0 + rows).to(tl.int64)
-            tl.store(radial_ptr + row, radial, mask=row < n_anchors)
+            inverse = tl.load(inverse_i_ptr + i0 + rows)
+            poison = tl.zeros((BLOCK_I,), dtype)
+            for c in tl.static_range(3):
+                poison += tl.load(coef_i_ptr + c * anchors + i0 + rows) * 0
+            radial = tl.zeros((BLOCK_I,), dtype)
+            for k in range(0, width, BLOCK_G):
+                G, q_i = _sum_and_feature(
+                    G_ptr, x_ptr, row, k, inverse, n_anchors, stride_n, stride_d, D, D_PAD, BLOCK_G
+                )
+                radial += tl.sum(q_i * G, axis=1)
+            for k in range(0, width, BLOCK_G):
+                G, q_i = _sum_and_feature(
+                    G_ptr, x_ptr, row, k, inverse, n_anchors, stride_n, stride_d, D, D_PAD, BLOCK_G
+                )
+                G = (G - q_i * radial[:, None]) * tl.full((), kappa, dtype)
+                G = G * inverse[:, None] + poison[:, None]
+                d = k + tl.arange(0, BLOCK_G)
+                gradient_ptrs = gradient_ptr + row[:, None] * D + d[None, :]
+                mask = (row < n_anchors)[:, None] & (d < D)[None, :]
+                tl.store(gradient_ptrs, G.to(gradient_ptr.dtype.element_ty), mask=mask)
