@@ -107,7 +107,7 @@ _FLOAT64 = {
     "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
     "backward": [(100, None, (16, 16, None, 2, 1)), (None, None, (16, 16, None, 4, 1))],
     "wide": [(None, None, (16, 16, 32, 4, 1))],
-    "product": [(None, None, (16, 16, 32, 4, 1))],
+    "product": [(None, None, (16, 16, 64, 4, 1))],
     "dense": [(None, None, (16, 16, 32, 4, 1))],
     "dense backward": [(None, None, (16, 16, 32, 4, 1))],
 }

@@ -371,9 +371,10 @@ def _add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
 
 
 @triton.jit
-def _unit_columns(
+def unit_columns(
     row, first, inverse, x_ptr, n_anchors, stride_n, stride_d, D: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
+    """Columns ``[first, first + WIDTH)`` of the rows' unit features."""
     k = first + tl.arange(0, WIDTH)
     mask = (row < n_anchors)[:, None] & (k < D)[None, :]
     offsets = row[:, None] * stride_n + k.to(tl.int64)[None, :] * stride_d
@@ -595,14 +596,14 @@ def conr_backward_negatives_kernel(
         done = ()
         for c in tl.static_range(4):
             part = _add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D) * factor
-            q = _unit_columns(
+            q = unit_columns(
                 row, c * WIDTH, inverse, x_ptr, n_anchors, stride_n, stride_d, D, WIDTH
             )
             radial += tl.sum(q * part, axis=1)
             done = done + (part,)
             tl.debug_barrier()
         for c in tl.static_range(4):
-            q = _unit_columns(
+            q = unit_columns(
                 row, c * WIDTH, inverse, x_ptr, n_anchors, stride_n, stride_d, D, WIDTH
             )
             _store_gradient(
@@ -611,6 +612,6 @@ def conr_backward_negatives_kernel(
             tl.debug_barrier()
     else:
         G = _add_sum(G, row, 0, G_ptr, G_rest_ptr, n_anchors, D) * factor
-        q = _unit_columns(row, 0, inverse, x_ptr, n_anchors, stride_n, stride_d, D, BLOCK_D)
+        q = unit_columns(row, 0, inverse, x_ptr, n_anchors, stride_n, stride_d, D, BLOCK_D)
         radial = tl.sum(q * G, axis=1)
         _store_gradient(G, q, row, 0, radial, inverse, poison, gradient_ptr, n_anchors, D)

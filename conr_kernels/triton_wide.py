@@ -7,21 +7,7 @@ import triton.language as tl
 
 from .triton_layout import segments, tile_at
 from .triton_math import LOG2E, dot, load_tile, pair_total, scale_pair, similarity
-from .triton_sweeps import load_coefficients, negative_segments, negative_weights
-
-
-@triton.jit
-def _sum_and_feature(
-    G_ptr, x_ptr, row, k, inverse, n_anchors, stride_n, stride_d,
-    D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Columns ``[k, k + WIDTH)`` of G and of the unit features."""
-    d = k + tl.arange(0, WIDTH)
-    is_row = row < n_anchors
-    G = tl.load(G_ptr + row[:, None] * D_PAD + d[None, :], mask=is_row[:, None], other=0.0)
-    offsets = row[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
-    x_i = tl.load(x_ptr + offsets, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
-    return G, x_i.to(inverse.dtype) * inverse[:, None]
+from .triton_sweeps import load_coefficients, negative_segments, negative_weights, unit_columns
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_programs"])
@@ -83,6 +69,7 @@ def conr_backward_wide_kernel(
     EXACT: tl.constexpr = L == 1
     ROW: tl.constexpr = GROUP * BLOCK_J
     STEPS: tl.constexpr = BLOCK_J // BLOCK_K
+    TAIL: tl.constexpr = 64  # columns of the gradient at a time
     pid = tl.program_id(0)
     keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
     order_ptr = layout_ptr + PAD + (0 if SAME else 2 * keys)
@@ -116,6 +103,7 @@ def conr_backward_wide_kernel(
             b0, b1 = a1, a1
         n_tiles = a1 - a0 + b1 - b0
 
+        radial = tl.zeros((BLOCK_I,), dtype)
         # One group at least: it writes G, and last the gradient, of a tile without pairs too.
         n_groups = tl.maximum(tl.cdiv(n_tiles, GROUP), 1)
         for group in range(n_groups):
@@ -134,10 +122,6 @@ def conr_backward_wide_kernel(
                 alpha_i, log_alpha_i = load_coefficients(coef_ptrs, anchors, 0, SHIFTED)
                 if INSIDE:
                     beta_i = tl.load(coef_ptrs + anchors)
-                if SAME:
-                    self_i = tile * BLOCK_I + rows
-                else:
-                    self_i = tl.load(self_ptr + i0 + rows)
             for u in range(n_here):
                 t = tile_at(u0 + u, a0, a1, b0, b1, b1)
                 j0 = tl.full((), t, tl.int64) * BLOCK_J
@@ -164,6 +148,10 @@ def conr_backward_wide_kernel(
                         H_ij -= beta_i[:, None] + tl.load(coef_j_ptrs + keys)[None, :]
                     is_full = (t >= f0) & (t < f1) & ((t < s0) | (t >= s1))
                     if is_full == 0:
+                        if SAME:
+                            self_i = tile * BLOCK_I + rows
+                        else:
+                            self_i = tl.load(self_ptr + i0 + rows)
                         total = pair_total(y_i, y_i_ptrs, anchors, y_j_ptrs, keys, L, RMSE)
                         is_other = self_i[:, None] != (j0.to(tl.int32) + columns)[None, :]
                         H_ij = tl.where((total <= window) & is_other, H_ij, 0.0)
@@ -196,30 +184,34 @@ def conr_backward_wide_kernel(
                         G += dot(H_ij, q_j, None, PRECISION) * scale[:, None]
                     else:
                         G = dot(H_ij, q_j, G, PRECISION)
+                if not NEGATIVES:  # kept through the products, these addresses would be spilled
+                    row = tl.load(order_ptr + i0 + rows, volatile=True).to(tl.int64)
+                    is_row = row < n_anchors
+                    G_ptrs = G_ptr + row[:, None] * D_PAD + d[None, :]
+                if NEGATIVES and group == n_groups - 1:
+                    # Of G, from H_ij as it was rounded: nearly parallel features leave little else.
+                    inverse = tl.load(inverse_i_ptr + i0 + rows)
+                    offsets = row[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+                    mask = is_row[:, None] & (d < D)[None, :]
+                    x_i = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
+                    radial += tl.sum(x_i * inverse[:, None] * G, axis=1)
                 tl.store(G_ptrs, G, mask=is_row[:, None])
             tl.debug_barrier()
 
         if NEGATIVES:
-            # q_i·G of the G that was summed, from H_ij as it was rounded: nearly parallel features
-            # leave little beside their radial part.
             row = tl.load(order_ptr + i0 + rows).to(tl.int64)
             inverse = tl.load(inverse_i_ptr + i0 + rows)
-            poison = tl.zeros((BLOCK_I,), dtype)
-            for c in tl.static_range(3):
-                poison += tl.load(coef_i_ptr + c * anchors + i0 + rows) * 0
-            radial = tl.zeros((BLOCK_I,), dtype)
-            for k in range(0, width, BLOCK_G):
-                G, q_i = _sum_and_feature(
-                    G_ptr, x_ptr, row, k, inverse, n_anchors, stride_n, stride_d, D, D_PAD, BLOCK_G
-                )
-                radial += tl.sum(q_i * G, axis=1)
-            for k in range(0, width, BLOCK_G):
-                G, q_i = _sum_and_feature(
-                    G_ptr, x_ptr, row, k, inverse, n_anchors, stride_n, stride_d, D, D_PAD, BLOCK_G
-                )
+            for k in range(0, width, TAIL):
+                d = k + tl.arange(0, TAIL)
+                is_row = row < n_anchors
+                G_ptrs = G_ptr + row[:, None] * D_PAD + d[None, :]
+                G = tl.load(G_ptrs, mask=is_row[:, None], other=0.0)
+                q_i = unit_columns(row, k, inverse, x_ptr, n_anchors, stride_n, stride_d, D, TAIL)
+                poison = tl.zeros((BLOCK_I,), dtype)
+                for c in tl.static_range(3):
+                    poison += tl.load(coef_i_ptr + c * anchors + i0 + rows) * 0
                 G = (G - q_i * radial[:, None]) * tl.full((), kappa, dtype)
                 G = G * inverse[:, None] + poison[:, None]
-                d = k + tl.arange(0, BLOCK_G)
                 gradient_ptrs = gradient_ptr + row[:, None] * D + d[None, :]
-                mask = (row < n_anchors)[:, None] & (d < D)[None, :]
+                mask = is_row[:, None] & (d < D)[None, :]
                 tl.store(gradient_ptrs, G.to(gradient_ptr.dtype.element_ty), mask=mask)
