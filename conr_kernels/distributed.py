@@ -3,7 +3,7 @@ everybody's.
 
 A rank sends its features and labels forward and 3 (at most 5) floats per row backward, from which
 every rank computes the complete gradient of its own rows: no N×D gradient is ever reduced. On CPUs
-the ranks share the forward pass and exchange 4 or 5 sums per row.
+the ranks share the forward pass and exchange 3 to 5 sums per row.
 """
 
 from __future__ import annotations
@@ -118,13 +118,17 @@ class Union:
         return dealt
 
     def gather_labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """y, p of all ranks' rows and then of all ranks' further keys."""
+        """y, p of all ranks' rows and then of all ranks' further keys.
+
+        They travel in the wider of their dtypes, and are compared each in its own.
+        """
         L = batch.y.shape[1]
         labels = self.gather(torch.cat([batch.y, batch.p], dim=1), self.sizes)
         if self.n_keys > 0:
             _, *key_labels = self._own_keys(batch)
             labels = torch.cat([labels, self.gather(torch.cat(key_labels, dim=1), self.key_sizes)])
-        return labels[:, :L].contiguous(), labels[:, L:].contiguous()
+        y, p = labels[:, :L], labels[:, L:]
+        return y.to(batch.y.dtype).contiguous(), p.to(batch.p.dtype).contiguous()
 
     def gather_keys(self, batch: Batch, labels: tuple[Tensor, Tensor], x: Tensor) -> Keys:
         """The keys, of features x of all ranks' rows and the labels of ``gather_labels``."""
@@ -309,6 +313,7 @@ def _facts(batch: Batch) -> str:
         "L": batch.y.shape[1],
         "features' dtype": batch.x.dtype,
         "labels' dtype for comparison": batch.y.dtype,
+        "predictions' dtype for comparison": batch.p.dtype,
         "device type": batch.x.device.type,
         "features require a gradient": torch.is_grad_enabled() and batch.x.requires_grad,
         "window": settings.window,

@@ -69,17 +69,16 @@ def forward(
     """Row losses [N], row statistics (rows.py) and the layout (see ``layout_size``)."""
     x = x.contiguous()  # results keep a transposed layout, and products its rounding
     is_shifted = _is_shifted(y, keys, settings)
+    counts_negatives = not negatives_show(settings, is_shifted)
     anchors = Source(x, row_norms(x), y, p)
     others = other_keys(keys, self_offset, len(x))
     if _is_one_tile(x, keys):
         rows = Rows(x * inverse_norms(anchors.norm), y, p, None)
-        sums, pairs = one_tile_sums(rows, settings, is_shifted)
+        sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives)
         layout = torch.stack(pairs)
     else:
-        sums = row_sums(
-            anchors, others, _sweeps(anchors, others, settings), settings, is_shifted,
-            counts_negatives=not negatives_show(settings, is_shifted),
-        )  # fmt: skip
+        sweeps = _sweeps(anchors, others, settings)
+        sums = row_sums(anchors, others, sweeps, settings, is_shifted, counts_negatives)
         layout = anchors.norm.new_empty(0)
     n_keys = len(x) if others is None else len(x) + len(others)
     loss, stats = _finish(sums, _poison(anchors, others), n_keys, w, settings, is_shifted)
@@ -121,6 +120,8 @@ def shared_forward(
     others = union.part(slice(n_anchors, None)) if n_anchors < len(union) else None
     parts = [sweep.part(*share, rows=block_rows(sweep)) for sweep in sweeps]
     sums = row_sums(anchors, others, parts, settings, is_shifted, counts_negatives)
+    if not counts_negatives:
+        del sums["m"]
 
     dtype = union.norm.dtype
     shares = deal(torch.stack([t.to(wide_dtype(x.device)) for t in sums.values()]))
@@ -129,6 +130,8 @@ def shared_forward(
         for k, name in enumerate(sums):
             if name in ("E", "B"):
                 sums[name] = shares[:, k].logsumexp(0)
+    if not counts_negatives:
+        sums["m"] = sums["B"].sign()
     poison = union.not_finite().expand(own.stop - own.start)
     loss, stats = _finish(sums, poison, len(union), w, settings, is_shifted)
     return loss.to(dtype), _stored(stats, dtype, settings, is_shifted), pack_sweeps(sweeps)

@@ -100,26 +100,77 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
     changed = ((distributed, "SHARED_ROWS", 1), (torch_tiles, "BLOCK_I", 2),
                (torch_tiles, "TILE_PAIRS", 64), (torch_tiles, "TILE_COST", 4))  # fmt: skip
     saved = [getattr(module, name) for module, name, _ in changed]
-    shares = []
+    shares, layouts = [], []
 
     def counted(*args: object, of: Callable = torch_backend.shared_forward) -> tuple:
         shares.append(args[-2])
         return of(*args)
 
-    torch_backend.shared_forward, plain = counted, torch_backend.shared_forward
+    def unpacked(*args: object, of: Callable = torch_backend.unpack_sweeps, **options) -> list:
+        layouts.append(args[0])
+        return of(*args, **options)
+
+    plain = torch_backend.shared_forward, torch_backend.unpack_sweeps
+    torch_backend.shared_forward, torch_backend.unpack_sweeps = counted, unpacked
     try:
         for module, name, value in changed:
             setattr(module, name, value)
         text = check_union(group) + check_same_bits(group) + check_dtypes(group)
         check_second_derivative(group)
         check_not_finite(group)
+        check_dtypes_of_labels(group)
+        check_smallest_window(group)
     finally:
-        torch_backend.shared_forward = plain
+        torch_backend.shared_forward, torch_backend.unpack_sweeps = plain
         for (module, name, _), value in zip(changed, saved, strict=True):
             setattr(module, name, value)
     n_ranks = dist.get_world_size(group)
     assert not shares if n_ranks == 1 else set(shares) == {(dist.get_rank(group), n_ranks)}
+    assert bool(layouts) == (n_ranks > 1), "backward found the pairs again"
     return text
+
+
+def check_dtypes_of_labels(group: dist.ProcessGroup) -> str:
+    """Labels and predictions are compared each in its own dtype: ties at the window tell."""
+    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
+    n = 60
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n * n_ranks, 5, generator=g)
+    y, p = (torch.randint(0, 20, (n * n_ranks,), generator=g).double() / 10 for _ in range(2))
+    losses = []
+    for labels in ((y, p.float()), (y.float(), p), (y.float(), p.float()), (y, p)):
+        rows, mine = (x, *labels), part([x, *labels], [n] * n_ranks, rank)
+        results = []
+        for (features, *rest), of in ((rows, None), (mine, group)):
+            features = features.clone().requires_grad_()
+            loss = conr_loss(features, *rest, window=0.2, backend="torch", group=of)
+            loss.backward()
+            results.append((loss.detach(), features.grad))
+        (expected, gradient), (loss, own_gradient) = results
+        torch.testing.assert_close(loss, expected)
+        own = n_ranks * part([gradient], [n] * n_ranks, rank)[0]
+        torch.testing.assert_close(own_gradient, own, rtol=1e-4, atol=1e-6)
+        losses.append(expected.item())
+    assert len(set(losses)) > 1, "no tie tells the dtypes apart"
+    return ""
+
+
+def check_smallest_window(group: dist.ProcessGroup) -> str:
+    """Negatives count also where their pushing weights underflow the sums."""
+    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
+    x, y = tiny_distances(n_ranks)
+    expected = conr_loss(x, y, 0 * y, window=0.0, temperature=0.05, backend="reference")
+    x, y = part([x, y], [6] * n_ranks, rank)
+    loss = conr_loss(x, y, 0 * y, window=0.0, temperature=0.05, group=group)
+    torch.testing.assert_close(loss, expected)
+    return ""
+
+
+def tiny_distances(n: int) -> tuple[Tensor, Tensor]:
+    """Features and labels [6n] with label distances near the smallest float32 number."""
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2]])
+    y = torch.tensor([0.0, 0.0, 0.0, 1e-38, 1e-38, 1e-38])
+    return torch.cat([x, -x]).repeat(n, 1), y.repeat(n)
 
 
 def check_same_bits(group: dist.ProcessGroup) -> str:
@@ -215,6 +266,10 @@ def check_disagreements(group: dist.ProcessGroup) -> str:
         ),
         "labels' dtype for comparison": (
             lambda: conr_loss(x, y.double() if is_last else y, p, group=group),
+            "torch.float64",
+        ),
+        "predictions' dtype for comparison": (
+            lambda: conr_loss(x, y, p.double() if is_last else p, group=group),
             "torch.float64",
         ),
         "features require a gradient": (
@@ -318,7 +373,7 @@ def check_traffic(group: dist.ProcessGroup) -> str:
         distributed.dist = dist
     header = 8 * distributed.HEADER_NUMBERS + distributed.TEXT_BYTES
     if n_ranks > 1:
-        sums = 8 * 4 * N  # of the rows' exponentials and counts, as float64
+        sums = 8 * 3 * N  # of the rows' exponentials and positives, as float64
         assert received["forward"] == 4 * (N * D + 2 * N + n_ranks) + header * n_ranks + sums
         assert received["backward"] == 4 * 3 * N
     return (

@@ -8,6 +8,7 @@ from conr_kernels.rows import scale_statistics
 from conr_kernels.variants import PRESETS, Settings
 
 from .cases import structured_cases
+from .distributed_checks import tiny_distances
 
 
 @pytest.fixture(params=["one tile", "bands", "all pairs", "small tiles"])
@@ -137,6 +138,16 @@ def test_counts_equal_the_reference_as_integers_on_decimal_grids_with_ties(regim
         n_i, m_i = counts(x, y, p, settings)
         assert n_i == positive.sum(1).tolist(), f"seed {seed}"
         assert m_i == negative.sum(1).tolist(), f"seed {seed}"
+
+
+def test_negatives_count_where_their_pushing_weights_underflow_the_sums(regime):
+    """Windows and distances near the smallest number: a sum of 0 is no proof of no negatives."""
+    x, y = tiny_distances(4)
+    x.requires_grad_()
+    rest = dict(window=0.0, temperature=0.05)
+    loss = conr_loss(x, y, 0 * y, backend="torch", **rest)
+    assert loss > 1
+    torch.testing.assert_close(loss, conr_loss(x, y, 0 * y, backend="reference", **rest))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
