@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -80,21 +81,26 @@ def _panel(axes: Axes, found: list[rows.Row], metric: str, title: str, colors: d
     sizes = sorted({row.size for row in found})
     axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
     axes.set_xticks(sizes, [f"{n:,}" if n < 1024 else f"{n // 1024}k" for n in sizes])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_locator(NullLocator())
     text = _seconds if metric == "time" else _bytes
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     if metric == "memory":
         top = max((value for points in lines.values() for _, value in points), default=2**30)
         ticks = [2.0**k for k in range(20, 41, 2) if 2**k <= 2 * top]
         axes.set_yticks(ticks)
         axes.set_ylim(bottom=report.SMALLEST_MEMORY)
+    style(axes, title, text, has_legend=bool(lines))
+
+
+def style(axes: Axes, title: str, text: Callable[[float], str], has_legend: bool) -> None:
+    """Everything of an axes but its lines and ticks; ``text``: of a number on the y axis."""
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axes.set_xlabel("rows in the batch, N")
     axes.set_title(title, loc="left", fontsize=13)
     axes.grid(True, color="#e4e6ea", linewidth=0.8)
     axes.tick_params(color=GREY, labelcolor=DARK)
     axes.spines[["top", "right"]].set_visible(False)
-    if lines:
+    if has_legend:
         axes.legend(frameon=False, loc="upper left")
 
 

@@ -76,7 +76,7 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
 
 def report(one: list, beside: list, several: list, n_ranks: int, batch: str) -> None:
     print(
-        f"{batch}, float32, torch {torch.__version__}, {rows._processor()}, "
+        f"{batch}, float32, torch {torch.__version__}, {rows.processor()}, "
         f"medians of {len(one)} steps"
     )
     medians = []

@@ -38,7 +38,7 @@ class Row:
 
 def environment(device: str) -> dict[str, object]:
     """The fields of a row that one run has in common."""
-    name = torch.cuda.get_device_name() if device != "cpu" else _processor()
+    name = torch.cuda.get_device_name() if device != "cpu" else processor()
     return dict(
         features=128,
         dtype="float32",
@@ -50,7 +50,7 @@ def environment(device: str) -> dict[str, object]:
     )
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -27,8 +27,6 @@ from .torch_pairs import (
 from .torch_tiles import Rows, Tile, make_tiles
 from .variants import Settings
 
-#: A negative's distance exceeds the window; from here on ``d_ij exp(−1/τ)`` is no zero in float32.
-SMALLEST_WINDOW = 1e-20
 #: Where the bands hold more than this share of all pairs, one sweep over all pairs is faster.
 DENSE_SHARE = 0.7
 
@@ -271,7 +269,7 @@ def _reorder(
 
 def negatives_show(settings: Settings, is_shifted: bool) -> bool:
     """Whether ``B`` > 0 where there is a negative: no ``φ exp(s_ij)`` underflows."""
-    return not is_shifted and settings.window >= SMALLEST_WINDOW
+    return not is_shifted and settings.window >= settings.SMALLEST_WINDOW
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -34,8 +34,6 @@ WIDE_KEYS = 1024
 WIDE_PAD = 128
 ROW_PAD = 128
 GATHER_ROWS = 32
-#: Below this window ``φ·exp(s)`` of a negative may underflow (exp(s) ≥ exp(−32)).
-TINY_WINDOW = 1e-20
 
 Keys = tuple[Tensor, Tensor, Tensor]
 
@@ -165,7 +163,7 @@ class _Call:
         self.scale = math.sqrt(math.log2(math.e) / s.temperature)
         self.window = largest_total(s.window, self.L, s.distance, str(y.dtype)[6:])
         self.is_confused = variant.negatives == "confused"
-        self.is_tiny = s.scales_by_distance and s.window < TINY_WINDOW
+        self.is_tiny = s.scales_by_distance and s.window < s.SMALLEST_WINDOW
         self.pair_flags = dict(
             L=self.L,
             RMSE=s.distance == "rmse" and self.L > 1,
@@ -452,7 +450,7 @@ def _forward_sweeps(
 def _backward_sweeps(
     call: _Call, coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor
 ) -> None:
-    from . import triton_sweeps as kernels
+    from . import triton_gradient as kernels
 
     s, x = call.settings, call.x
     rows = _Sorted(call, coef_i, coef_j)

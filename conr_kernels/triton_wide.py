@@ -5,9 +5,10 @@
 import triton
 import triton.language as tl
 
+from .triton_gradient import load_coefficients, unit_columns
 from .triton_layout import segments, tile_at
 from .triton_math import LOG2E, dot, load_tile, pair_total, scale_pair, similarity
-from .triton_sweeps import load_coefficients, negative_segments, negative_weights, unit_columns
+from .triton_sweeps import negative_segments, negative_weights
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_programs"])

@@ -96,6 +96,9 @@ class Settings:
     #: Largest exponent that the unshifted sums may meet: ``exp(±64)`` leaves float32 room for
     #: sums over 10⁹ rows and for a gradient scaler's 2¹⁶.
     SAFE_EXPONENT = 64.0
+    #: A negative's distance exceeds the window; from here on ``d_ij exp(−1/τ)`` is no zero in
+    #: float32 where exponents are that small, and a sum of 0 means that there is no negative.
+    SMALLEST_WINDOW = 1e-20
 
     @property
     def scalars(self) -> tuple[float, float, float, str, str]:

@@ -24,6 +24,7 @@ from benchmarks.shipped import CHUNKED, DENSE, LONG, SWEEPS, Call
 from conr_kernels import (
     triton_backend,
     triton_dense,
+    triton_gradient,
     triton_layout,
     triton_sweeps,
     triton_wide,
@@ -57,7 +58,7 @@ EXCEPTIONS = {
     ("conr_spread_kernel", "L"): {3},
     ("conr_sort_keys_kernel", "L"): {3},
 }
-MODULES = (triton_dense, triton_layout, triton_sweeps, triton_wide)
+MODULES = (triton_dense, triton_gradient, triton_layout, triton_sweeps, triton_wide)
 
 
 def kernels(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, JITFunction]:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from .. import plot
 from ..plot import DARK, GREY, plt
@@ -71,20 +70,11 @@ def _panel(axes: Axes, lines: Lines, title: str, text) -> None:
     axes.set_yscale("log")
     ticks = sizes[::2]
     axes.set_xticks(ticks, [f"{n:,}" if n < 1024 else f"{n // 1024}k" for n in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_locator(NullLocator())
     if text is plot._bytes:
         values = [value for points in lines.values() for _, value in points] or [2.0**20]
         low, high = math.log2(max(min(values), 1)), math.log2(max(*values, 2))
         axes.set_yticks([2.0**k for k in range(0, 61, 2) if low - 2 <= k <= high + 2])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axes.set_xlabel("rows in the batch, N")
-    axes.set_title(title, loc="left", fontsize=13)
-    axes.grid(True, color="#e4e6ea", linewidth=0.8)
-    axes.tick_params(color=GREY, labelcolor=DARK)
-    axes.spines[["top", "right"]].set_visible(False)
-    if lines:
-        axes.legend(frameon=False, loc="upper left")
+    plot.style(axes, title, text, has_legend=bool(lines))
 
 
 if __name__ == "__main__":
