@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops, torch_backend
+from . import ops
 from .batch import Batch, Keys, reference_losses
 from .rows import no_statistics, scale_statistics
+from .shared import SharedRowLosses
 
 #: What a rank tells the others before any data moves: flag, rows, keys, and text of this many
 #: bytes.
@@ -66,36 +67,33 @@ class Union:
     def offset(self) -> int:
         return sum(self.sizes[: self.rank])
 
-    def gather(self, t: Tensor, sizes: list[int], out: Tensor | None = None) -> Tensor:
-        """Rows [n_r, C] of every rank, in the ranks' order: [Σ n_r, C], written to ``out`` if
-        given.
-        """
-        out, pending = self.start_gather(t, sizes, out)
-        for work in pending:
+    def gather(self, t: Tensor, sizes: list[int]) -> Tensor:
+        """Rows [n_r, C] of every rank, in the ranks' order: [Σ n_r, C]."""
+        out = t.new_empty(sum(sizes), *t.shape[1:])
+        start = sum(sizes[: self.rank])
+        out[start : start + len(t)] = t.detach()
+        for work in self.start_gather(out, sizes):
             work.wait()
         return out
 
-    def start_gather(
-        self, t: Tensor, sizes: list[int], out: Tensor | None = None
-    ) -> tuple[Tensor, list[Any]]:
-        """What ``gather`` returns, and what to wait for before it is read."""
-        if out is None:
-            out = t.new_empty(sum(sizes), *t.shape[1:])
-        mine = _bytes(t.detach())
+    def start_gather(self, out: Tensor, sizes: list[int]) -> list[Any]:
+        """Fills in the other ranks' rows of ``out`` [Σ n_r, C], which has this rank's. Returns what
+        to wait for before it is read.
+        """
+        stops = list(accumulate(sizes))
         # On the CPU gloo gathers through a buffer of its own, and takes three times as long.
         if len(set(sizes)) == 1 and out.device.type != "cpu":
             if sizes[0] > 0:
-                _all_gather(_bytes(out), mine, self.group)
-            return out, []
-        pending = []
-        for rank, stop in enumerate(accumulate(sizes)):
-            if sizes[rank] == 0:
-                continue
-            part = _bytes(out[stop - sizes[rank] : stop])
-            if rank == self.rank:
-                part.copy_(mine)
-            pending.append(dist.broadcast(part, group=self.group, group_src=rank, async_op=True))
-        return out, pending
+                mine = out[stops[self.rank] - sizes[0] : stops[self.rank]]
+                _all_gather(_bytes(out), _bytes(mine), self.group)
+            return []
+        return [
+            dist.broadcast(
+                _bytes(out[stop - size : stop]), group=self.group, group_src=rank, async_op=True
+            )
+            for rank, (size, stop) in enumerate(zip(sizes, stops, strict=True))
+            if size > 0
+        ]
 
     def shares_forward(self, batch: Batch) -> bool:
         """Whether the ranks share the pairs: only there s_ij = s_ji is used, and the host reads."""
@@ -117,43 +115,45 @@ class Union:
         )
         return dealt
 
-    def gather_labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """y, p of all ranks' rows and then of all ranks' further keys.
+    def gather_columns(
+        self, columns: tuple[Tensor, ...], of_keys: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """Columns [n, C_k] of all ranks' rows and then of all ranks' further keys.
 
-        They travel in the wider of their dtypes, and are compared each in its own.
+        They travel side by side in the widest of their dtypes, and come back each in its own.
         """
-        L = batch.y.shape[1]
-        labels = self.gather(torch.cat([batch.y, batch.p], dim=1), self.sizes)
+        together = self.gather(torch.cat(columns, dim=1), self.sizes)
         if self.n_keys > 0:
-            _, *key_labels = self._own_keys(batch)
-            labels = torch.cat([labels, self.gather(torch.cat(key_labels, dim=1), self.key_sizes)])
-        y, p = labels[:, :L], labels[:, L:]
-        return y.to(batch.y.dtype).contiguous(), p.to(batch.p.dtype).contiguous()
+            together_j = self.gather(torch.cat(of_keys, dim=1), self.key_sizes)
+            together = torch.cat([together, together_j])
+        parts = together.split([t.shape[1] for t in columns], dim=1)
+        return [part.to(t.dtype).contiguous() for part, t in zip(parts, columns, strict=True)]
 
-    def gather_keys(self, batch: Batch, labels: tuple[Tensor, Tensor], x: Tensor) -> Keys:
-        """The keys, of features x of all ranks' rows and the labels of ``gather_labels``."""
+    def gather_keys(self, batch: Batch, x: Tensor) -> Keys:
+        """The keys, of features x of all ranks' rows."""
+        key_x, *key_labels = self.own_keys(batch)
         if self.n_keys > 0:
-            x = torch.cat([x, self.gather(self._own_keys(batch)[0], self.key_sizes)])
-        return x, *labels
+            x = torch.cat([x, self.gather(key_x, self.key_sizes)])
+        return x, *self.gather_columns((batch.y, batch.p), tuple(key_labels))
 
     @property
     def n_keys(self) -> int:
         return sum(self.key_sizes)
 
     @staticmethod
-    def _own_keys(batch: Batch) -> Keys:
+    def own_keys(batch: Batch) -> Keys:
         nothing = (batch.x[:0].detach(), batch.y[:0], batch.p[:0])
         return nothing if batch.keys is None else batch.keys
 
     def row_losses(self, batch: Batch) -> Tensor:
         """``ℓ_i`` of this rank's rows."""
         if batch.backend != "reference":
-            return _RowLosses.apply(batch.x, batch, self)
+            function = SharedRowLosses if self.shares_forward(batch) else _RowLosses
+            return function.apply(batch.x, batch, self)
         if self.n_ranks == 1:
             return reference_losses(batch, batch.x, batch.all_keys(), 0)
         x = _Gather.apply(batch.x, self)
-        keys = self.gather_keys(batch, self.gather_labels(batch), x)
-        return reference_losses(batch, x[self.own], keys, self.offset)
+        return reference_losses(batch, x[self.own], self.gather_keys(batch, x), self.offset)
 
     @property
     def own(self) -> slice:
@@ -168,8 +168,13 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: Batch, union: Union) -> Tensor:
         settings, backend = batch.settings, batch.backend
-        forward = _shared_forward if union.shares_forward(batch) else _forward
-        keys, (rows, stats, layout) = forward(x.detach(), batch, union)
+        if union.n_ranks == 1:
+            keys = batch.all_keys()
+        else:
+            keys = union.gather_keys(batch, union.gather(x, union.sizes))
+        rows, stats, layout = ops.row_losses(
+            x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings, backend
+        )
         ctx.save_for_backward(stats, layout, x, batch.y, batch.p, *(keys or (None,) * 3))
         ctx.scalars = (union.offset, *settings.scalars, backend)
         ctx.union = union
@@ -179,47 +184,14 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
         union = ctx.union
-        coef_i, coef_j = scale_statistics(stats, g), None
+        coef_i, coef_j = scale_statistics(stats, g * union.n_ranks), None
         if key_x is not None:
             coef_j = no_statistics(len(key_x), stats)
-            union.gather(coef_i, union.sizes, out=coef_j[: union.n_rows])
+            coef_j[: union.n_rows] = union.gather(coef_i, union.sizes)
         gradient = torch.ops.conr_kernels.backward(
             coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
         )
-        gradient = (
-            gradient * union.n_ranks if torch.is_grad_enabled() else gradient.mul_(union.n_ranks)
-        )
         return gradient, None, None
-
-
-#: All keys, and a backend's losses, statistics and layout of this rank's rows.
-Forward = tuple[Keys | None, tuple[Tensor, Tensor, Tensor]]
-
-
-def _forward(x: Tensor, batch: Batch, union: Union) -> Forward:
-    """The backend's forward pass of this rank's rows against all keys."""
-    if union.n_ranks == 1:
-        keys = batch.all_keys()
-    else:
-        labels = union.gather_labels(batch)
-        keys = union.gather_keys(batch, labels, union.gather(x, union.sizes))
-    rows = (x, batch.y, batch.p, batch.w)
-    return keys, ops.row_losses(*rows, keys, union.offset, batch.settings, batch.backend)
-
-
-def _shared_forward(x: Tensor, batch: Batch, union: Union) -> Forward:
-    """The torch backend's forward pass over a share of the union's pairs; each pair is one rank's,
-    for both of its rows. The pairs are found while the features travel.
-    """
-    settings, share = batch.settings, (union.rank, union.n_ranks)
-    labels = union.gather_labels(batch)
-    x_of_all, pending = union.start_gather(x, union.sizes)
-    sweeps = torch_backend.union_sweeps(*labels, union.n_rows, settings)
-    for work in pending:
-        work.wait()
-    keys = union.gather_keys(batch, labels, x_of_all)
-    args = (sweeps, keys, union.own, batch.w, settings, share, union.deal)
-    return keys, ops.without_autocast(torch_backend.shared_forward, x.device, *args)
 
 
 class _Gather(torch.autograd.Function):

@@ -181,7 +181,7 @@ class _EagerReduced(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
-        _refuse()
+        refuse()
 
 
 def _scale(x: Tensor, gradient: Tensor, g: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class _ScaleOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
-        _refuse()
+        refuse()
 
 
 class _EagerForward(torch.autograd.Function):
@@ -220,7 +220,7 @@ class _EagerForward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
-        _refuse()
+        refuse()
 
 
 class _TransformedForward(torch.autograd.Function):
@@ -240,11 +240,11 @@ class _TransformedForward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
-        _refuse()
+        refuse()
 
     @staticmethod
     def vmap(*_: Any) -> None:
-        _refuse()
+        refuse()
 
 
 class _TransformedBackward(torch.autograd.Function):
@@ -260,11 +260,11 @@ class _TransformedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
-        _refuse()
+        refuse()
 
     @staticmethod
     def vmap(*_: Any) -> None:
-        _refuse()
+        refuse()
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -296,13 +296,13 @@ def _differentiate_operator(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tenso
     return _differentiate(ctx, g, torch.ops.conr_kernels.backward)
 
 
-def _refuse(*_: Any) -> None:
+def refuse(*_: Any) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 torch.library.register_autograd(
     "conr_kernels::forward", _differentiate_operator, setup_context=_save, lib=_library
 )
-torch.library.register_autograd("conr_kernels::backward", _refuse, lib=_library)
+torch.library.register_autograd("conr_kernels::backward", refuse, lib=_library)
 for _name in ("forward", "backward"):
-    torch.library.register_vmap(f"conr_kernels::{_name}", _refuse, lib=_library)
+    torch.library.register_vmap(f"conr_kernels::{_name}", refuse, lib=_library)

@@ -34,7 +34,7 @@ from .torch_sweeps import (
     unpack_sweeps,
     wide_dtype,
 )
-from .torch_tiles import Rows, block_rows
+from .torch_tiles import Rows, share_of
 from .variants import Settings
 
 #: Up to this many rows one tile holds all pairs; row losses keep it for backward.
@@ -71,7 +71,7 @@ def forward(
     is_shifted = _is_shifted(y, keys, settings)
     counts_negatives = not negatives_show(settings, is_shifted)
     anchors = Source(x, row_norms(x), y, p)
-    others = other_keys(keys, self_offset, len(x))
+    others = other_keys(keys, slice(self_offset, self_offset + len(x)))
     if _is_one_tile(x, keys):
         rows = Rows(x * inverse_norms(anchors.norm), y, p, None)
         sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives)
@@ -94,37 +94,36 @@ def union_sweeps(y: Tensor, p: Tensor, n_anchors: int, settings: Settings) -> li
 
 def shared_forward(
     sweeps: list[Sweep],
-    keys: Keys,
+    union: Source,
+    poison: Tensor,
     own: slice,
     w: Tensor | None,
     settings: Settings,
     share: tuple[int, int],
     deal: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``forward`` of the own ones of the anchors of ``union_sweeps``, where several processes have
-    the same keys.
+    """Row losses, scaled row statistics and the layout of the own ones of the anchors of
+    ``union_sweeps``, where several processes have the same keys.
 
     Each sums over the k-th of n shares of all anchors' pairs, and uses ``s_ij = s_ji`` in all of
     it.
 
     Args:
+        poison: 0, or NaN if any input of the union is not finite.
         deal: exchanges these sums [S, n_anchors] of the own rows for all processes' sums of them
             [n, S, n_own].
     """
-    x, y, p = keys
-    is_shifted = _is_shifted(y, keys, settings)
+    is_shifted = _is_shifted(union.y, None, settings)
     counts_negatives = not negatives_show(settings, is_shifted)
-    union = Source(x, row_norms(x), y, p)
     n_anchors = sweeps[0].n_anchors
     anchors = union.part(slice(0, n_anchors))
-    others = union.part(slice(n_anchors, None)) if n_anchors < len(union) else None
-    parts = [sweep.part(*share, rows=block_rows(sweep)) for sweep in sweeps]
+    others = union.rest(slice(0, n_anchors))
+    parts = [share_of(sweep, *share) for sweep in sweeps]
     sums = row_sums(anchors, others, parts, settings, is_shifted, counts_negatives)
     if not counts_negatives:
         del sums["m"]
 
-    dtype = union.norm.dtype
-    shares = deal(torch.stack([t.to(wide_dtype(x.device)) for t in sums.values()]))
+    shares = deal(torch.stack([t.to(wide_dtype(union.x.device)) for t in sums.values()]))
     sums = dict(zip(sums, shares.sum(0).unbind(), strict=True))
     if is_shifted:
         for k, name in enumerate(sums):
@@ -132,9 +131,27 @@ def shared_forward(
                 sums[name] = shares[:, k].logsumexp(0)
     if not counts_negatives:
         sums["m"] = sums["B"].sign()
-    poison = union.not_finite().expand(own.stop - own.start)
+    poison = poison.expand(own.stop - own.start)
     loss, stats = _finish(sums, poison, len(union), w, settings, is_shifted)
-    return loss.to(dtype), _stored(stats, dtype, settings, is_shifted), pack_sweeps(sweeps)
+    return loss.to(union.dtype), stats.to(union.dtype), pack_sweeps(sweeps)
+
+
+def shared_backward(
+    union: Source, layout: Tensor, inverse: Tensor, own: slice, settings: Settings
+) -> Tensor:
+    """Gradient of the own anchors of a union of unit features, of inverse norms [N, 1]."""
+    anchors, others = union.part(own), union.rest(own)
+    if len(layout) > 0:
+        sweeps = unpack_sweeps(layout, own.start, len(anchors), is_exact=union.y.shape[1] == 1)
+    else:
+        sweeps = _sweeps(anchors, others, settings)
+    G = gradient_sums(anchors, others, sweeps, settings)
+    poison = _poison_of_coefficients(anchors.coef)
+    for start in range(0, len(G), PROJECTED_ROWS):
+        rows = slice(start, start + PROJECTED_ROWS)
+        of_rows = (G[rows], anchors.x[rows], inverse[rows])
+        _project(*of_rows, settings.temperature).add_(poison[rows])
+    return G
 
 
 def loss_with_gradient(
@@ -212,13 +229,9 @@ def backward(
         pairs = layout.view(q.dtype).view(2, len(q), len(q)).unbind()
         G = _one_tile_gradient(*pairs, q, coef_i, settings)
         return _project(G, q, inverse, settings.temperature).to(x.dtype)
-    others = other_keys(keys, self_offset, len(x), coef_j)
-    if len(layout) > 0:
-        sweeps = unpack_sweeps(layout, self_offset, len(x), is_exact=y.shape[1] == 1)
-    else:
-        sweeps = _sweeps(anchors, others, settings)
-    G = gradient_sums(anchors, others, sweeps, settings)
-    poison = (coef_i[:, :3] * 0).sum(dim=1, keepdim=True)
+    others = other_keys(keys, slice(self_offset, self_offset + len(x)), coef_j)
+    G = gradient_sums(anchors, others, _sweeps(anchors, others, settings), settings)
+    poison = _poison_of_coefficients(coef_i)
     for start in range(0, len(x), PROJECTED_ROWS):
         rows = slice(start, start + PROJECTED_ROWS)
         q = x[rows] * inverse[rows]
@@ -226,9 +239,13 @@ def backward(
     return G.to(x.dtype)
 
 
+def _poison_of_coefficients(coef: Tensor) -> Tensor:
+    """0 or NaN [N, 1]; the other columns may be −∞."""
+    return (coef[:, :3] * 0).sum(dim=1, keepdim=True)
+
+
 def _sweeps(anchors: Source, others: Source | None, settings: Settings) -> list[Sweep]:
-    labels_j = None if others is None else (others.y, others.p)
-    return all_sweeps((anchors.y, anchors.p), labels_j, settings)
+    return all_sweeps(anchors.labels, None if others is None else others.labels, settings)
 
 
 def _is_one_tile(x: Tensor, keys: Keys | None) -> bool:

@@ -25,14 +25,15 @@ class Totals(dict[str, Tensor]):
     ) -> None:
         """Adds ``Σ_j t_ij``, or ``log Σ_j exp(t_ij)`` to a sum kept as its logarithm."""
         reduce = torch.logsumexp if is_log else torch.sum
-        if name not in self:
+        total = self.get(name)
+        if total is None:
             start = -torch.inf if is_log else 0.0
-            self[name] = t_ij.new_full((self.n_anchors,), start, dtype=dtype)
-        self._combine(self[name][tile.anchors], reduce(t_ij, dim=2).view(-1), is_log)
+            total = self[name] = t_ij.new_full((self.n_anchors,), start, dtype=dtype)
+        self._combine(total[tile.anchors], reduce(t_ij, dim=-1).view(-1), is_log)
         if tile.mirror < tile.width:
-            of_keys = reduce(t_ij[:, :, tile.mirror :], dim=1)
+            of_keys = reduce(t_ij[..., tile.mirror :], dim=-2).view(tile.count, -1)
             for k, keys in tile.mirrored:
-                self._combine(self[name][keys], of_keys[k], is_log)
+                self._combine(total[keys], of_keys[k], is_log)
 
     @staticmethod
     def _combine(total: Tensor, part: Tensor, is_log: bool) -> None:
@@ -44,9 +45,9 @@ class Totals(dict[str, Tensor]):
 
 def similarities(q_i: Tensor, q_j: Tensor, settings: Settings) -> Tensor:
     """``s_ij`` of unit features [N, D] and [K, D], or [count, N, D] and [count, K, D]."""
-    s_ij = q_i.new_empty(*q_i.shape[:-1], q_j.shape[-2])
-    product = s_ij.addmm_ if s_ij.dim() == 2 else s_ij.baddbmm_
-    return product(q_i, q_j.mT, beta=0, alpha=1 / settings.temperature)
+    product = torch.addmm if q_i.dim() == 2 else torch.baddbmm
+    nothing = q_i.new_empty((1,) * q_i.dim())
+    return product(nothing, q_i, q_j.mT, beta=0, alpha=1 / settings.temperature)
 
 
 def window_mask(d_ij: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
@@ -103,5 +104,5 @@ def times_coefficients(t_ij: Tensor, coef_i: Tensor, coef_j: Tensor) -> Tensor:
 def drop_self(t_ij: Tensor, tile: Tile, fill: float) -> Tensor:
     """Sets the pair of each anchor with itself to ``fill``; in place."""
     if tile.has_diagonal:
-        t_ij.diagonal(dim1=1, dim2=2).fill_(fill)
+        t_ij.diagonal(dim1=-2, dim2=-1).fill_(fill)
     return t_ij

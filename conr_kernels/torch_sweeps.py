@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,67 +37,102 @@ Labels = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """Rows in the caller's order: features [·, D], their norms [·, 1], labels, predictions [·, L].
+    """Rows in the caller's order: features [·, D] and their norms [·, 1], or unit features and no
+    norms; labels, predictions [·, L].
 
-    ``index``: which rows of ``x`` they are, None for all of them. ``coef``: gradient coefficients.
+    Attributes:
+        coef: gradient coefficients, there when what is ``pending`` has come.
+        index: which of all these rows are meant, None for all of them.
     """
 
     x: Tensor
-    norm: Tensor
+    norm: Tensor | None
     y: Tensor
     p: Tensor
     coef: Tensor | None = None
     index: Tensor | None = None
+    pending: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.y)
+        return len(self.y if self.index is None else self.index)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The accumulation dtype."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    @property
+    def labels(self) -> Labels:
+        if self.index is None:
+            return self.y, self.p
+        return self.y[self.index], self.p[self.index]
 
     def take(self, order: Tensor | None, buffer: Tensor | None) -> Rows:
         """The rows in that order, their unit features written to the buffer if it has room.
 
         Memory fresh from the system costs more than the arithmetic on it.
         """
-        inverse = inverse_norms(self.norm)
-        if order is None and self.index is None:
-            return Rows(self.x * inverse, self.y, self.p, self.coef)
+        for work in self.pending:
+            work.wait()
         if order is None:
-            order = torch.arange(len(self), device=self.y.device)
-        at = order if self.index is None else self.index[order]
-        if self.x.dtype == inverse.dtype:
+            at = self.index
+        else:
+            at = order if self.index is None else self.index.index_select(0, order)
+        rows = (self.norm, self.y, self.p, self.coef)
+        if at is None:
+            norm, y, p, coef = rows
+            q = self.x if norm is None else self.x * inverse_norms(norm)
+            return self._rows(q, y, p, coef)
+        norm, y, p, coef = (None if t is None else t.index_select(0, at) for t in rows)
+        if self.x.dtype == self.dtype:
             has_room = buffer is not None and len(buffer) >= len(at)
             q = buffer[: len(at)] if has_room else self.x.new_empty(len(at), self.x.shape[1])
             q = torch.index_select(self.x, 0, at, out=q)
         else:
-            q = self.x[at].to(inverse.dtype)
-        inverse, y, p = (t.index_select(0, order) for t in (inverse, self.y, self.p))
-        coef = None if self.coef is None else self.coef.index_select(0, order)
-        return Rows(q.mul_(inverse), y, p, coef)
+            q = self.x[at].to(self.dtype)
+        return self._rows(q if norm is None else q.mul_(inverse_norms(norm)), y, p, coef)
+
+    @staticmethod
+    def _rows(q: Tensor, y: Tensor, p: Tensor, coef: Tensor | None) -> Rows:
+        # Contiguous columns: the sum of two that are not takes three times as long.
+        columns = () if coef is None else (coef[:, 0::3], coef[:, 1:2], coef[:, 2::2])
+        return Rows(q, y, p, *(t.contiguous() for t in columns))
 
     def part(self, rows: slice) -> Source:
-        """Some of the rows of a source without index and coefficients."""
-        return Source(self.x[rows], self.norm[rows], self.y[rows], self.p[rows])
+        """Some of the rows of a source of all rows; they wait for nothing."""
+        tensors = (self.x, self.norm, self.y, self.p, self.coef)
+        return Source(*(None if t is None else t[rows] for t in tensors))
+
+    def rest(self, rows: slice) -> Source | None:
+        """The other rows of a source of all rows; None where there are none."""
+        n = len(self) - (rows.stop - rows.start)
+        if n == 0:
+            return None
+        if rows.start == 0 or rows.stop == len(self):  # in one piece
+            part = self.part(slice(rows.stop, None) if rows.start == 0 else slice(0, rows.start))
+            return replace(part, pending=self.pending)
+        index = torch.arange(n, device=self.y.device)
+        index[rows.start :] += rows.stop - rows.start
+        return replace(self, index=index)
 
     def not_finite(self) -> Tensor:
         """0, or NaN if any feature, label or prediction is not finite."""
-        return (self.norm * 0).sum() + (self.y * 0).sum() + (self.p * 0).sum()
+        norm = self.norm if self.index is None else self.norm[self.index]
+        return not_finite(norm, *self.labels)
 
 
-def other_keys(
-    keys: Keys | None, self_offset: int, n_anchors: int, coef_j: Tensor | None = None
-) -> Source | None:
-    """The keys that are no anchors; None where there are none."""
-    if keys is None or len(keys[0]) == n_anchors:
+def not_finite(*tensors: Tensor) -> Tensor:
+    """0, or NaN if any element is not finite."""
+    return sum((t * 0).sum() for t in tensors)
+
+
+def other_keys(keys: Keys | None, rows: slice, coef_j: Tensor | None = None) -> Source | None:
+    """The keys that are no anchors, as these rows are; None where there are none."""
+    if keys is None or len(keys[0]) == rows.stop - rows.start:
         return None
-    behind, n_keys = self_offset + n_anchors, len(keys[0])
-    if self_offset == 0 or behind == n_keys:  # in one piece
-        rows = slice(behind, None) if self_offset == 0 else slice(0, self_offset)
-        x, y, p = (t[rows] for t in keys)
-        return Source(x, row_norms(x), y, p, None if coef_j is None else coef_j[rows])
-    index = torch.arange(n_keys - n_anchors, device=keys[0].device)
-    index[self_offset:] += n_anchors
     x, y, p = keys
-    coef = None if coef_j is None else coef_j[index]
-    return Source(x, row_norms(x)[index], y[index], p[index], coef, index)
+    rest = Source(x, None, y, p, coef_j).rest(rows)
+    return replace(rest, norm=row_norms(rest.x))
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -184,13 +220,13 @@ def sorted_rows(
                 yield sweep, rows_i
             else:
                 rows_j = others.take(sweep.key_order, q_j)
-                q_j = rows_j.q
+                q_j = None if rows_j.q is others.x else rows_j.q
                 yield sweep, rows_j
 
     while sweeps:
         same = [sweep for sweep in sweeps if _have_one_order(sweep, sweeps[0])]
         rows_i = anchors.take(sweeps[0].anchor_order, q_i)
-        q_i = rows_i.q
+        q_i = None if rows_i.q is anchors.x else rows_i.q
         yield rows_i, same, with_keys(same, rows_i)
         sweeps = [sweep for sweep in sweeps if not any(sweep is t for t in same)]
 
@@ -216,13 +252,13 @@ def row_sums(
     Without ``counts_negatives`` m is 1 for any number of negatives, as a positive B shows them:
     see ``negatives_show``.
     """
-    norm = anchors.norm[:, 0]
-    wide = wide_dtype(norm.device)
-    sums = {name: torch.zeros_like(norm, dtype=wide) for name in ("n", "m")}
+    n, device = len(anchors), anchors.x.device
+    start = -torch.inf if is_shifted else 0.0
+    sums = {name: torch.zeros(n, dtype=wide_dtype(device), device=device) for name in ("n", "m")}
     for name in ("E", "B"):
-        sums[name] = torch.full_like(norm, -torch.inf if is_shifted else 0.0)
+        sums[name] = torch.full((n,), start, dtype=anchors.dtype, device=device)
     if settings.variant.log == "inside":
-        sums["s_sum"] = torch.zeros_like(norm)
+        sums["s_sum"] = torch.zeros(n, dtype=anchors.dtype, device=device)
     if len(anchors) == 0:
         return sums
     for rows_i, _, with_keys in sorted_rows(anchors, others, sweeps):
@@ -286,73 +322,114 @@ def _forward_sweep(
     counts_negatives: bool,
 ) -> dict[str, Tensor]:
     """The sums of ``row_sums`` that the sweep serves, in its order."""
-    positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
-    dtype, device = rows_i.q.dtype, rows_i.q.device
-    wide = wide_dtype(device)
-    rows_i, rows_j = _of_sweep(sweep, rows_i, rows_j)
     totals = Totals(len(rows_i.y))
-    if positives and sweep.is_exact:
+    if sweep.serves == "positives" and sweep.is_exact:
         n_i = sweep.hi - sweep.lo - int(sweep.is_symmetric)
-        totals["n"] = torch.zeros(len(rows_i.y), dtype=wide, device=device)
+        totals["n"] = n_i.new_zeros(len(rows_i.y), dtype=wide_dtype(n_i.device))
         totals["n"][: sweep.n_anchors] = n_i[: sweep.n_anchors]
-    for tile in make_tiles(sweep):
-        i, j = tile.of(rows_i, rows_j)
-        s_ij = similarities(i.q, j.q, settings)
-        if positives:
-            masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
-            if not sweep.is_exact:
-                totals.add("n", tile, masks[0][1], wide)
-            if settings.variant.log == "inside":
-                s_positive = _apply(s_ij.clone(), masks, False)
-                totals.add("s_sum", tile, drop_self(s_positive, tile, 0.0), dtype)
-        t_ij = s_ij if is_shifted else s_ij.exp_()
-        if positives:
-            value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
-            drop_self(value, tile, -torch.inf if is_shifted else 0.0)
-            totals.add("E", tile, value, dtype, is_shifted)
-        if negatives:
-            d_ij = pair_distance(i.y, j.y, settings.distance)
-            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
-            if counts_negatives:
-                totals.add("m", tile, weight.sign(), wide)
-            value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
-            totals.add("B", tile, value, dtype, is_shifted)
+    for tile, i, j in _tiles(sweep, rows_i, rows_j, settings):
+        _add_sums(totals, sweep, tile, i, j, settings, is_shifted, counts_negatives)
     return totals
+
+
+# The tensors of one tile end with these functions, so that the next tile finds their memory in the
+# caches.
+
+
+def _add_sums(
+    totals: Totals,
+    sweep: Sweep,
+    tile: Tile,
+    i: Rows,
+    j: Rows,
+    settings: Settings,
+    is_shifted: bool,
+    counts_negatives: bool,
+) -> None:
+    positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
+    dtype, wide = i.q.dtype, wide_dtype(i.q.device)
+    s_ij = similarities(i.q, j.q, settings)
+    if positives:
+        masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
+        if not sweep.is_exact:
+            totals.add("n", tile, masks[0][1], wide)
+        if settings.variant.log == "inside":
+            s_positive = _apply(s_ij.clone(), masks, False)
+            totals.add("s_sum", tile, drop_self(s_positive, tile, 0.0), dtype)
+    t_ij = s_ij if is_shifted else s_ij.exp_()
+    if positives:
+        value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
+        drop_self(value, tile, -torch.inf if is_shifted else 0.0)
+        totals.add("E", tile, value, dtype, is_shifted)
+    if negatives:
+        d_ij = pair_distance(i.y, j.y, settings.distance)
+        weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
+        if counts_negatives:
+            totals.add("m", tile, weight.sign(), wide)
+        value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
+        totals.add("B", tile, value, dtype, is_shifted)
 
 
 def _backward_sweep(
     G: Tensor, sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings
 ) -> None:
     """Adds ``τ ∂L/∂q_i = Σ_j H_ij q_j`` of the sweep's pairs to G [N, D]."""
-    positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
-    is_shifted = rows_i.coef.shape[1] == 5
-    rows_i, rows_j = _of_sweep(sweep, rows_i, rows_j)
+    for tile, i, j in _tiles(sweep, rows_i, rows_j, settings):
+        _add_products(G, tile, _gradient_weights(sweep, tile, i, j, settings), i.q, j.q)
+
+
+def _gradient_weights(sweep: Sweep, tile: Tile, i: Rows, j: Rows, settings: Settings) -> Tensor:
+    """``H_ij`` of a tile."""
+    H_ij = None
+    columns = i.gamma if i.alpha is None else i.alpha
+    is_shifted = columns.shape[-1] == 2
+    s_ij = similarities(i.q, j.q, settings)
+    t_ij = s_ij if is_shifted else s_ij.exp_()
+    if sweep.serves != "negatives":
+        masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
+        value = _apply(t_ij if sweep.serves == "positives" else t_ij.clone(), masks, is_shifted)
+        H_ij = times_coefficients(value, i.alpha, j.alpha)
+        if settings.variant.log == "inside":
+            H_ij -= _apply(i.beta + j.beta.mT, masks, False)
+        drop_self(H_ij, tile, 0.0)
+    if sweep.serves != "positives":
+        d_ij = pair_distance(i.y, j.y, settings.distance)
+        weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
+        value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
+        del d_ij, weight
+        value = times_coefficients(value, i.gamma, j.gamma)
+        H_ij = value if H_ij is None else H_ij.add_(value)
+    return H_ij
+
+
+def _add_products(G: Tensor, tile: Tile, H_ij: Tensor, q_i: Tensor, q_j: Tensor) -> None:
+    if tile.count == 1:
+        G[tile.anchors].addmm_(H_ij, q_j)
+        H_ij, q_i = H_ij[None], q_i[None]
+    else:
+        G[tile.anchors].view(q_i.shape).baddbmm_(H_ij, q_j)
+    for k, keys in tile.mirrored:
+        G[keys].addmm_(H_ij[k, :, tile.mirror :].T, q_i[k])
+
+
+def _tiles(
+    sweep: Sweep, rows_i: Rows, rows_j: Rows, settings: Settings
+) -> Iterator[tuple[Tile, Rows, Rows]]:
+    """The tiles of a sweep with what is needed of their anchors and keys: a view less is time
+    saved.
+    """
+    of_positives = {"p": None, "gamma": None}
+    of_negatives = {"alpha": None, "beta": None}
+    unused = {"positives": of_positives, "negatives": of_negatives}.get(sweep.serves, {})
+    if settings.variant.log == "outside":
+        unused = {**unused, "beta": None}
+    rows_i, rows_j = (replace(t, **unused) for t in (rows_i, rows_j))
+    # Of a tile without edges all pairs are in the window.
+    inside = {"p": None} if sweep.serves == "negatives" else {"p": None, "y": None}
+    inside_i, inside_j = (replace(t, **inside) for t in (rows_i, rows_j))
     for tile in make_tiles(sweep):
-        i, j = tile.of(rows_i, rows_j)
-        s_ij = similarities(i.q, j.q, settings)
-        t_ij = s_ij if is_shifted else s_ij.exp_()
-        H_ij = None
-        if positives:
-            masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
-            value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
-            H_ij = times_coefficients(value, i.coef[..., 0::3], j.coef[..., 0::3])
-            if settings.variant.log == "inside":
-                H_ij -= _apply(i.coef[..., 1:2] + j.coef[..., 1:2].mT, masks, False)
-            drop_self(H_ij, tile, 0.0)
-        if negatives:
-            d_ij = pair_distance(i.y, j.y, settings.distance)
-            weight, log_phi = negative_weight(d_ij, i, j, tile.edges, settings)
-            value = weigh(push(t_ij, log_phi, is_shifted), weight, is_shifted)
-            value = times_coefficients(value, i.coef[..., 2::2], j.coef[..., 2::2])
-            H_ij = value if H_ij is None else H_ij.add_(value)
-        G[tile.anchors].view(i.q.shape).baddbmm_(H_ij, j.q)
-        for k, keys in tile.mirrored:
-            G[keys].addmm_(H_ij[k, :, tile.mirror :].T, i.q[k])
-
-
-def _of_sweep(sweep: Sweep, *rows: Rows) -> Iterator[Rows]:
-    """Without the predictions where only labels matter: a view less for each tile."""
-    return (replace(t, p=None) if sweep.serves == "positives" else t for t in rows)
+        i, j = tile.of(rows_i, rows_j) if tile.edges else tile.of(inside_i, inside_j)
+        yield tile, i, j
 
 
 #: (columns, mask) of a tile; the other columns are positives.
@@ -363,7 +440,7 @@ def _positive_masks(tile: Tile, i: Rows, j: Rows, settings: Settings, is_exact: 
     dtype = i.q.dtype
     masks = []
     for columns in tile.edges:
-        d_ij = pair_distance(i.y, j.y[:, columns], settings.distance)
+        d_ij = pair_distance(i.y, j.y[..., columns, :], settings.distance)
         masks.append((columns, window_mask(d_ij, settings, dtype)))
     if not is_exact:  # one mask of all columns, which also counts
         drop_self(masks[0][1], tile, 0.0)

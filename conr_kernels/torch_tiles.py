@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,32 +18,37 @@ BLOCK_I = 64
 TILE_PAIRS = 2**18
 #: What the host does for a tile takes as long as so many pairs, and the mask of a pair at a band's
 #: edge this part of a pair (measured; see ``make_tiles``). The most blocks tried for one tile.
-TILE_COST, EDGE_COST = 2**14, 0.5
+TILE_COST, EDGE_COST = 2**13, 0.5
 GROUP_BLOCKS = 64
 
 
 @dataclass(slots=True)
 class Rows:
-    """Unit features [..., N, D], labels, predictions [..., N, L] if these matter, gradient
-    coefficients.
+    """Unit features [..., N, D]; and what a sweep needs of labels and predictions [..., N, L] and
+    of gradient coefficients [..., N, 1] (α and γ as sign and logarithm: [..., N, 2]).
     """
 
     q: Tensor
-    y: Tensor
+    y: Tensor | None
     p: Tensor | None
-    coef: Tensor | None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+    gamma: Tensor | None = None
 
     def windows(self, start: int, count: int, step: int, width: int) -> Rows:
-        """Views [count, width, …] of the rows from ``start + k·step`` on, k < count."""
+        """Views of the rows from ``start + k·step`` on, k < count: [count, width, …], or [width, …]
+        if there is one.
+        """
 
         def cut(t: Tensor) -> Tensor:
+            if count == 1:
+                return t[start : start + width]
             row, column = t.stride()
             at = t.storage_offset() + start * row
             return t.as_strided((count, width, t.shape[1]), (step * row, row, column), at)
 
-        p = None if self.p is None else cut(self.p)
-        coef = None if self.coef is None else cut(self.coef)
-        return Rows(cut(self.q), cut(self.y), p, coef)
+        tensors = (self.q, self.y, self.p, self.alpha, self.beta, self.gamma)
+        return Rows(*[None if t is None else cut(t) for t in tensors])
 
 
 @dataclass(slots=True)
@@ -71,7 +78,9 @@ class Tile:
         return slice(self.i0, self.i0 + self.count * self.rows)
 
     def of(self, rows_i: Rows, rows_j: Rows) -> tuple[Rows, Rows]:
-        """The tile's anchors [count, rows, …] and keys [count, width, …]."""
+        """The tile's anchors [count, rows, …] and keys [count, width, …]; of one block [rows, …]
+        and [width, …].
+        """
         return (
             rows_i.windows(self.i0, self.count, self.rows, self.rows),
             rows_j.windows(self.j0, self.count, self.step, self.width),
@@ -90,8 +99,7 @@ class Tile:
                 yield k, slice(start + self.mirror, start + self.width)
 
 
-@dataclass(slots=True)
-class Block:
+class Block(NamedTuple):
     """Anchors ``[i0, i1)`` and their keys ``[start, stop)``; ``[full0, full1)`` are in every one's
     band.
     """
@@ -116,19 +124,42 @@ def make_tiles(sweep: Sweep) -> list[Tile]:
     share: whichever costs less.
     """
     rows, N = block_rows(sweep), sweep.n_anchors
-    cuts = [[*range(0, N, rows), N]]
-    if sweep.is_exact and N > 0:
-        cuts.append(_cut_between_bands(sweep))
-    return min((list(_cut_tiles(sweep, cut)) for cut in cuts if cut), key=_cost)
+    evenly = _make_blocks(sweep, [*range(0, N, rows), N])
+    cut = _cut_between_bands(sweep)
+    if not cut:
+        return list(_cut_tiles(sweep, evenly))
+    between = list(_cut_tiles(sweep, _make_blocks(sweep, cut)))
+    if _cost(between) <= _least_cost(evenly):
+        return between
+    return min(list(_cut_tiles(sweep, evenly)), between, key=_cost)
+
+
+def share_of(sweep: Sweep, k: int, n: int) -> Sweep:
+    """The k-th of n parts of a sweep with about as much work each."""
+    rows, N = block_rows(sweep), sweep.n_anchors
+    between = _cut_between_bands(sweep)  # each of these blocks is a tile
+    starts = between or [*range(0, N, rows), N]
+    return sweep.part(k, n, starts, TILE_COST if between else 0)
 
 
 def _cost(tiles: list[Tile]) -> float:
     return sum(t.count * t.rows * (t.width + EDGE_COST * t.edge_width) + TILE_COST for t in tiles)
 
 
+def _least_cost(blocks: list[Block]) -> float:
+    """What any tiles of these blocks cost at least."""
+    pairs = edges = 0
+    for i0, i1, start, stop, full0, full1 in blocks:
+        pairs += (i1 - i0) * (stop - start)
+        edges += (i1 - i0) * (stop - start - max(full1 - full0, 0))
+    return pairs + EDGE_COST * edges + TILE_COST * pairs / TILE_PAIRS
+
+
 def _cut_between_bands(sweep: Sweep) -> list[int]:
     """Starts of blocks whose rows have one band, and N; nothing if hardly any rows have one."""
     N = sweep.n_anchors
+    if not sweep.is_exact or N == 0:
+        return []
     lo, hi = sweep.lo[:N], sweep.hi[:N]
     changes = ((lo[1:] != lo[:-1]) | (hi[1:] != hi[:-1])).nonzero()[:, 0] + 1
     if len(changes) * BLOCK_I > 4 * N:
@@ -142,15 +173,36 @@ def _cut_between_bands(sweep: Sweep) -> list[int]:
     return cut
 
 
-def _cut_tiles(sweep: Sweep, cut: list[int]) -> Iterator[Tile]:
-    blocks = _make_blocks(sweep, cut)
+def _make_blocks(sweep: Sweep, cut: list[int]) -> list[Block]:
+    """The blocks that begin and end at the cuts."""
+    if sweep.serves == "both":
+        return [
+            Block(i0, i1, i0 if sweep.is_symmetric else 0, sweep.n_keys, 0, 0)
+            for i0, i1 in itertools.pairwise(cut)
+        ]
+    at = torch.tensor(cut, device=sweep.lo.device)
+    i0, i1 = at[:-1], at[1:]
+    start, full0 = sweep.lo[i0], sweep.lo[i1 - 1]
+    full1, stop = sweep.hi[i0], sweep.hi[i1 - 1]
+    if sweep.is_symmetric:
+        # From the block's own anchors on; in all bands only if its last is in its first's.
+        start, stop = i0, stop.maximum(i1)
+        full0 = torch.where(full1 >= i1, i0, full1)
+    if not sweep.is_exact:
+        full1 = full0
+    blocks = torch.stack([i0, i1, start, stop.maximum(start), full0, full1], dim=1)
+    return [Block(*block) for block in blocks.tolist()]
+
+
+def _cut_tiles(sweep: Sweep, blocks: list[Block]) -> Iterator[Tile]:
     k = 0
     while k < len(blocks):
         i0, n_rows = blocks[k].i0, blocks[k].i1 - blocks[k].i0
-        count, step, j0, width = _group(blocks[k : k + GROUP_BLOCKS], sweep)
-        group = list(enumerate(blocks[k : k + count]))
-        full0 = max(block.full0 - j0 - m * step for m, block in group)
-        full1 = min(block.full1 - j0 - m * step for m, block in group)
+        count, step, j0, width = _group(blocks, k, sweep)
+        full0, full1 = blocks[k].full0 - j0, blocks[k].full1 - j0
+        for m, block in enumerate(blocks[k : k + count]):
+            full0 = max(full0, block.full0 - j0 - m * step)
+            full1 = min(full1, block.full1 - j0 - m * step)
         for c0, columns in _chunks(j0, j0 + width, count * n_rows):
             edges = _outside(columns, j0 + full0 - c0, j0 + full1 - c0)
             is_first = sweep.is_symmetric and c0 == j0
@@ -159,46 +211,29 @@ def _cut_tiles(sweep: Sweep, cut: list[int]) -> Iterator[Tile]:
         k += count
 
 
-def _make_blocks(sweep: Sweep, cut: list[int]) -> list[Block]:
-    if sweep.serves == "both":
-        bounds = [[0, sweep.n_keys, 0, 0]] * (len(cut) - 1)
-    else:
-        at = torch.tensor(cut, device=sweep.lo.device)
-        first, last = at[:-1], at[1:] - 1
-        of_blocks = (sweep.lo[first], sweep.hi[last], sweep.lo[last], sweep.hi[first])
-        bounds = torch.stack(of_blocks, dim=1).tolist()
-    blocks = []
-    for i0, i1, (start, stop, full0, full1) in zip(cut, cut[1:], bounds, strict=False):
-        if sweep.is_symmetric:
-            # From the block's own anchors on; in all bands only if its last is in its first's.
-            start, stop, full0 = i0, max(stop, i1), i0 if full1 >= i1 else full1
-        blocks.append(Block(i0, i1, start, stop, full0, full1 if sweep.is_exact else full0))
-    return blocks
-
-
-def _group(blocks: list[Block], sweep: Sweep) -> tuple[int, int, int, int]:
-    """How many of the blocks go together, and the step, first key and width of their windows: as
-    many of equal length as save most of the pairs and tiles that the blocks have one by one.
+def _group(blocks: list[Block], first: int, sweep: Sweep) -> tuple[int, int, int, int]:
+    """How many of the blocks go with the first, and the step, first key and width of their
+    windows: as many of equal length as save most of the pairs and tiles that they have one by one.
     """
-    rows = blocks[0].i1 - blocks[0].i0
-    step, start, stop = rows, blocks[0].start, max(blocks[0].stop, blocks[0].start)
-    found, most, apart = (1, step, start, stop - start), 0, 0
-    for m, block in enumerate(blocks):
-        if sweep.is_symmetric:
-            start, stop = min(start, block.start - m * step), max(stop, block.stop - m * step)
-        elif m > 0:
-            group = blocks[: m + 1]
-            step = max(round((block.start - group[0].start) / m), 1)
-            start = min(t.start - k * step for k, t in enumerate(group))
-            stop = max(t.stop - k * step for k, t in enumerate(group))
-        count, width = m + 1, max(stop - start, 0)
-        is_inside = start >= 0 and start + m * step + width <= sweep.n_keys
-        if not is_inside or count * rows * width > TILE_PAIRS or block.i1 - block.i0 != rows:
+    i0, i1, start, stop, *_ = blocks[first]
+    rows, alone = i1 - i0, stop - start
+    room = TILE_PAIRS // max(rows * alone, 1)
+    last = min(first + max(room, 1), first + GROUP_BLOCKS, len(blocks)) - 1
+    step = rows
+    if last > first and not sweep.is_symmetric:
+        step = max(round((blocks[last].start - start) / (last - first)), 1)
+    found, most, apart = (1, step, start, alone), 0, rows * alone
+    for m in range(1, last + 1 - first):
+        block = blocks[first + m]
+        start = min(start, block.start - m * step)
+        stop = max(stop, block.stop - m * step)
+        pairs = (m + 1) * rows * (stop - start)
+        is_inside = start >= 0 and stop + m * step <= sweep.n_keys
+        if block.i1 - block.i0 != rows or not is_inside or pairs > TILE_PAIRS:
             break
-        apart += rows * max(block.stop - block.start, 0) + TILE_COST
-        saved = apart - count * rows * width - TILE_COST
-        if saved > most:
-            found, most = (count, step, start, width), saved
+        apart += rows * (block.stop - block.start) + TILE_COST
+        if apart - pairs > most:
+            found, most = (m + 1, step, start, stop - start), apart - pairs
     return found
 
 

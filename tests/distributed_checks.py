@@ -374,7 +374,8 @@ def check_traffic(group: dist.ProcessGroup) -> str:
     header = 8 * distributed.HEADER_NUMBERS + distributed.TEXT_BYTES
     if n_ranks > 1:
         sums = 8 * 3 * N  # of the rows' exponentials and positives, as float64
-        assert received["forward"] == 4 * (N * D + 2 * N + n_ranks) + header * n_ranks + sums
+        # Of a row its unit features, label, prediction and norm; of a rank its loss.
+        assert received["forward"] == 4 * (N * D + 3 * N + n_ranks) + header * n_ranks + sums
         assert received["backward"] == 4 * 3 * N
     return (
         f"{n_ranks} ranks, N = {N}, D = {D}, float32: {received['forward']} bytes forward "

@@ -1,5 +1,7 @@
 """The tiles of the torch backend hold every pair of the bands once, however blocks are cut."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def pairs_of(tiles: list, sweep: Sweep) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check(sweep: Sweep, cut: list[int], is_in_band: torch.Tensor) -> None:
-    tiles = list(torch_tiles._cut_tiles(sweep, cut))
+    tiles = list(torch_tiles._cut_tiles(sweep, torch_tiles._make_blocks(sweep, cut)))
     found, inside = pairs_of(tiles, sweep)
     assert bool((found <= 1).all())
     assert bool((found[is_in_band] == 1).all())
@@ -83,3 +85,22 @@ def test_a_sweep_over_all_pairs_holds_each_once():
         sweep = dense_sweep(50, n_keys, torch.device("cpu"))
         found, inside = pairs_of(torch_tiles.make_tiles(sweep), sweep)
         assert bool((found == 1).all()) and not bool(inside.any())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_shares_of_a_sweep_hold_every_pair_once_and_cost_about_the_same(n):
+    for sweep, is_in_band in cases():
+        found = torch.zeros(sweep.n_anchors, sweep.n_keys, dtype=torch.int64)
+        costs = []
+        for k in range(n):
+            part = torch_tiles.share_of(sweep, k, n)
+            tiles = torch_tiles.make_tiles(part)
+            costs.append(torch_tiles._cost(tiles))
+            # Of a symmetric part the keys behind its anchors have transposed pairs.
+            i, j = part.key_order if sweep.is_symmetric else part.anchor_order, part.key_order
+            found[i[:, None], j] += pairs_of(tiles, replace(part, n_anchors=len(i)))[0]
+        found = found[sweep.anchor_order][:, sweep.key_order]
+        assert bool((found[is_in_band] == 1).all()) and bool((found <= 1).all())
+        blocks = torch_tiles._make_blocks(sweep, torch_tiles._cut_between_bands(sweep) or [0, 4])
+        largest = max((b.i1 - b.i0) * (b.stop - b.start) for b in blocks) + torch_tiles.TILE_COST
+        assert max(costs) - sum(costs) / n <= 3 * largest
