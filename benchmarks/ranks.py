@@ -1,8 +1,9 @@
 """``python -m benchmarks.ranks``: one process with the union batch against W processes with a part
 of it each, in turns, one thread a process, on the CPU with gloo.
 
-Prints the medians of forward and backward and the ratios; and how much W independent processes
-slow one another here, which no program can avoid: a shared machine's cores are not all its own.
+Prints the medians of forward and backward and the ratios; and what a step takes in the slower of W
+independent processes with the union batch each, which no program can avoid: a shared machine's
+cores are not all its own, and ranks wait for the slowest.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ def turn(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> li
     return [step(x, labels, group) for _ in range(1 + STEPS)][1:]
 
 
+def slowest(steps: list[tuple]) -> list[tuple]:
+    """Of each step, the rank that took longest."""
+    of_ranks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, steps)
+    return [
+        max(ranks, key=lambda times: times[0] + times[1]) for ranks in zip(*of_ranks, strict=True)
+    ]
+
+
 def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=n_ranks)
@@ -64,9 +74,9 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
         if rank == 0:
             one += turn(batch.x, union, None)
         dist.barrier()
-        beside += turn(batch.x, union, None)
+        beside += slowest(turn(batch.x, union, None))
         dist.barrier()
-        several += turn(x, part, dist.group.WORLD)
+        several += slowest(turn(x, part, dist.group.WORLD))
     mean = (batch.x.grad[mine] * n_ranks - x.grad).norm() if rank == 0 else None
     if rank == 0:
         report(one, beside, several, n_ranks, f"N = {n:,}, D = {d}, {labels}")
@@ -82,7 +92,7 @@ def report(one: list, beside: list, several: list, n_ranks: int, batch: str) -> 
     medians = []
     kinds = (
         ("1 process alone", one),
-        (f"1 beside {n_ranks - 1} like it", beside),
+        (f"slower of {n_ranks} apart", beside),
         (f"{n_ranks} as one", several),
     )
     for name, steps in kinds:
@@ -93,13 +103,14 @@ def report(one: list, beside: list, several: list, n_ranks: int, batch: str) -> 
             f"{name:>19}: {total * 1e3:7.1f} ms = forward {forward * 1e3:.1f} + backward "
             f"{backward * 1e3:.1f}; processor time of one {processor * 1e3:.1f} ms"
         )
-    alone, crowded, ranks = medians
+    alone, apart, ranks = medians
     names = ("step", "forward", "backward", "processor time")
     of_each = (f"{name} {b / a:.2f}" for name, a, b in zip(names, alone, ranks, strict=True))
     print(f"ratio: {', '.join(of_each)}")
     print(
-        f"independent processes, which exchange nothing, take {crowded[0] / alone[0]:.2f} of the "
-        "time alone beside each other here"
+        f"the slower of independent processes, which exchange nothing, takes "
+        f"{apart[0] / alone[0]:.2f} of one alone here; as one they take "
+        f"{ranks[0] / apart[0]:.2f} of that"
     )
 
 
