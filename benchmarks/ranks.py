@@ -1,9 +1,9 @@
 """``python -m benchmarks.ranks``: one process with the union batch against W processes with a part
 of it each, in turns, one thread a process, on the CPU with gloo.
 
-Prints the medians of forward and backward and the ratios; and what a step takes in the slower of W
-independent processes with the union batch each, which no program can avoid: a shared machine's
-cores are not all its own, and ranks wait for the slowest.
+A shared machine's cores are not all its own, and ranks wait for the slowest. So the table has two
+more things: the slower of W processes that compute the whole batch each and exchange nothing, and
+besides medians the step that a tenth of the steps undercut, as on a quiet machine.
 """
 
 from __future__ import annotations
@@ -68,50 +68,40 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
     # seen larger pieces, and else returns the pages and asks for them again, in every step.
     activations = torch.empty(LARGER_PIECE, dtype=torch.uint8)
     del activations
-    one, beside, several = [], [], []
+    found: dict[str, list[tuple]] = {"alone": [], "apart": [], "as one": []}
     for _ in trange(rounds, disable=rank > 0, unit="round"):
         dist.barrier()
         if rank == 0:
-            one += turn(batch.x, union, None)
+            found["alone"] += turn(batch.x, union, None)
         dist.barrier()
-        beside += slowest(turn(batch.x, union, None))
+        found["as one"] += slowest(turn(x, part, dist.group.WORLD))
         dist.barrier()
-        several += slowest(turn(x, part, dist.group.WORLD))
-    mean = (batch.x.grad[mine] * n_ranks - x.grad).norm() if rank == 0 else None
+        found["apart"] += slowest(turn(batch.x, union, None))
     if rank == 0:
-        report(one, beside, several, n_ranks, f"N = {n:,}, D = {d}, {labels}")
-        print(f"gradients differ by {mean / x.grad.norm():.1e} of their norm")
+        mean = batch.x.grad[mine] * n_ranks
+        print(
+            f"N = {n:,}, D = {d}, {labels}, {n_ranks} ranks, float32, torch {torch.__version__}, "
+            f"{rows.processor()}; gradients differ by {(mean - x.grad).norm() / mean.norm():.1e}"
+        )
+        report(found)
     dist.destroy_process_group()
 
 
-def report(one: list, beside: list, several: list, n_ranks: int, batch: str) -> None:
-    print(
-        f"{batch}, float32, torch {torch.__version__}, {rows.processor()}, "
-        f"medians of {len(one)} steps"
-    )
-    medians = []
-    kinds = (
-        ("1 process alone", one),
-        (f"slower of {n_ranks} apart", beside),
-        (f"{n_ranks} as one", several),
-    )
-    for name, steps in kinds:
-        forward, backward, processor = map(statistics.median, zip(*steps, strict=True))
-        total = statistics.median(a + b for a, b, _ in steps)
-        medians.append((total, forward, backward, processor))
-        print(
-            f"{name:>19}: {total * 1e3:7.1f} ms = forward {forward * 1e3:.1f} + backward "
-            f"{backward * 1e3:.1f}; processor time of one {processor * 1e3:.1f} ms"
-        )
-    alone, apart, ranks = medians
-    names = ("step", "forward", "backward", "processor time")
-    of_each = (f"{name} {b / a:.2f}" for name, a, b in zip(names, alone, ranks, strict=True))
-    print(f"ratio: {', '.join(of_each)}")
-    print(
-        f"the slower of independent processes, which exchange nothing, takes "
-        f"{apart[0] / alone[0]:.2f} of one alone here; as one they take "
-        f"{ranks[0] / apart[0]:.2f} of that"
-    )
+def report(found: dict[str, list[tuple]]) -> None:
+    def tenth(times: list[float]) -> float:
+        return statistics.quantiles(times, n=10)[0]
+
+    n_steps = len(found["alone"])
+    for name, of in (f"median of {n_steps} steps", statistics.median), ("fastest tenth", tenth):
+        print(f"{name}, ms    step of alone  forward backward  processor's")
+        for kind, steps in found.items():
+            total, alone = (of([a + b for a, b, _ in t]) for t in (steps, found["alone"]))
+            parts = (of(times) * 1e3 for times in zip(*steps, strict=True))
+            forward, backward, processor = parts
+            print(
+                f"{kind:>{len(name)}} {total * 1e3:10.1f} {total / alone:8.2f} {forward:8.1f} "
+                f"{backward:8.1f} {processor:12.1f}"
+            )
 
 
 def main() -> None:
@@ -120,7 +110,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16_384, help="rows of the union (16384)")
     parser.add_argument("--features", type=int, default=128, help="D (128)")
     parser.add_argument("--labels", default="agedb", choices=("agedb", "constant"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         batch = (options.ranks, options.rows, options.features, options.labels)
