@@ -20,7 +20,7 @@ from .rows import (
     to_log_statistics,
 )
 from .sweep import Sweep
-from .torch_pairs import negative_weight, push, similarities, times_coefficients
+from .torch_pairs import LN_2, negative_weight, push, similarities, times_coefficients
 from .torch_sweeps import (
     Source,
     all_sweeps,
@@ -291,7 +291,7 @@ def one_tile_sums(
 
     Without ``counts_negatives`` m is 1 for any number of negatives, as there.
     """
-    s_ij = similarities(rows.q, rows.q, settings)
+    s_ij = similarities(rows.q, rows.q, settings, as_powers_of_two=not is_shifted)
     d_ij = pair_distance(rows.y, rows.y, settings.distance)
     positive = torch.le(d_ij, settings.window, out=torch.empty_like(s_ij)).fill_diagonal_(0.0)
     negative, log_phi = negative_weight(d_ij, rows, rows, None, settings)
@@ -300,13 +300,14 @@ def one_tile_sums(
     if counts_negatives:
         sums["m"] = negative.sign().sum(1)
     if settings.variant.log == "inside":
-        sums["s_sum"] = (s_ij * positive).sum(1)
+        s_sum = (s_ij * positive).sum(1)
+        sums["s_sum"] = s_sum if is_shifted else s_sum.to(wide_dtype(s_sum.device)) * LN_2
     if is_shifted:
         positive.log_().add_(s_ij)
         negative.log_().add_(push(s_ij, log_phi, True))
         sums["E"], sums["B"] = positive.logsumexp(1), negative.logsumexp(1)
     else:
-        positive.mul_(s_ij.exp_())
+        positive.mul_(s_ij.exp2_())
         negative.mul_(push(s_ij, log_phi, False))
         sums["E"], sums["B"] = positive.sum(1), negative.sum(1)
     if not counts_negatives:

@@ -6,12 +6,16 @@ boolean ones.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .reference import pair_distance
 from .torch_tiles import Rows, Tile
 from .variants import Settings
+
+LN_2 = math.log(2)
 
 
 class Totals(dict[str, Tensor]):
@@ -43,11 +47,17 @@ class Totals(dict[str, Tensor]):
             total.add_(part)
 
 
-def similarities(q_i: Tensor, q_j: Tensor, settings: Settings) -> Tensor:
-    """``s_ij`` of unit features [N, D] and [K, D], or [count, N, D] and [count, K, D]."""
+def similarities(
+    q_i: Tensor, q_j: Tensor, settings: Settings, as_powers_of_two: bool = False
+) -> Tensor:
+    """``s_ij`` of unit features [N, D] and [K, D], or [count, N, D] and [count, K, D].
+
+    ``as_powers_of_two``: ``s_ij / ln 2``; a CPU takes half as long for ``exp2`` as for ``exp``.
+    """
     product = torch.addmm if q_i.dim() == 2 else torch.baddbmm
     nothing = q_i.new_empty((1,) * q_i.dim())
-    return product(nothing, q_i, q_j.mT, beta=0, alpha=1 / settings.temperature)
+    scale = (1 / LN_2 if as_powers_of_two else 1.0) / settings.temperature
+    return product(nothing, q_i, q_j.mT, beta=0, alpha=scale)
 
 
 def window_mask(d_ij: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .reference import pair_distance
 from .sweep import Sweep, banded_sweep, dense_sweep
 from .torch_pairs import (
+    LN_2,
     Totals,
     drop_self,
     negative_weight,
@@ -272,6 +273,8 @@ def row_sums(
                 sums[name] = total if order is None else sums[name].index_copy_(0, order, total)
     if not counts_negatives:
         sums["m"] = sums["B"].sign()
+    if "s_sum" in sums and not is_shifted:
+        sums["s_sum"] = sums["s_sum"].to(wide_dtype(device)) * LN_2
     return sums
 
 
@@ -348,7 +351,7 @@ def _add_sums(
 ) -> None:
     positives, negatives = sweep.serves != "negatives", sweep.serves != "positives"
     dtype, wide = i.q.dtype, wide_dtype(i.q.device)
-    s_ij = similarities(i.q, j.q, settings)
+    s_ij = similarities(i.q, j.q, settings, as_powers_of_two=not is_shifted)
     if positives:
         masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
         if not sweep.is_exact:
@@ -356,7 +359,7 @@ def _add_sums(
         if settings.variant.log == "inside":
             s_positive = _apply(s_ij.clone(), masks, False)
             totals.add("s_sum", tile, drop_self(s_positive, tile, 0.0), dtype)
-    t_ij = s_ij if is_shifted else s_ij.exp_()
+    t_ij = s_ij if is_shifted else s_ij.exp2_()
     if positives:
         value = _apply(t_ij.clone() if negatives else t_ij, masks, is_shifted)
         drop_self(value, tile, -torch.inf if is_shifted else 0.0)
@@ -383,8 +386,8 @@ def _gradient_weights(sweep: Sweep, tile: Tile, i: Rows, j: Rows, settings: Sett
     H_ij = None
     columns = i.gamma if i.alpha is None else i.alpha
     is_shifted = columns.shape[-1] == 2
-    s_ij = similarities(i.q, j.q, settings)
-    t_ij = s_ij if is_shifted else s_ij.exp_()
+    s_ij = similarities(i.q, j.q, settings, as_powers_of_two=not is_shifted)
+    t_ij = s_ij if is_shifted else s_ij.exp2_()
     if sweep.serves != "negatives":
         masks = _positive_masks(tile, i, j, settings, sweep.is_exact)
         value = _apply(t_ij if sweep.serves == "positives" else t_ij.clone(), masks, is_shifted)
