@@ -91,17 +91,14 @@ def report(found: dict[str, list[tuple]]) -> None:
     def tenth(times: list[float]) -> float:
         return statistics.quantiles(times, n=10)[0]
 
+    columns = ("step", "of alone", "forward", "backward", "processor's")
     n_steps = len(found["alone"])
     for name, of in (f"median of {n_steps} steps", statistics.median), ("fastest tenth", tenth):
-        print(f"{name}, ms    step of alone  forward backward  processor's")
+        print(f"{name + ', ms':24}", *(f"{column:>11}" for column in columns))
         for kind, steps in found.items():
             total, alone = (of([a + b for a, b, _ in t]) for t in (steps, found["alone"]))
-            parts = (of(times) * 1e3 for times in zip(*steps, strict=True))
-            forward, backward, processor = parts
-            print(
-                f"{kind:>{len(name)}} {total * 1e3:10.1f} {total / alone:8.2f} {forward:8.1f} "
-                f"{backward:8.1f} {processor:12.1f}"
-            )
+            parts = [f"{of(times) * 1e3:11.1f}" for times in zip(*steps, strict=True)]
+            print(f"{kind:24} {total * 1e3:11.1f} {total / alone:11.2f}", *parts)
 
 
 def main() -> None:

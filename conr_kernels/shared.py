@@ -65,7 +65,10 @@ def _forward(x: Tensor, batch: Batch, union: Union) -> tuple[Tensor, ...]:
     y, p, norms = union.gather_columns(columns, (*key_labels, row_norms(key_x)))
 
     q = x.new_empty(union.n_rows, x.shape[1])
-    torch.mul(x, inverse, out=q[union.own]) if x.dtype == dtype else q[union.own].copy_(x)
+    if x.dtype == dtype:
+        torch.mul(x, inverse, out=q[union.own])
+    else:
+        q[union.own] = x
     pending = union.start_gather(q, union.sizes)
     sweeps = torch_backend.union_sweeps(y, p, union.n_rows, batch.settings)
     for work in pending:
