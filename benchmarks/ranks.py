@@ -89,7 +89,7 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
 
 def report(found: dict[str, list[tuple]]) -> None:
     def tenth(times: list[float]) -> float:
-        return statistics.quantiles(times, n=10)[0]
+        return statistics.quantiles(times, n=10, method="inclusive")[0]
 
     columns = ("step", "of alone", "forward", "backward", "processor's")
     n_steps = len(found["alone"])

@@ -3,7 +3,7 @@ everybody's.
 
 A rank sends its features and labels forward and 3 (at most 5) floats per row backward, from which
 every rank computes the complete gradient of its own rows: no N×D gradient is ever reduced. On CPUs
-the ranks share the forward pass and exchange 3 to 5 sums per row.
+the ranks share the forward pass (shared.py).
 """
 
 from __future__ import annotations

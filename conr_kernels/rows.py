@@ -74,7 +74,9 @@ def finish_rows(
     """
     variant = settings.variant
     r = pushing_rate(w, settings)
-    scale = (n * m).clamp_(max=1).add_(poison)  # A_i
+    scale = (n * m).clamp_(max=1)  # A_i
+    B = B * scale  # with a negative rate and no positives, log Z would not exist
+    scale.add_(poison)
     if variant.weighted_rows and w is not None:
         scale = scale * w
     n = n.clamp(min=1)

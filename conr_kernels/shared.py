@@ -1,8 +1,9 @@
 """The union's row losses where the ranks share the forward pass, on CPUs: each pair of the union is
-one rank's, for both of its rows. Unit features travel, and the ranks exchange 3 to 5 sums per row.
+one rank's, for both of its rows. Unit features and norms travel, and the ranks exchange 3 to 5 sums
+per row.
 
 What can be done without the other ranks' rows is done while these travel: forward the sorting,
-backward the own rows' pairs among themselves.
+backward the pairs of the own rows in the first order.
 """
 
 from __future__ import annotations
@@ -56,26 +57,28 @@ class _BackwardOnce(torch.autograd.Function):
 def _forward(x: Tensor, batch: Batch, union: Union) -> tuple[Tensor, ...]:
     """Losses; and for backward statistics, layout, all keys' unit features, labels and predictions,
     and the own rows' inverse norms.
-    """
-    norm = row_norms(x)
-    inverse = inverse_norms(norm)
-    dtype = norm.dtype  # of the sums; narrower features travel as they are
-    key_x, *key_labels = union.own_keys(batch)
-    columns = (batch.y, batch.p, norm)
-    y, p, norms = union.gather_columns(columns, (*key_labels, row_norms(key_x)))
 
-    q = x.new_empty(union.n_rows, x.shape[1])
+    Features of 16 bits travel as they are; their unit features are kept in the sums' dtype.
+    """
+    key_x, *key_labels = union.own_keys(batch)
+    norm, key_norm = row_norms(x), row_norms(key_x)
+    inverse, dtype = inverse_norms(norm), norm.dtype
+    columns = (batch.y, batch.p, norm)
+    y, p, norms = union.gather_columns(columns, (*key_labels, key_norm))
+
+    q = x.new_empty(union.n_rows + union.n_keys, x.shape[1])
+    of_rows, of_keys = q[: union.n_rows], q[union.n_rows :]
+    own_keys = of_keys[sum(union.key_sizes[: union.rank]) :][: len(key_x)]
     if x.dtype == dtype:
-        torch.mul(x, inverse, out=q[union.own])
+        torch.mul(x, inverse, out=of_rows[union.own])
+        torch.mul(key_x, inverse_norms(key_norm), out=own_keys)
     else:
-        q[union.own] = x
-    pending = union.start_gather(q, union.sizes)
+        of_rows[union.own], own_keys[:] = x, key_x
+    pending = union.start_gather(of_rows, union.sizes)
+    pending += union.start_gather(of_keys, union.key_sizes)
     sweeps = torch_backend.union_sweeps(y, p, union.n_rows, batch.settings)
     for work in pending:
         work.wait()
-    if union.n_keys > 0:
-        key_q = key_x * inverse_norms(row_norms(key_x)) if x.dtype == dtype else key_x
-        q = torch.cat([q, union.gather(key_q, union.key_sizes)])
     if q.dtype != dtype:
         q = q.to(dtype).mul_(inverse_norms(norms))
 

@@ -42,20 +42,17 @@ class Sweep:
     n_anchors: int
     n_keys: int
 
-    def part(self, k: int, n: int, starts: list[int], cost_of_block: float) -> Sweep:
+    def part(self, k: int, n: int, starts: list[int], costs: list[float]) -> Sweep:
         """The k-th of n parts with about as much work each: consecutive blocks, which begin
-        at ``starts`` (and N behind the last). A block costs its pairs and ``cost_of_block``.
+        at ``starts`` (N behind the last), and their costs.
 
         Of a symmetric sweep a part has each pair of its anchors with one another or a later row.
         """
         device, N = self.lo.device, self.n_anchors
-        at = torch.tensor(starts, device=device)
-        first, behind = at[:-1], at[1:]
-        n_keys = self.hi[behind - 1] - (first if self.is_symmetric else self.lo[first])
-        work = (n_keys * (behind - first)).double() + cost_of_block
-        shares = torch.arange(1, n, device=device) * (work.sum() / n)
-        cuts = at[torch.searchsorted(work.cumsum(0) - work / 2, shares)]
-        a, b = [0, *cuts.tolist(), N][k : k + 2]
+        work = torch.tensor(costs, dtype=torch.float64)
+        shares = torch.arange(1, n) * (work.sum() / n)
+        cuts = torch.searchsorted(work.cumsum(0) - work / 2, shares).tolist()
+        a, b = [0, *(starts[cut] for cut in cuts), N][k : k + 2]
         if self.is_symmetric:
             first, end = a, max(int(self.hi[b - 1]), b) if a < b else a
         else:

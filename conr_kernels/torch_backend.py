@@ -73,7 +73,7 @@ def forward(
     anchors = Source(x, row_norms(x), y, p)
     others = other_keys(keys, slice(self_offset, self_offset + len(x)))
     if _is_one_tile(x, keys):
-        rows = Rows(x * inverse_norms(anchors.norm), y, p, None)
+        rows = Rows(x * inverse_norms(anchors.norm), y, p)
         sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives)
         layout = torch.stack(pairs)
     else:
@@ -102,11 +102,11 @@ def shared_forward(
     share: tuple[int, int],
     deal: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses, scaled row statistics and the layout of the own ones of the anchors of
-    ``union_sweeps``, where several processes have the same keys.
+    """Row losses and statistics of the own rows, and the layout of all, where several processes
+    have the same keys.
 
-    Each sums over the k-th of n shares of all anchors' pairs, and uses ``s_ij = s_ji`` in all of
-    it.
+    Each sums over the k-th of n shares of the pairs of all anchors of ``union_sweeps``, and uses
+    ``s_ij = s_ji`` in all of it.
 
     Args:
         poison: 0, or NaN if any input of the union is not finite.
@@ -166,7 +166,7 @@ def loss_with_gradient(
     is_shifted = _is_shifted(y, None, settings)
     anchors = Source(x, row_norms(x), y, p)
     norm, inverse = anchors.norm, inverse_norms(anchors.norm)
-    rows = Rows(x * inverse, y, p, None)
+    rows = Rows(x * inverse, y, p)
     counts_negatives = not negatives_show(settings, is_shifted)
     sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives)
     loss, stats = _finish(sums, _poison(anchors, None), len(x), w, settings, is_shifted)

@@ -133,7 +133,7 @@ def other_keys(keys: Keys | None, rows: slice, coef_j: Tensor | None = None) -> 
         return None
     x, y, p = keys
     rest = Source(x, None, y, p, coef_j).rest(rows)
-    return replace(rest, norm=row_norms(rest.x))
+    return replace(rest, norm=row_norms(rest.x))  # these are no unit features
 
 
 def row_norms(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from conr_kernels import (
     distributed,
     gradient_cache,
     torch_backend,
+    torch_sweeps,
     torch_tiles,
 )
 
@@ -59,6 +60,7 @@ def check_union(group: dist.ProcessGroup) -> str:
             ("none", "torch", dict(variant="released-age", distance="rmse")),
             ("none", "reference", dict(variant="contrastive", temperature=0.02)),
             ("sum", "torch", dict(temperature=0.01, push_scale=0.5)),
+            ("mean", "torch", dict(variant="contrastive")),
         )
     ]
     for number, (sizes, key_sizes, reduction, backend, options) in enumerate(cases):
@@ -100,6 +102,7 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
     changed = ((distributed, "SHARED_ROWS", 1), (torch_tiles, "BLOCK_I", 2),
                (torch_tiles, "TILE_PAIRS", 64), (torch_tiles, "TILE_COST", 4))  # fmt: skip
     saved = [getattr(module, name) for module, name, _ in changed]
+    dense_share = torch_sweeps.DENSE_SHARE
     shares, layouts = [], []
 
     def counted(*args: object, of: Callable = torch_backend.shared_forward) -> tuple:
@@ -116,11 +119,16 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
         for module, name, value in changed:
             setattr(module, name, value)
         text = check_union(group) + check_same_bits(group) + check_dtypes(group)
+        for share in (-1, 9):  # one sweep over all pairs, and never
+            torch_sweeps.DENSE_SHARE = share
+            check_union(group)
+        torch_sweeps.DENSE_SHARE = dense_share
         check_second_derivative(group)
         check_not_finite(group)
         check_dtypes_of_labels(group)
         check_smallest_window(group)
     finally:
+        torch_sweeps.DENSE_SHARE = dense_share
         torch_backend.shared_forward, torch_backend.unpack_sweeps = plain
         for (module, name, _), value in zip(changed, saved, strict=True):
             setattr(module, name, value)
@@ -201,13 +209,16 @@ def check_dtypes(group: dist.ProcessGroup) -> str:
     for dtype in (torch.bfloat16, torch.float16):
         rows = make_rows(sum(UNEVEN[n_ranks]), 6, torch.float32)
         rows[0] = rows[0].to(dtype)
-        expected = conr_loss(*rows)
+        x = rows[0].clone().requires_grad_()
+        expected = conr_loss(x, *rows[1:])
+        expected.backward()
         mine = part(rows, UNEVEN[n_ranks], rank)
         with torch.no_grad():
             torch.testing.assert_close(conr_loss(*mine, group=group), expected)
-        x = mine[0].clone().requires_grad_()
-        conr_loss(x, *mine[1:], group=group).backward()
-        assert x.grad.dtype == dtype
+        x_mine = mine[0].clone().requires_grad_()
+        conr_loss(x_mine, *mine[1:], group=group).backward()
+        own = n_ranks * part([x.grad], UNEVEN[n_ranks], rank)[0]
+        torch.testing.assert_close(x_mine.grad, own, rtol=0.02, atol=1e-4)
     return ""
 
 
@@ -336,6 +347,17 @@ def check_not_finite(group: dist.ProcessGroup) -> str:
         loss.backward()
         if rank == n_ranks - 1:
             assert not x.grad.isfinite().all(), column
+    for column in range(3):
+        rows, keys = (make_rows(8, rank + seed, torch.float32) for seed in (0, 9))
+        if rank == n_ranks - 1:
+            keys[column].view(-1)[3] = torch.nan
+        assert conr_loss(*rows, keys=tuple(keys[:3]), group=group).isnan(), f"key {column}"
+    rows = make_rows(8, rank, torch.float32)
+    x = rows[0].requires_grad_()
+    g = torch.ones(8)
+    g[5] = torch.inf
+    conr_loss(*rows, reduction="none", group=group).backward(g)
+    assert not x.grad[5].isfinite().any(), "upstream"
     return ""
 
 

@@ -112,7 +112,7 @@ def test_anchors_among_further_keys_equal_rows_of_one_batch(regime):
 def counts(x, y, p, settings):
     anchors = torch_sweeps.Source(x, torch_sweeps.row_norms(x), y, p)
     if torch_backend._is_one_tile(x, None):
-        rows = torch_tiles.Rows(x / anchors.norm, y, p, None)
+        rows = torch_tiles.Rows(x / anchors.norm, y, p)
         sums, _ = torch_backend.one_tile_sums(rows, settings, False)
     else:
         sums = torch_sweeps.row_sums(
