@@ -176,8 +176,7 @@ class _EagerReduced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, gradient = ctx.saved_tensors
-        scale = _ScaleOnce.apply if torch.is_grad_enabled() else _scale
-        return scale(x, gradient, g), *(None,) * 6
+        return once(_scale, x, gradient, g), *(None,) * 6
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -188,12 +187,17 @@ def _scale(x: Tensor, gradient: Tensor, g: Tensor) -> Tensor:
     return (gradient * g).to(x.dtype)
 
 
-class _ScaleOnce(torch.autograd.Function):
-    """The scaled gradient where a graph of it is asked for: it has no derivative of its own."""
+def once(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """A gradient's function of these; where a graph of it is asked for, one that refuses to be
+    differentiated.
+    """
+    return _Once.apply(function, *args) if torch.is_grad_enabled() else function(*args)
 
+
+class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Tensor) -> Tensor:
-        return _scale(*args)
+    def forward(ctx: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        return function(*args)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:

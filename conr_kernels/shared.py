@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops, torch_backend
 from .batch import Batch
 from .rows import no_statistics, scale_statistics
-from .torch_sweeps import Source, inverse_norms, not_finite, row_norms
+from .torch_source import Source, inverse_norms, not_finite, row_norms
 from .variants import Settings
 
 if TYPE_CHECKING:
@@ -37,21 +37,8 @@ class SharedRowLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _BackwardOnce.apply if torch.is_grad_enabled() else _backward
         args = (*ctx.saved_tensors, g, ctx.union, ctx.settings)
-        return ops.without_autocast(backward, g.device, *args), None, None
-
-
-class _BackwardOnce(torch.autograd.Function):
-    """The gradient where a graph of it is asked for: it has no derivative of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        return _backward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        ops.refuse()
+        return ops.without_autocast(ops.once, g.device, _backward, *args), None, None
 
 
 def _forward(x: Tensor, batch: Batch, union: Union) -> tuple[Tensor, ...]:

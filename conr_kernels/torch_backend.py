@@ -21,15 +21,12 @@ from .rows import (
 )
 from .sweep import Sweep
 from .torch_pairs import LN_2, negative_weight, push, similarities, times_coefficients
+from .torch_source import Source, inverse_norms, other_keys, row_norms
 from .torch_sweeps import (
-    Source,
     all_sweeps,
     gradient_sums,
-    inverse_norms,
     negatives_show,
-    other_keys,
     pack_sweeps,
-    row_norms,
     row_sums,
     unpack_sweeps,
     wide_dtype,

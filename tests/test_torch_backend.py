@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from conr_kernels import conr_loss, reference, sweep, torch_backend, torch_sweeps, torch_tiles
+from conr_kernels import (
+    conr_loss,
+    reference,
+    sweep,
+    torch_backend,
+    torch_source,
+    torch_sweeps,
+    torch_tiles,
+)
 from conr_kernels.rows import scale_statistics
 from conr_kernels.variants import PRESETS, Settings
 
@@ -110,7 +118,7 @@ def test_anchors_among_further_keys_equal_rows_of_one_batch(regime):
 
 
 def counts(x, y, p, settings):
-    anchors = torch_sweeps.Source(x, torch_sweeps.row_norms(x), y, p)
+    anchors = torch_source.Source(x, torch_source.row_norms(x), y, p)
     if torch_backend._is_one_tile(x, None):
         rows = torch_tiles.Rows(x / anchors.norm, y, p)
         sums, _ = torch_backend.one_tile_sums(rows, settings, False)
