@@ -63,20 +63,21 @@ def _forward(x: Tensor, batch: Batch, union: Union) -> tuple[Tensor, ...]:
         of_rows[union.own], own_keys[:] = x, key_x
     pending = union.start_gather(of_rows, union.sizes)
     pending += union.start_gather(of_keys, union.key_sizes)
-    sweeps = torch_backend.union_sweeps(y, p, union.n_rows, batch.settings)
+    share = (union.rank, union.n_ranks)
+    shares, layout = torch_backend.union_sweeps(y, p, union.n_rows, batch.settings, share)
     for work in pending:
         work.wait()
     if q.dtype != dtype:
         q = q.to(dtype).mul_(inverse_norms(norms))
 
-    rows, stats, layout = torch_backend.shared_forward(
-        sweeps,
+    rows, stats = torch_backend.shared_forward(
+        shares,
         Source(q, None, y, p),
+        union.n_rows,
         not_finite(norms, y, p),
         union.own,
         batch.w,
         batch.settings,
-        (union.rank, union.n_ranks),
         union.deal,
     )
     return rows, stats, layout, q, y, p, inverse

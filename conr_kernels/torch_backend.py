@@ -83,27 +83,31 @@ def forward(
     return loss.to(anchors.norm.dtype), stats, layout.view(-1).view(torch.int32)
 
 
-def union_sweeps(y: Tensor, p: Tensor, n_anchors: int, settings: Settings) -> list[Sweep]:
-    """The sweeps of keys of which the first ``n_anchors`` are the anchors."""
+def union_sweeps(
+    y: Tensor, p: Tensor, n_anchors: int, settings: Settings, share: tuple[int, int]
+) -> tuple[list[Sweep], Tensor]:
+    """For keys of which the first ``n_anchors`` are the anchors: the k-th of n shares of all
+    sweeps, and the layout of the whole.
+    """
     others = (y[n_anchors:], p[n_anchors:]) if n_anchors < len(y) else None
-    return all_sweeps((y[:n_anchors], p[:n_anchors]), others, settings)
+    sweeps = all_sweeps((y[:n_anchors], p[:n_anchors]), others, settings)
+    return [share_of(sweep, *share) for sweep in sweeps], pack_sweeps(sweeps)
 
 
 def shared_forward(
-    sweeps: list[Sweep],
+    shares: list[Sweep],
     union: Source,
+    n_anchors: int,
     poison: Tensor,
     own: slice,
     w: Tensor | None,
     settings: Settings,
-    share: tuple[int, int],
     deal: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses and statistics of the own rows, and the layout of all, where several processes
-    have the same keys.
+) -> tuple[Tensor, Tensor]:
+    """Row losses and statistics of the own rows, where several processes have the same keys.
 
-    Each sums over the k-th of n shares of the pairs of all anchors of ``union_sweeps``, and uses
-    ``s_ij = s_ji`` in all of it.
+    Each sums over its shares of the pairs of all anchors (``union_sweeps``), and uses ``s_ij =
+    s_ji`` in all of it.
 
     Args:
         poison: 0, or NaN if any input of the union is not finite.
@@ -112,25 +116,23 @@ def shared_forward(
     """
     is_shifted = _is_shifted(union.y, None, settings)
     counts_negatives = not negatives_show(settings, is_shifted)
-    n_anchors = sweeps[0].n_anchors
     anchors = union.part(slice(0, n_anchors))
     others = union.rest(slice(0, n_anchors))
-    parts = [share_of(sweep, *share) for sweep in sweeps]
-    sums = row_sums(anchors, others, parts, settings, is_shifted, counts_negatives)
+    sums = row_sums(anchors, others, shares, settings, is_shifted, counts_negatives)
     if not counts_negatives:
         del sums["m"]
 
-    shares = deal(torch.stack([t.to(wide_dtype(union.x.device)) for t in sums.values()]))
-    sums = dict(zip(sums, shares.sum(0).unbind(), strict=True))
+    dealt = deal(torch.stack([t.to(wide_dtype(union.x.device)) for t in sums.values()]))
+    sums = dict(zip(sums, dealt.sum(0).unbind(), strict=True))
     if is_shifted:
         for k, name in enumerate(sums):
             if name in ("E", "B"):
-                sums[name] = shares[:, k].logsumexp(0)
+                sums[name] = dealt[:, k].logsumexp(0)
     if not counts_negatives:
         sums["m"] = sums["B"].sign()
     poison = poison.expand(own.stop - own.start)
     loss, stats = _finish(sums, poison, len(union), w, settings, is_shifted)
-    return loss.to(union.dtype), stats.to(union.dtype), pack_sweeps(sweeps)
+    return loss.to(union.dtype), stats.to(union.dtype)
 
 
 def shared_backward(

@@ -46,11 +46,8 @@ class Source:
             return self.y, self.p
         return self.y[self.index], self.p[self.index]
 
-    def take(self, order: Tensor | None, buffer: Tensor | None) -> Rows:
-        """The rows in that order, their unit features written to the buffer if it has room.
-
-        Memory fresh from the system costs more than the arithmetic on it.
-        """
+    def take(self, order: Tensor | None, memory: Tensor | None) -> Rows:
+        """The rows in that order, their unit features in the memory given for them."""
         for work in self.pending:
             work.wait()
         if order is None:
@@ -63,12 +60,12 @@ class Source:
             q = self.x if norm is None else self.x * inverse_norms(norm)
             return self._rows(q, y, p, coef)
         norm, y, p, coef = (None if t is None else t.index_select(0, at) for t in rows)
+        q = None if memory is None else memory[: len(at)]
         if self.x.dtype == self.dtype:
-            has_room = buffer is not None and len(buffer) >= len(at)
-            q = buffer[: len(at)] if has_room else self.x.new_empty(len(at), self.x.shape[1])
             q = torch.index_select(self.x, 0, at, out=q)
         else:
-            q = self.x[at].to(self.dtype)
+            x = self.x.index_select(0, at)
+            q = x.to(self.dtype) if q is None else q.copy_(x)
         return self._rows(q if norm is None else q.mul_(inverse_norms(norm)), y, p, coef)
 
     @staticmethod

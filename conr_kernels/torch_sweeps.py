@@ -91,30 +91,40 @@ def unpack_sweeps(packed: Tensor, offset: int, n: int, is_exact: bool) -> list[S
     return own + cross if len(packed) > 6 * n else own
 
 
-def sorted_rows(
-    anchors: Source, others: Source | None, sweeps: list[Sweep]
-) -> Iterator[tuple[Rows, list[Sweep], Iterator[tuple[Sweep, Rows]]]]:
-    """Anchors in every order, the sweeps that have it, and with each of these its keys in order.
+class SortedRows:
+    """Anchors and other keys in the orders of sweeps, each order in the memory of the one before:
+    rows are valid until the next are asked for.
 
-    Rows are valid until the next are asked for.
+    Memory fresh from the system costs more than the arithmetic on it.
+
+    Attributes:
+        q_i: the memory of the anchors' unit features, to be exchanged for other memory of that size
+            when the rows in it are no longer needed.
     """
-    q_i = q_j = None
 
-    def with_keys(sweeps: list[Sweep], rows_i: Rows) -> Iterator[tuple[Sweep, Rows]]:
-        nonlocal q_j
-        for sweep in sweeps:
-            if sweep.is_symmetric:
-                yield sweep, rows_i
-            else:
-                rows_j = others.take(sweep.key_order, q_j)
-                q_j = None if rows_j.q is others.x else rows_j.q
-                yield sweep, rows_j
+    def __init__(self, anchors: Source, others: Source | None, sweeps: list[Sweep]) -> None:
+        self.anchors, self.others = anchors, others
+        cross = [sweep for sweep in sweeps if not sweep.is_symmetric]
+        self.q_i = self._memory(anchors, [sweep.anchor_order for sweep in sweeps])
+        self.q_j = self._memory(others, [sweep.key_order for sweep in cross])
 
+    @staticmethod
+    def _memory(source: Source | None, orders: list[Tensor | None]) -> Tensor | None:
+        n_rows = max((len(order) for order in orders if order is not None), default=0)
+        return source.x.new_empty(n_rows, source.x.shape[1], dtype=source.dtype) if n_rows else None
+
+    def of_anchors(self, sweep: Sweep) -> Rows:
+        return self.anchors.take(sweep.anchor_order, self.q_i)
+
+    def of_keys(self, sweep: Sweep, rows_i: Rows) -> Rows:
+        return rows_i if sweep.is_symmetric else self.others.take(sweep.key_order, self.q_j)
+
+
+def _of_one_order(sweeps: list[Sweep]) -> Iterator[list[Sweep]]:
+    """The sweeps in groups that have the anchors in one order."""
     while sweeps:
         same = [sweep for sweep in sweeps if _have_one_order(sweep, sweeps[0])]
-        rows_i = anchors.take(sweeps[0].anchor_order, q_i)
-        q_i = None if rows_i.q is anchors.x else rows_i.q
-        yield rows_i, same, with_keys(same, rows_i)
+        yield same
         sweeps = [sweep for sweep in sweeps if not any(sweep is t for t in same)]
 
 
@@ -148,9 +158,12 @@ def row_sums(
         sums["s_sum"] = torch.zeros(n, dtype=anchors.dtype, device=device)
     if len(anchors) == 0:
         return sums
-    for rows_i, _, with_keys in sorted_rows(anchors, others, sweeps):
-        for sweep, rows_j in with_keys:
-            order = sweep.anchor_order
+    rows = SortedRows(anchors, others, sweeps)
+    for same in _of_one_order(sweeps):
+        order = same[0].anchor_order
+        rows_i = rows.of_anchors(same[0])
+        for sweep in same:
+            rows_j = rows.of_keys(sweep, rows_i)
             totals = _forward_sweep(sweep, rows_i, rows_j, settings, is_shifted, counts_negatives)
             for name, part in totals.items():
                 at = sums[name] if order is None else sums[name][order]
@@ -168,28 +181,34 @@ def gradient_sums(
     anchors: Source, others: Source | None, sweeps: list[Sweep], settings: Settings
 ) -> Tensor:
     """``τ ∂L/∂q_i = Σ_j H_ij q_j`` [N, D]."""
-    G = spare = order = None
-    for rows_i, (first, *_), with_keys in sorted_rows(anchors, others, sweeps):
-        if G is None:
-            G = torch.zeros_like(rows_i.q)
-        elif order is not first.anchor_order:
-            G, spare = _reorder(G, order, first.anchor_order, spare), G
-        order = first.anchor_order
-        for sweep, rows_j in with_keys:
-            _backward_sweep(G, sweep, rows_i, rows_j, settings)
-    return G if order is None else _reorder(G, order, None, spare)
+    n, D = anchors.x.shape
+    rows = SortedRows(anchors, others, sweeps)
+    G = anchors.x.new_zeros(n, D, dtype=anchors.dtype)
+    order = sweeps[0].anchor_order
+    for same in _of_one_order(sweeps):
+        G, rows.q_i = _reorder(G, order, same[0].anchor_order, rows.q_i)
+        order = same[0].anchor_order
+        rows_i = rows.of_anchors(same[0])
+        for sweep in same:
+            _backward_sweep(G, sweep, rows_i, rows.of_keys(sweep, rows_i), settings)
+    return _reorder(G, order, None, rows.q_i)[0]
 
 
 def _reorder(
-    t: Tensor, order: Tensor | None, new_order: Tensor | None, out: Tensor | None
-) -> Tensor:
-    """Rows that are in one order in another: gathered, which takes a fourth of scattering them."""
+    t: Tensor, order: Tensor | None, new_order: Tensor | None, memory: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows that are in one order in another, in the given memory; and their own, now free.
+
+    Gathered: that takes a fourth of scattering them.
+    """
+    if new_order is order:
+        return t, memory
     at = new_order
     if order is not None:
         numbers = torch.arange(len(order), device=order.device)
         at = torch.empty_like(order).index_copy_(0, order, numbers)
         at = at if new_order is None else at.index_select(0, new_order)
-    return t.index_select(0, at) if out is None else torch.index_select(t, 0, at, out=out)
+    return torch.index_select(t, 0, at, out=memory), t
 
 
 def negatives_show(settings: Settings, is_shifted: bool) -> bool:

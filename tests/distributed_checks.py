@@ -105,16 +105,16 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
     dense_share = torch_sweeps.DENSE_SHARE
     shares, layouts = [], []
 
-    def counted(*args: object, of: Callable = torch_backend.shared_forward) -> tuple:
-        shares.append(args[-2])
+    def counted(*args: object, of: Callable = torch_backend.union_sweeps) -> tuple:
+        shares.append(args[-1])
         return of(*args)
 
     def unpacked(*args: object, of: Callable = torch_backend.unpack_sweeps, **options) -> list:
         layouts.append(args[0])
         return of(*args, **options)
 
-    plain = torch_backend.shared_forward, torch_backend.unpack_sweeps
-    torch_backend.shared_forward, torch_backend.unpack_sweeps = counted, unpacked
+    plain = torch_backend.union_sweeps, torch_backend.unpack_sweeps
+    torch_backend.union_sweeps, torch_backend.unpack_sweeps = counted, unpacked
     try:
         for module, name, value in changed:
             setattr(module, name, value)
@@ -129,7 +129,7 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
         check_smallest_window(group)
     finally:
         torch_sweeps.DENSE_SHARE = dense_share
-        torch_backend.shared_forward, torch_backend.unpack_sweeps = plain
+        torch_backend.union_sweeps, torch_backend.unpack_sweeps = plain
         for (module, name, _), value in zip(changed, saved, strict=True):
             setattr(module, name, value)
     n_ranks = dist.get_world_size(group)
