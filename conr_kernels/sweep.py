@@ -42,16 +42,15 @@ class Sweep:
     n_anchors: int
     n_keys: int
 
-    def part(self, k: int, n: int, starts: list[int], costs: list[float]) -> Sweep:
+    def part(self, k: int, n: int, starts: list[int], costs: Tensor) -> Sweep:
         """The k-th of n parts with about as much work each: consecutive blocks, which begin
         at ``starts`` (N behind the last), and their costs.
 
         Of a symmetric sweep a part has each pair of its anchors with one another or a later row.
         """
         device, N = self.lo.device, self.n_anchors
-        work = torch.tensor(costs, dtype=torch.float64)
-        shares = torch.arange(1, n) * (work.sum() / n)
-        cuts = torch.searchsorted(work.cumsum(0) - work / 2, shares).tolist()
+        shares = torch.arange(1, n, device=device) * (costs.sum() / n)
+        cuts = torch.searchsorted(costs.cumsum(0) - costs / 2, shares).tolist()
         a, b = [0, *(starts[cut] for cut in cuts), N][k : k + 2]
         if self.is_symmetric:
             first, end = a, max(int(self.hi[b - 1]), b) if a < b else a

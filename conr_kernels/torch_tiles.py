@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -130,7 +129,7 @@ def make_tiles(sweep: Sweep) -> list[Tile]:
         return list(_cut_tiles(sweep, evenly))
     between = list(_cut_tiles(sweep, _make_blocks(sweep, cut)))
     # Even blocks mostly end up 1.2 to 1.5 times as costly as that.
-    if _cost(between) <= 1.2 * _least_cost(evenly):
+    if _cost(between) <= 1.2 * float(_least_costs(evenly).sum()):
         return between
     return min(list(_cut_tiles(sweep, evenly)), between, key=_cost)
 
@@ -141,7 +140,7 @@ def share_of(sweep: Sweep, k: int, n: int) -> Sweep:
     between = _cut_between_bands(sweep)
     starts = between or [*range(0, N, rows), N]
     # Blocks between bands are seldom of one length, and then each is a tile.
-    costs = [_least_cost([block], len(between) > 0) for block in _make_blocks(sweep, starts)]
+    costs = _least_costs(_make_blocks(sweep, starts), are_apart=len(between) > 0)
     return sweep.part(k, n, starts, costs)
 
 
@@ -149,14 +148,15 @@ def _cost(tiles: list[Tile]) -> float:
     return sum(t.count * t.rows * (t.width + EDGE_COST * t.edge_width) + TILE_COST for t in tiles)
 
 
-def _least_cost(blocks: list[Block], is_apart: bool = False) -> float:
-    """What any tiles of these blocks cost at least, or if each is a tile."""
-    pairs = edges = 0
-    for i0, i1, start, stop, full0, full1 in blocks:
-        pairs += (i1 - i0) * (stop - start)
-        edges += (i1 - i0) * (stop - start - max(full1 - full0, 0))
-    n_tiles = pairs / TILE_PAIRS
-    return pairs + EDGE_COST * edges + TILE_COST * max(n_tiles, len(blocks) * is_apart)
+def _least_costs(blocks: Tensor, are_apart: bool = False) -> Tensor:
+    """What any tiles of these blocks [·, 6] cost at least, or if each is a tile: float64 [·]."""
+    i0, i1, start, stop, full0, full1 = blocks.double().unbind(1)
+    n_rows, width = i1 - i0, stop - start
+    edges = width - (full1 - full0).clamp(min=0)
+    n_tiles = n_rows * width / TILE_PAIRS
+    if are_apart:
+        n_tiles = n_tiles.clamp(min=1)
+    return n_rows * (width + EDGE_COST * edges) + TILE_COST * n_tiles
 
 
 def _cut_between_bands(sweep: Sweep) -> list[int]:
@@ -177,15 +177,15 @@ def _cut_between_bands(sweep: Sweep) -> list[int]:
     return cut
 
 
-def _make_blocks(sweep: Sweep, cut: list[int]) -> list[Block]:
-    """The blocks that begin and end at the cuts."""
-    if sweep.serves == "both":
-        return [
-            Block(i0, i1, i0 if sweep.is_symmetric else 0, sweep.n_keys, 0, 0)
-            for i0, i1 in itertools.pairwise(cut)
-        ]
-    at = torch.tensor(cut, device=sweep.lo.device)
+def _make_blocks(sweep: Sweep, cut: list[int]) -> Tensor:
+    """The blocks that begin and end at the cuts, int64 [·, 6]: rows of ``Block``."""
+    at = torch.tensor(cut, device="cpu")  # where bands are read; a sweep of all pairs reads none
     i0, i1 = at[:-1], at[1:]
+    if sweep.serves == "both":
+        nothing = torch.zeros_like(i0)
+        start = i0 if sweep.is_symmetric else nothing
+        stop = nothing + sweep.n_keys
+        return torch.stack([i0, i1, start, stop, nothing, nothing], dim=1)
     start, full0 = sweep.lo[i0], sweep.lo[i1 - 1]
     full1, stop = sweep.hi[i0], sweep.hi[i1 - 1]
     if sweep.is_symmetric:
@@ -194,11 +194,11 @@ def _make_blocks(sweep: Sweep, cut: list[int]) -> list[Block]:
         full0 = torch.where(full1 >= i1, i0, full1)
     if not sweep.is_exact:
         full1 = full0
-    blocks = torch.stack([i0, i1, start, stop.maximum(start), full0, full1], dim=1)
-    return [Block(*block) for block in blocks.tolist()]
+    return torch.stack([i0, i1, start, stop.maximum(start), full0, full1], dim=1)
 
 
-def _cut_tiles(sweep: Sweep, blocks: list[Block]) -> Iterator[Tile]:
+def _cut_tiles(sweep: Sweep, table: Tensor) -> Iterator[Tile]:
+    blocks = [Block(*block) for block in table.tolist()]
     k = 0
     while k < len(blocks):
         i0, n_rows = blocks[k].i0, blocks[k].i1 - blocks[k].i0

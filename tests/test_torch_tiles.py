@@ -102,5 +102,6 @@ def test_shares_of_a_sweep_hold_every_pair_once_and_cost_about_the_same(n):
         found = found[sweep.anchor_order][:, sweep.key_order]
         assert bool((found[is_in_band] == 1).all()) and bool((found <= 1).all())
         blocks = torch_tiles._make_blocks(sweep, torch_tiles._cut_between_bands(sweep) or [0, 4])
-        largest = max((b.i1 - b.i0) * (b.stop - b.start) for b in blocks) + torch_tiles.TILE_COST
+        i0, i1, start, stop, *_ = blocks.unbind(1)
+        largest = int(((i1 - i0) * (stop - start)).max()) + torch_tiles.TILE_COST
         assert max(costs) - sum(costs) / n <= 3 * largest
