@@ -36,8 +36,8 @@ class Totals(dict[str, Tensor]):
         self._combine(total[tile.anchors], reduce(t_ij, dim=-1).view(-1), is_log)
         if tile.mirror < tile.width:
             of_keys = reduce(t_ij[..., tile.mirror :], dim=-2).view(tile.count, -1)
-            for k, keys in tile.mirrored:
-                self._combine(total[keys], of_keys[k], is_log)
+            for keys, part in zip(tile.mirrored, of_keys.unbind(), strict=True):
+                self._combine(total[keys], part, is_log)
 
     @staticmethod
     def _combine(total: Tensor, part: Tensor, is_log: bool) -> None:

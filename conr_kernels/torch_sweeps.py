@@ -313,11 +313,13 @@ def _gradient_weights(sweep: Sweep, tile: Tile, i: Rows, j: Rows, settings: Sett
 def _add_products(G: Tensor, tile: Tile, H_ij: Tensor, q_i: Tensor, q_j: Tensor) -> None:
     if tile.count == 1:
         G[tile.anchors].addmm_(H_ij, q_j)
-        H_ij, q_i = H_ij[None], q_i[None]
     else:
         G[tile.anchors].view(q_i.shape).baddbmm_(H_ij, q_j)
-    for k, keys in tile.mirrored:
-        G[keys].addmm_(H_ij[k, :, tile.mirror :].T, q_i[k])
+    if tile.mirror < tile.width:
+        H_ji = H_ij[..., tile.mirror :].mT
+        of_blocks = ((H_ji,), (q_i,)) if tile.count == 1 else (H_ji.unbind(), q_i.unbind())
+        for keys, H_jk, q_k in zip(tile.mirrored, *of_blocks, strict=True):
+            G[keys].addmm_(H_jk, q_k)
 
 
 def _tiles(

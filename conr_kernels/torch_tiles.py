@@ -90,12 +90,11 @@ class Tile:
         return sum(columns.stop - columns.start for columns in self.edges)
 
     @property
-    def mirrored(self) -> Iterator[tuple[int, slice]]:
-        """Blocks, and the keys of their columns from ``mirror`` on."""
-        if self.mirror < self.width:
-            for k in range(self.count):
-                start = self.j0 + k * self.step
-                yield k, slice(start + self.mirror, start + self.width)
+    def mirrored(self) -> Iterator[slice]:
+        """The keys of each block's columns from ``mirror`` on."""
+        for k in range(self.count):
+            start = self.j0 + k * self.step
+            yield slice(start + self.mirror, start + self.width)
 
 
 class Block(NamedTuple):
