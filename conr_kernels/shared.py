@@ -2,8 +2,8 @@
 one rank's, for both of its rows. Unit features and norms travel, and the ranks exchange 3 to 5 sums
 per row.
 
-What can be done without the other ranks' rows is done while these travel: forward the sorting,
-backward the pairs of the own rows in the first order.
+What can be done without the other ranks' rows is done while these travel: forward the sorting
+and cutting into shares, backward the pairs of the own rows in the first order.
 """
 
 from __future__ import annotations

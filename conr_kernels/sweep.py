@@ -44,13 +44,13 @@ class Sweep:
 
     def part(self, k: int, n: int, starts: list[int], costs: Tensor) -> Sweep:
         """The k-th of n parts with about as much work each: consecutive blocks, which begin
-        at ``starts`` (N behind the last), and their costs.
+        at ``starts`` (N behind the last), and their costs (float64, on the CPU).
 
         Of a symmetric sweep a part has each pair of its anchors with one another or a later row.
         """
         device, N = self.lo.device, self.n_anchors
-        shares = torch.arange(1, n, device=device) * (costs.sum() / n)
-        cuts = torch.searchsorted(costs.cumsum(0) - costs / 2, shares).tolist()
+        targets = torch.arange(1, n, device=costs.device) * (costs.sum() / n)
+        cuts = torch.searchsorted(costs.cumsum(0) - costs / 2, targets).tolist()
         a, b = [0, *(starts[cut] for cut in cuts), N][k : k + 2]
         if self.is_symmetric:
             first, end = a, max(int(self.hi[b - 1]), b) if a < b else a

@@ -46,8 +46,13 @@ class Source:
             return self.y, self.p
         return self.y[self.index], self.p[self.index]
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the rows in the given order are unit features as they stand."""
+        return self.index is None and self.norm is None
+
     def take(self, order: Tensor | None, memory: Tensor | None) -> Rows:
-        """The rows in that order, their unit features in the memory given for them."""
+        """The rows in that order; their unit features in the memory, if it is given and needed."""
         for work in self.pending:
             work.wait()
         if order is None:
@@ -57,7 +62,7 @@ class Source:
         rows = (self.norm, self.y, self.p, self.coef)
         if at is None:
             norm, y, p, coef = rows
-            q = self.x if norm is None else self.x * inverse_norms(norm)
+            q = self.x if norm is None else torch.mul(self.x, inverse_norms(norm), out=memory)
             return self._rows(q, y, p, coef)
         norm, y, p, coef = (None if t is None else t.index_select(0, at) for t in rows)
         q = None if memory is None else memory[: len(at)]

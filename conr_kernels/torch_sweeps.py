@@ -104,20 +104,26 @@ class SortedRows:
 
     def __init__(self, anchors: Source, others: Source | None, sweeps: list[Sweep]) -> None:
         self.anchors, self.others = anchors, others
-        cross = [sweep for sweep in sweeps if not sweep.is_symmetric]
+        self.key_orders = [sweep.key_order for sweep in sweeps if not sweep.is_symmetric]
         self.q_i = self._memory(anchors, [sweep.anchor_order for sweep in sweeps])
-        self.q_j = self._memory(others, [sweep.key_order for sweep in cross])
+        self.q_j: Tensor | None = None
 
     @staticmethod
-    def _memory(source: Source | None, orders: list[Tensor | None]) -> Tensor | None:
-        n_rows = max((len(order) for order in orders if order is not None), default=0)
+    def _memory(source: Source, orders: list[Tensor | None]) -> Tensor | None:
+        """For the longest of the orders; None where the source's own rows serve as they are."""
+        of_all = 0 if source.is_ready else len(source)
+        n_rows = max((of_all if order is None else len(order) for order in orders), default=0)
         return source.x.new_empty(n_rows, source.x.shape[1], dtype=source.dtype) if n_rows else None
 
     def of_anchors(self, sweep: Sweep) -> Rows:
         return self.anchors.take(sweep.anchor_order, self.q_i)
 
     def of_keys(self, sweep: Sweep, rows_i: Rows) -> Rows:
-        return rows_i if sweep.is_symmetric else self.others.take(sweep.key_order, self.q_j)
+        if sweep.is_symmetric:
+            return rows_i
+        if self.q_j is None:
+            self.q_j = self._memory(self.others, self.key_orders)
+        return self.others.take(sweep.key_order, self.q_j)
 
 
 def _of_one_order(sweeps: list[Sweep]) -> Iterator[list[Sweep]]:
@@ -197,9 +203,9 @@ def gradient_sums(
 def _reorder(
     t: Tensor, order: Tensor | None, new_order: Tensor | None, memory: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows that are in one order in another, in the given memory; and their own, now free.
+    """Rows that are in one order in another, in the given memory; and the memory that is then free.
 
-    Gathered: that takes a fourth of scattering them.
+    Nothing is moved where both orders are one tensor. Gathered: that takes a fourth of scattering.
     """
     if new_order is order:
         return t, memory

@@ -91,7 +91,7 @@ class Tile:
 
     @property
     def mirrored(self) -> Iterator[slice]:
-        """The keys of each block's columns from ``mirror`` on."""
+        """The keys of each block's columns from ``mirror`` on, where ``mirror < width``."""
         for k in range(self.count):
             start = self.j0 + k * self.step
             yield slice(start + self.mirror, start + self.width)
@@ -178,13 +178,12 @@ def _cut_between_bands(sweep: Sweep) -> list[int]:
 
 def _make_blocks(sweep: Sweep, cut: list[int]) -> Tensor:
     """The blocks that begin and end at the cuts, int64 [·, 6]: rows of ``Block``."""
-    at = torch.tensor(cut, device="cpu")  # where bands are read; a sweep of all pairs reads none
+    at = torch.tensor(cut, device="cpu")  # as bands are; a sweep of all pairs reads none
     i0, i1 = at[:-1], at[1:]
     if sweep.serves == "both":
-        nothing = torch.zeros_like(i0)
-        start = i0 if sweep.is_symmetric else nothing
-        stop = nothing + sweep.n_keys
-        return torch.stack([i0, i1, start, stop, nothing, nothing], dim=1)
+        zero = torch.zeros_like(i0)
+        start = i0 if sweep.is_symmetric else zero
+        return torch.stack([i0, i1, start, zero + sweep.n_keys, zero, zero], dim=1)
     start, full0 = sweep.lo[i0], sweep.lo[i1 - 1]
     full1, stop = sweep.hi[i0], sweep.hi[i1 - 1]
     if sweep.is_symmetric:
