@@ -1,5 +1,7 @@
 """The torch backend against the float64 reference, in each of its regimes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -197,3 +199,44 @@ def test_the_layout_is_as_large_as_announced_where_the_keys_are_the_rows(n):
     for keys in (None, (x, y, y)):
         loss, _, layout = torch_backend.forward(x, y, y, None, keys, 0, settings)
         assert len(layout) == torch_backend.layout_size(n, n, loss.dtype, settings)
+
+
+def peak_bytes(run):
+    """The most bytes that a call holds beyond what there was."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(n_bytes for _, n_bytes in changes))
+
+
+@pytest.mark.parametrize(
+    ("own", "further", "dtype", "forward", "backward"),
+    [
+        ("bands", None, torch.float32, 1, 2),  # q_i; q_i and the gradient
+        ("bands", None, torch.bfloat16, 1.5, 2.5),  # and rows or the gradient in 16 bits
+        ("all pairs", None, torch.float32, 1, 2),
+        ("bands", "bands", torch.float32, 4, 3),  # and all keys, 2 N×D; q_j
+        ("all pairs", "bands", torch.float32, 4, 3),
+    ],
+)
+def test_sweeps_hold_few_copies_of_the_features(own, further, dtype, forward, backward):
+    """In copies of N×D float32 numbers, beside one tile."""
+    generator, n, D = torch.Generator().manual_seed(0), 2048, 2048
+
+    def rows(regime):
+        y = torch.rand(n, generator=generator) * (50 if regime == "bands" else 1)
+        return torch.randn(n, D, generator=generator).to(dtype), y, y
+
+    x, y, p = rows(own)
+    x.requires_grad_()
+    keys = None if further is None else rows(further)
+    losses = []
+
+    def step():
+        losses.append(conr_loss(x, y, p, keys=keys, backend="torch"))
+
+    copy, tile = 4 * n * D, 8 * 4 * torch_tiles.TILE_PAIRS
+    assert peak_bytes(step) <= forward * copy + tile
+    assert peak_bytes(losses[0].backward) <= backward * copy + tile
