@@ -1,6 +1,9 @@
 """``python -m benchmarks.ranks``: one process with the union batch against W processes with a part
 of it each, in turns, one thread a process, on the CPU with gloo.
 
+A step of W processes ends when its slowest does, and begins when the one before ended: these times
+add up to the clock's, whichever rank was late.
+
 A shared machine's cores are not all its own, and ranks wait for the slowest. So the table has two
 more things: the slower of W processes that compute the whole batch each and exchange nothing, and
 besides medians the step that a tenth of the steps undercut, as on a quiet machine.
@@ -12,6 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -30,29 +34,36 @@ LARGER_PIECE = 31 * 2**20
 
 
 def step(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> tuple[float, ...]:
-    """Seconds of the wall clock forward and backward, and of this process's processor."""
+    """When forward and backward ended by the machine's clock, and seconds of this process's
+    processor.
+    """
     x.grad = None
-    start, processor = time.perf_counter(), time.process_time()
+    processor = time.process_time()
     loss = conr_loss(x, *labels, group=group)
     middle = time.perf_counter()
     loss.backward()
-    end = time.perf_counter()
-    return middle - start, end - middle, time.process_time() - processor
+    return middle, time.perf_counter(), time.process_time() - processor
 
 
 def turn(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> list[tuple]:
-    """Steps in a row, as in training. The first is not counted: it pays for the memory and the
-    caches that the other kind left behind.
-    """
-    return [step(x, labels, group) for _ in range(1 + STEPS)][1:]
+    """Steps in a row, as in training."""
+    return [step(x, labels, group) for _ in range(1 + STEPS)]
 
 
-def slowest(steps: list[tuple]) -> list[tuple]:
-    """Of each step, the rank that took longest."""
+def of_all(steps: list[tuple]) -> list[tuple]:
+    """The steps of all ranks together: each of their times is the largest."""
     of_ranks: list = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, steps)
+    return [tuple(map(max, zip(*ranks, strict=True))) for ranks in zip(*of_ranks, strict=True)]
+
+
+def durations(steps: list[tuple]) -> list[tuple]:
+    """Seconds forward, backward and of the processor. The first step is not counted: it pays for
+    the memory and the caches that the other kind left behind.
+    """
     return [
-        max(ranks, key=lambda times: times[0] + times[1]) for ranks in zip(*of_ranks, strict=True)
+        (middle - before, end - middle, processor)
+        for (_, before, _), (middle, end, processor) in pairwise(steps)
     ]
 
 
@@ -72,11 +83,11 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
     for _ in trange(rounds, disable=rank > 0, unit="round"):
         dist.barrier()
         if rank == 0:
-            found["alone"] += turn(batch.x, union, None)
+            found["alone"] += durations(turn(batch.x, union, None))
         dist.barrier()
-        found["as one"] += slowest(turn(x, part, dist.group.WORLD))
+        found["as one"] += durations(of_all(turn(x, part, dist.group.WORLD)))
         dist.barrier()
-        found["apart"] += slowest(turn(batch.x, union, None))
+        found["apart"] += durations(of_all(turn(batch.x, union, None)))
     if rank == 0:
         mean = batch.x.grad[mine] * n_ranks
         print(
