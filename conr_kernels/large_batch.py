@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -138,30 +139,35 @@ def gradient_cache(
     statistics count each row once; batch normalisation normalises within a chunk. Call it inside
     ``torch.autocast`` for mixed precision. A ``DistributedDataParallel`` encoder reduces its
     gradients once, with the last chunk; give the ConR loss ``group=`` there and the regression
-    loss the local mean.
+    loss the local mean. Buffers, parameters' devices and DDP are seen only of an encoder that is a
+    module: a function around one counts running statistics twice, and hangs around DDP where ranks
+    have different numbers of chunks, as ``SyncBatchNorm`` does.
 
     Args:
         encoder: maps a chunk of the inputs to features [n, D] and predictions [n] or [n, L].
-        inputs: data [N, …]: a Tensor, several (``encoder(*chunk)``) or named ones
+        inputs: data [N, …] without a graph: a Tensor, several (``encoder(*chunk)``) or named ones
             (``encoder(**chunk)``).
         loss: maps features [N, D] and predictions of all rows to a scalar.
-        chunk_size: rows encoded at a time.
+        chunk_size: the most rows encoded at a time; all chunks are equally long, or one row
+            shorter.
         scaler: scales the gradients, as in ``scaler.scale(loss).backward()``.
 
     Returns:
         The loss, detached and unscaled.
     """
     validation.check_counts(chunk_size=chunk_size)
-    is_named, is_ddp = isinstance(inputs, Mapping), isinstance(encoder, DistributedDataParallel)
-    named = _named(inputs)
+    is_named, named = isinstance(inputs, Mapping), _named(inputs)
     N = validation.check_inputs(named)
-    chunks = [slice(start, start + chunk_size) for start in range(0, max(N, 1), chunk_size)]
+    chunks = _chunks(N, chunk_size)
 
-    def encode(module: Encoder, chunk: slice) -> tuple[Tensor, Tensor]:
+    def encode(chunk: slice) -> tuple[Tensor, Tensor]:
         part = {name: t[chunk] for name, t in named.items()}
-        return module(**part) if is_named else module(*part.values())
+        outputs = encoder(**part) if is_named else encoder(*part.values())
+        validation.check_outputs(outputs)
+        return outputs
 
     state = encoder if isinstance(encoder, nn.Module) else nn.Module()
+    _share_buffers(state)
     buffers = dict(state.named_buffers())
     devices = {t.device for t in (*named.values(), *state.parameters(), *buffers.values())}
     held = {name: t.clone() for name, t in buffers.items()}
@@ -169,7 +175,7 @@ def gradient_cache(
     with torch.no_grad():
         for chunk in chunks:
             random_states.append(_random_state(devices))
-            encoded.append(encode(encoder.module if is_ddp else encoder, chunk))
+            encoded.append(encode(chunk))
         for name, t in buffers.items():
             t.copy_(held[name])
     features, predictions = (torch.cat(parts) for parts in zip(*encoded, strict=True))
@@ -178,8 +184,11 @@ def gradient_cache(
     # Weights that autocast has cast without a graph must not serve the second encoding.
     torch.clear_autocast_cache()
 
+    for t in (features, predictions):
+        t.requires_grad_(t.is_floating_point())
     with torch.enable_grad():
-        value = loss(features.requires_grad_(), predictions.requires_grad_())
+        value = loss(features, predictions)
+    validation.check_value(value)
     _backward([value if scaler is None else scaler.scale(value)], [None])
     end_state = _random_state(devices)
     try:
@@ -188,7 +197,7 @@ def gradient_cache(
             # Gradients accumulate on each rank and are reduced with the last chunk.
             waits = hasattr(encoder, "no_sync") and chunk is not chunks[-1]
             with encoder.no_sync() if waits else nullcontext(), torch.enable_grad():
-                outputs = encode(encoder, chunk)
+                outputs = encode(chunk)
                 pairs = [
                     (output, whole.grad[chunk])
                     for output, whole in zip(outputs, (features, predictions), strict=True)
@@ -209,6 +218,24 @@ def _named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str
         return dict(inputs)
     inputs = [inputs] if isinstance(inputs, Tensor) else inputs
     return {f"inputs[{i}]": t for i, t in enumerate(inputs)}
+
+
+def _chunks(n_rows: int, chunk_size: int) -> list[slice]:
+    """As ``Tensor.tensor_split`` cuts, at least one: no short last chunk, whose few rows batch
+    normalisation would normalise by themselves.
+    """
+    n = max(-(-n_rows // chunk_size), 1)
+    length, n_longer = divmod(n_rows, n)
+    starts = [k * length + min(k, n_longer) for k in range(n + 1)]
+    return [slice(start, stop) for start, stop in pairwise(starts)]
+
+
+def _share_buffers(encoder: nn.Module) -> None:
+    """What DDP does before a step's first forward pass: rank 0's buffers, before they are kept."""
+    for module in encoder.modules():
+        if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
+            module._sync_buffers()
+            module.require_forward_param_sync = False
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:

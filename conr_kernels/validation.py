@@ -207,3 +207,26 @@ def check_encoded(features: Tensor, predictions: Tensor, n_rows: int) -> None:
             "the encoder must return features and predictions with one row for each of the "
             f"{n_rows} inputs, got {tuple(features.shape)} and {tuple(predictions.shape)}"
         )
+
+
+def check_outputs(outputs: Any) -> None:
+    """An encoder's outputs for one chunk."""
+    if isinstance(outputs, (tuple, list)):
+        got = f"{len(outputs)} of " + ", ".join(
+            f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            for t in outputs
+        )
+        are_rows = len(outputs) == 2 and all(isinstance(t, Tensor) and t.dim() for t in outputs)
+    else:
+        got, are_rows = type(outputs).__name__, False
+    if not are_rows:
+        raise TypeError(
+            "the encoder must return (features, predictions), two Tensors with rows, got " + got
+        )
+
+
+def check_value(value: Any) -> None:
+    """What a loss of all rows returned."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"the loss must return a scalar Tensor, got {got}")

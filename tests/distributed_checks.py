@@ -320,6 +320,7 @@ def check_bad_input_on_one_rank(group: dist.ProcessGroup) -> str:
         (TypeError, lambda: conr_loss(x.long() if rank == bad else x, y, p, group=group)),
         (ValueError, lambda: conr_loss(x, y[:2] if rank == bad else y, p, group=group)),
         (ValueError, lambda: conr_loss(x, y, p, window=-1.0 if rank == bad else 1.0, group=group)),
+        (OverflowError, lambda: conr_loss(x, y, p, 10**400 if rank == bad else 1.0, group=group)),
         (RuntimeError, lambda: run_unavailable(x, y, p, rank == bad, group)),
     ):
         message = expect(error if rank == bad else ValueError, call)
@@ -465,6 +466,45 @@ def check_ddp_training(group: dist.ProcessGroup) -> str:
     for how in ("ddp", "cache"):
         for a, b in zip(train(how).parameters(), one, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    return ""
+
+
+class Centred(nn.Module):
+    """Reads and moves a buffer, which DDP takes from rank 0 in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.register_buffer("centre", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.linear(x - self.centre)
+        self.centre.lerp_(x.detach().mean(0), 0.5)
+        return features, features[:, :1]
+
+
+def check_gradient_cache_shares_buffers(group: dist.ProcessGroup) -> str:
+    """A chunk as large as the batch is a plain DDP step, also where ranks' buffers differ."""
+    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
+    x, y, *_ = part(make_rows(36, 3, torch.float32), EVEN[n_ranks], rank)
+
+    def loss(features: Tensor, predictions: Tensor) -> Tensor:
+        return objective(features, predictions, y[:, 0], group)
+
+    found: list[list[Tensor]] = []
+    for is_cached in (False, True):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(Centred(), process_group=group)
+        values = []
+        for _ in range(3):
+            if is_cached:
+                values.append(gradient_cache(model, x + rank, loss, chunk_size=len(x)))
+            else:
+                values.append(loss(*model(x + rank)))
+                values[-1].backward()
+        found.append([t.detach() for t in (*values, model.module.linear.weight.grad)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-6)
     return ""
 
 

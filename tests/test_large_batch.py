@@ -172,7 +172,7 @@ def test_gradient_cache_equals_one_shot(
 
     def in_one_graph(encoder: nn.Module) -> Tensor:
         # Chunks as well: random numbers and batch statistics are those of chunks.
-        parts = [encoder(chunk) for chunk in inputs.split(chunk_size)]
+        parts = [encoder(chunk) for chunk in inputs.tensor_split(-(-len(inputs) // chunk_size))]
         return loss(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     expected, gradients = train(in_one_graph, encoders[0], cast)
@@ -242,6 +242,53 @@ def test_gradient_cache_refuses_bad_input() -> None:
         gradient_cache(encoder, (torch.randn(3, 5), [1, 2, 3]), loss, chunk_size=2)
     with pytest.raises(ValueError, match="one row for each of the 3 inputs"):
         gradient_cache(lambda x: encoder(x[:1]), torch.randn(3, 5), loss, chunk_size=2)
+
+
+@pytest.mark.parametrize(
+    "outputs, got",
+    [
+        (lambda f, p: f, "got Tensor"),
+        (lambda f, p: dict(f=f, p=p), "got dict"),
+        (lambda f, p: (f, p.sum()), r"got 2 of shape \(2, 6\), shape \(\)"),
+        (lambda f, p: (f, p, f), "got 3 of"),
+    ],
+)
+def test_gradient_cache_names_what_an_encoder_returned(outputs, got: str) -> None:
+    encoder, loss = Encoder(), objective(torch.zeros(3))
+    with pytest.raises(TypeError, match=rf"must return \(features, predictions\).*{got}"):
+        gradient_cache(lambda x: outputs(*encoder(x)), torch.randn(3, 5), loss, chunk_size=2)
+
+
+@pytest.mark.parametrize(
+    "value, got",
+    [(lambda f: None, "NoneType"), (lambda f: 1.0, "float"), (lambda f: f[:, 0], r"shape \(3,\)")],
+)
+def test_gradient_cache_names_what_a_loss_returned(value, got: str) -> None:
+    with pytest.raises(TypeError, match=f"must return a scalar Tensor, got {got}"):
+        gradient_cache(Encoder(), torch.randn(3, 5), lambda f, p: value(f), chunk_size=2)
+
+
+def test_gradient_cache_leaves_no_short_chunk() -> None:
+    lengths: list[int] = []
+    encoder = Encoder(is_normalised=True)  # refuses a single row
+    encoder.register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
+    gradient_cache(encoder, torch.randn(33, 5), objective(torch.zeros(33)), chunk_size=8)
+    assert lengths == 2 * [7, 7, 7, 6, 6]
+
+
+def test_gradient_cache_takes_predictions_that_are_classes() -> None:
+    inputs, y, encoder = torch.randn(9, 5), torch.arange(9.0) // 2, Encoder()
+    loss = objective(y, has_regression=False)
+
+    def classify(x: Tensor) -> tuple[Tensor, Tensor]:
+        features, predictions = encoder(x)
+        return features, predictions.round().long()
+
+    gradient_cache(classify, inputs, loss, chunk_size=4)
+    cached = encoder.body[0].weight.grad.clone()
+    encoder.zero_grad()
+    loss(*classify(inputs)).backward()
+    torch.testing.assert_close(cached, encoder.body[0].weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def run_script(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
