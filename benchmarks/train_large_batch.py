@@ -11,6 +11,7 @@ much the first one has raised the peak memory.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import resource
 import time
@@ -78,9 +79,19 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return train(arguments, device)
+    dist.init_process_group()  # started by torchrun
+    train(arguments, device)
+    # Nothing must hold the group any more, or gloo's threads may still hold tensors when Python
+    # ends, which then aborts (pytorch/pytorch#190489).
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def train(arguments: argparse.Namespace, device: torch.device) -> None:
     group, rank, n_ranks = None, 0, 1
-    if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group()
+    if dist.is_initialized():
         group, rank, n_ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(0)
@@ -116,8 +127,6 @@ def main() -> None:
             print(f"step {step}: loss {value.item():.4f}, {time.perf_counter() - start:.2f} s")
             if step == 0:
                 print(f"peak memory {used / 2**20:.1f} MiB above what there was before the step")
-    if group is not None:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
