@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -158,11 +157,12 @@ def gradient_cache(
     validation.check_counts(chunk_size=chunk_size)
     is_named, named = isinstance(inputs, Mapping), _named(inputs)
     N = validation.check_inputs(named)
-    chunks = _chunks(N, chunk_size)
+    # Of one length: batch normalisation would normalise a short last chunk by its few rows.
+    n_chunks = max(-(-N // chunk_size), 1)
+    chunks = list(zip(*(t.tensor_split(n_chunks) for t in named.values()), strict=True))
 
-    def encode(chunk: slice) -> tuple[Tensor, Tensor]:
-        part = {name: t[chunk] for name, t in named.items()}
-        outputs = encoder(**part) if is_named else encoder(*part.values())
+    def encode(chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        outputs = encoder(**dict(zip(named, chunk, strict=True))) if is_named else encoder(*chunk)
         validation.check_outputs(outputs)
         return outputs
 
@@ -192,14 +192,14 @@ def gradient_cache(
     _backward([value if scaler is None else scaler.scale(value)], [None])
     end_state = _random_state(devices)
     try:
-        for chunk, random_state in zip(chunks, random_states, strict=True):
-            _set_random_state(random_state)
+        for k, chunk in enumerate(chunks):
+            _set_random_state(random_states[k])
             # Gradients accumulate on each rank and are reduced with the last chunk.
-            waits = hasattr(encoder, "no_sync") and chunk is not chunks[-1]
+            waits = hasattr(encoder, "no_sync") and k < n_chunks - 1
             with encoder.no_sync() if waits else nullcontext(), torch.enable_grad():
                 outputs = encode(chunk)
                 pairs = [
-                    (output, whole.grad[chunk])
+                    (output, whole.grad.tensor_split(n_chunks)[k])
                     for output, whole in zip(outputs, (features, predictions), strict=True)
                     if whole.grad is not None and output.requires_grad
                 ]
@@ -218,16 +218,6 @@ def _named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str
         return dict(inputs)
     inputs = [inputs] if isinstance(inputs, Tensor) else inputs
     return {f"inputs[{i}]": t for i, t in enumerate(inputs)}
-
-
-def _chunks(n_rows: int, chunk_size: int) -> list[slice]:
-    """As ``Tensor.tensor_split`` cuts, at least one: no short last chunk, whose few rows batch
-    normalisation would normalise by themselves.
-    """
-    n = max(-(-n_rows // chunk_size), 1)
-    length, n_longer = divmod(n_rows, n)
-    starts = [k * length + min(k, n_longer) for k in range(n + 1)]
-    return [slice(start, stop) for start, stop in pairwise(starts)]
 
 
 def _share_buffers(encoder: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from conr_kernels import ConRLoss, MemoryBank, conr_loss, gradient_cache
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_large_batch.py"
+ROOT = Path(__file__).parents[1]
 
 
 def make_rows(n_rows: int, seed: int, n_labels: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,10 +292,10 @@ def test_gradient_cache_takes_predictions_that_are_classes() -> None:
 
 
 def run_script(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
-    command = [sys.executable, *launcher, str(SCRIPT), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "benchmarks.train_large_batch", *arguments]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
