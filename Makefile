@@ -34,7 +34,7 @@ static: $(READY)
 	$(PYTHON) -m benchmarks.static
 
 abi: $(READY)
-	CONR_OTHER_PYTHONS="$(PYTHONS)" $(PYTHON) -m pytest tests/test_cuda_build.py -v -s -k "other_versions or 2_10"
+	CONR_OTHER_PYTHONS="$(PYTHONS)" $(PYTHON) -m pytest tests/cuda_backend/test_cuda_build.py -v -s -k "other_versions or 2_10"
 
 gpu:
 	CONR_COMMIT=$(CONR_COMMIT) python3 -m benchmarks.gpu --out $(OUT) --limit $(LIMIT) --stages $(STAGES)

@@ -15,13 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "_conr_cuda.dll" if os.name == "nt" else "_conr_cuda.so"
 RECORD = "_conr_cuda.json"
+ROOM = "conr_kernels.cuda_backend"
 SOURCES = ["csrc/conr_cuda.cu", "csrc/conr_ops.cpp"]
 ABI = "2.10"
 DEFAULT_ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
@@ -102,7 +103,7 @@ class BuildPython(build_py):
         if REASON is not None:
             print(f"conr-kernels: pure Python, no CUDA extension ({REASON})", file=sys.stderr)
             folder = ROOT if self.editable_mode else Path(self.build_lib)
-            write_record(folder / "conr_kernels", built=False, why=REASON)
+            write_record(folder / ROOM.replace(".", "/"), built=False, why=REASON)
 
 
 class BuildExtension(build_ext):
@@ -122,13 +123,14 @@ class BuildExtension(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        shutil.copy(Path(self.build_lib) / "conr_kernels" / RECORD, ROOT / "conr_kernels")
+        room = ROOM.replace(".", "/")
+        shutil.copy(Path(self.build_lib) / room / RECORD, ROOT / room)
 
 
 if __name__ == "__main__":
     setup(
-        packages=["conr_kernels"],
-        ext_modules=[] if REASON else [Extension("conr_kernels._conr_cuda", SOURCES)],
+        packages=find_packages(include=["conr_kernels", "conr_kernels.*"]),
+        ext_modules=[] if REASON else [Extension(f"{ROOM}._conr_cuda", SOURCES)],
         cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
         options={} if REASON else {"bdist_wheel": {"py_limited_api": "cp310"}},
     )

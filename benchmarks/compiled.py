@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from conr_kernels import triton_backend
-from conr_kernels.rows import scale_statistics
+from conr_kernels.core.rows import scale_statistics
+from conr_kernels.triton_backend import call
 from conr_kernels.variants import Settings, resolve_variant
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -54,7 +55,7 @@ def intercepted(architecture: int) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(triton_backend, "architecture", lambda device: architecture),
+        mock.patch.object(call, "architecture", lambda device: architecture),
     ):
         yield launches
 

@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from conr_kernels import triton_backend
-from conr_kernels.triton_configs import Config
+from conr_kernels.triton_backend import call
+from conr_kernels.triton_backend.configs import Config
 
 from . import compiled
 from .cost import Model
@@ -32,7 +32,7 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
     """Tile shapes, chunks, warps and stages worth a look; ``width`` 0 for rows read in chunks."""
     double = arithmetic == "float64"
     if kind == "product":  # the launch is that of "wide"
-        wide = triton_backend.config("wide", arch, width, arithmetic)
+        wide = call.config("wide", arch, width, arithmetic)
         return [
             replace(wide, BLOCK_J=block_j, BLOCK_D=block_d)
             for block_j, block_d in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256))
@@ -64,7 +64,7 @@ def judge(
     """The predicted microseconds of the kernels that read the configuration, and remarks; None and
     the reason where it is rejected.
     """
-    plain = triton_backend.config
+    plain = call.config
     # The second phase of the wide kernel is launched with the first one's options.
     carrier = "wide" if kind == "product" else kind
 
@@ -74,9 +74,9 @@ def judge(
             return replace(found, num_warps=found.num_warps + mark * (asked == carrier))
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(triton_backend, "config", config))
+            stack.enter_context(mock.patch.object(call, "config", config))
             if carrier == "wide":
-                stack.enter_context(mock.patch.object(triton_backend, "bucket", lambda *_: 0))
+                stack.enter_context(mock.patch.object(call, "bucket", lambda *_: 0))
             return compiled.recorded_launches(
                 N, D, getattr(torch, arithmetic.split()[0]), arch, variant=variant,
                 precision="highest" if arithmetic.endswith("highest") else "high",
@@ -108,7 +108,7 @@ def judge(
 
 def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) -> None:
     """Prints the candidates, best first, and those that are rejected."""
-    width = triton_backend.bucket(D, arithmetic)
+    width = call.bucket(D, arithmetic)
     kind = "wide" if kind == "backward" and width == 0 else kind
     width = 0 if kind in ("wide", "product") else width
     configs = candidates(kind, width, arithmetic, arch)
@@ -119,7 +119,7 @@ def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) ->
         ]
         for job in tqdm(jobs, file=sys.stderr):
             results.append(job.result())
-    shipped = triton_backend.config(kind, arch, width, arithmetic)
+    shipped = call.config(kind, arch, width, arithmetic)
     results.sort(key=lambda result: (result[1] is None, result[1] or 0.0))
     print(f"{kind}, D = {D}, {arithmetic}, sm_{arch}, {variant}, N = {N}: predicted for an H200")
     for chosen, time, remark in results:

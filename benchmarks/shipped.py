@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from conr_kernels.triton_configs import ARCHITECTURES, BUCKETS, REGISTER_D
+from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D
 
 from . import compiled
 from .compiled import Launch

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from conr_kernels.triton_configs import ARCHITECTURES, KINDS, REGISTER_D
+from conr_kernels.triton_backend.configs import ARCHITECTURES, KINDS, REGISTER_D
 from conr_kernels.variants import PRESETS
 
 from . import compiled, rank, shipped

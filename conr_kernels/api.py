@@ -1,17 +1,14 @@
-"""``conr_loss`` and ``ConRLoss``: the contract; the work is done by batch.py and distributed.py."""
+"""``conr_loss`` and ``ConRLoss``: the contract; batch.py and large_batch/union.py do the work."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import batch as batches
-from . import distributed, validation
-from .ops import BACKENDS
-from .variants import DISTANCES, Variant, resolve_variant
+from .batch import Options, loss, prepare, try_prepare
+from .variants import Variant
 
 
 def conr_loss(
@@ -84,28 +81,14 @@ def conr_loss(
         RuntimeError: an explicit backend that cannot run here, or a second derivative of a fused
             backend.
     """
-    prepare = functools.partial(
-        batches.prepare,
-        features,
-        targets,
-        predictions,
-        weights,
-        keys,
-        window=window,
-        temperature=temperature,
-        push_scale=push_scale,
-        variant=variant,
-        distance=distance,
-        reduction=reduction,
-        backend=backend,
-    )
-    if group is not None:
-        if torch.compiler.is_compiling():
-            from . import tracing
-
-            return tracing.union_loss(group, prepare)
-        return distributed.union_loss(group, prepare)
-    return batches.loss(prepare())
+    options = Options(window, temperature, push_scale, variant, distance, reduction, backend)
+    if group is None:
+        return loss(prepare(features, targets, predictions, weights, keys, options))
+    if torch.compiler.is_compiling():
+        from .large_batch.tracing import union_loss
+    else:
+        from .large_batch.union import union_loss
+    return union_loss(group, try_prepare(features, targets, predictions, weights, keys, options))
 
 
 class ConRLoss(nn.Module):
@@ -124,20 +107,10 @@ class ConRLoss(nn.Module):
         group: Any = None,
     ) -> None:
         super().__init__()
-        validation.check_scalars(window, temperature, push_scale)
-        resolve_variant(variant)
-        validation.check_choice("distance", distance, DISTANCES)
-        validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-        validation.check_choice("backend", backend, ("auto", *BACKENDS, "reference"))
-        self.options = dict(
-            window=window,
-            temperature=temperature,
-            push_scale=push_scale,
-            variant=variant,
-            distance=distance,
-            reduction=reduction,
-            backend=backend,
+        self.options = Options(
+            window, temperature, push_scale, variant, distance, reduction, backend
         )
+        self.options.check()
         self.group = group
 
     def forward(
@@ -149,8 +122,14 @@ class ConRLoss(nn.Module):
         keys: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         return conr_loss(
-            features, targets, predictions, weights, keys=keys, group=self.group, **self.options
+            features,
+            targets,
+            predictions,
+            weights,
+            keys=keys,
+            group=self.group,
+            **self.options._asdict(),
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())

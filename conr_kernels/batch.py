@@ -42,25 +42,43 @@ class Batch(NamedTuple):
         return torch.cat([x, key_x]), torch.cat([self.y, key_y]), torch.cat([self.p, key_p])
 
 
-def _check_options(
-    window: float,
-    temperature: float,
-    push_scale: float,
-    variant: str | Variant,
-    distance: str,
-    reduction: str,
-    backend: str,
-) -> Settings:
-    validation.check_scalars(window, temperature, push_scale)
-    validation.check_choice("distance", distance, DISTANCES)
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    validation.check_choice("backend", backend, ("auto", *ops.BACKENDS, "reference"))
-    scalars = (float(window), float(temperature), float(push_scale))
-    return Settings(*scalars, resolve_variant(variant), distance)
+class Options(NamedTuple):
+    """What ``conr_loss`` was asked for beside its rows, as given."""
+
+    window: float
+    temperature: float
+    push_scale: float
+    variant: str | Variant
+    distance: str
+    reduction: str
+    backend: str
+
+    def check(self) -> Settings:
+        """The settings of the call.
+
+        Raises:
+            TypeError, ValueError: as ``conr_loss`` documents them.
+        """
+        scalars = (self.window, self.temperature, self.push_scale)
+        validation.check_scalars(*scalars)
+        validation.check_choice("distance", self.distance, DISTANCES)
+        validation.check_choice("reduction", self.reduction, validation.REDUCTIONS)
+        validation.check_choice("backend", self.backend, ("auto", *ops.BACKENDS, "reference"))
+        return Settings(*map(float, scalars), resolve_variant(self.variant), self.distance)
 
 
 #: A training run asks for the same settings at every step.
-_checked_options = functools.lru_cache(maxsize=64)(_check_options)
+_check_often = functools.lru_cache(maxsize=64)(Options.check)
+
+
+def _settings(options: Options) -> Settings:
+    if torch.compiler.is_compiling():
+        from . import tracing
+
+        scalars = map(tracing.constant, options[:3])
+        return Options(*scalars, *options[3:]).check()
+    is_hashable = all(type(option) in (float, int, str, Variant) for option in options)
+    return _check_often(options) if is_hashable else options.check()
 
 
 def prepare(
@@ -69,33 +87,33 @@ def prepare(
     predictions: Tensor,
     weights: Tensor | float | None,
     keys: Keys | None,
-    *,
-    window: float,
-    temperature: float,
-    push_scale: float,
-    variant: str | Variant,
-    distance: str,
-    reduction: str,
-    backend: str,
+    options: Options,
 ) -> Batch:
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
-    options = (window, temperature, push_scale, variant, distance, reduction, backend)
-    if torch.compiler.is_compiling():
-        from . import tracing
-
-        settings = _check_options(*map(tracing.constant, options[:3]), *options[3:])
-    elif all(type(option) in (float, int, str, Variant) for option in options):
-        settings = _checked_options(*options)
-    else:
-        settings = _check_options(*options)
+    settings = _settings(options)
     validation.check_tensors(features, targets, predictions, weights, keys)
-    plan = make_plan(backend, features.device, features.dtype)
+    plan = make_plan(options.backend, features.device, features.dtype)
     y, p = _labels(targets), _labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys
         keys = (key_x.detach(), _labels(key_y).to(y.dtype), _labels(key_p).to(p.dtype))
     w = _weights(weights, features)
-    return Batch(features, y, p, w, keys, settings, reduction, plan.backend)
+    return Batch(features, y, p, w, keys, settings, options.reduction, plan.backend)
+
+
+def try_prepare(
+    features: Tensor,
+    targets: Tensor,
+    predictions: Tensor,
+    weights: Tensor | float | None,
+    keys: Keys | None,
+    options: Options,
+) -> Batch | Exception:
+    """The batch, or the error that came instead of it: what the ranks of a group agree on."""
+    try:
+        return prepare(features, targets, predictions, weights, keys, options)
+    except Exception as error:
+        return error
 
 
 def loss(batch: Batch) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import no_statistics, scale_statistics
+from .core.rows import no_statistics, scale_statistics
 from .variants import Settings, Variant
 
 BACKENDS = ("triton", "cuda", "torch")
@@ -147,7 +147,7 @@ def reduced_loss(
     is_served = backend == "torch" and reduction != "none" and _is_plain(x)
     if not is_served or not torch.is_grad_enabled() or not x.requires_grad:
         return None
-    if not 0 < x.shape[0] <= backend_module(backend).KEPT_ROWS:
+    if not backend_module(backend).finds_gradient(x.shape[0]):
         return None
     return _EagerReduced.apply(x, y, p, w, settings, reduction == "mean", backend)
 

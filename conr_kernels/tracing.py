@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from . import distributed
 from .ops import backend_module
 
 
@@ -18,8 +17,3 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
 def constant(value: float) -> float:
     """A number that tracing may have made symbolic, as a constant with a guard."""
     return guard_scalar(value)
-
-
-union_loss = torch.compiler.disable(
-    distributed.union_loss, reason="group= exchanges sizes between processes before it computes"
-)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conr_kernels import triton_backend
+from conr_kernels.triton_backend import call
 
 from ..batches import Batch
 from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW
@@ -181,8 +181,8 @@ def launch(kind: str, q: Tensor, *arguments: Any, rows: int = 0) -> None:
     KERNELS[kind][(n_programs,)](
         q, *arguments, len(q), width, WINDOW,
         D=width, BLOCK_I=block_i, BLOCK_J=block_j, BLOCK_D=block_d,
-        PRECISION=triton_backend.precision(triton_backend.arithmetic(q.dtype)),
-        UPCAST=triton_backend.interpreted() and q.dtype.itemsize == 2,
+        PRECISION=call.precision(call.arithmetic(q.dtype)),
+        UPCAST=call.interpreted() and q.dtype.itemsize == 2,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 LIMIT, LEAST = 530.0, 12.0
 #: What a stage keeps of its limit to end by itself, and tests at a time.
 MARGIN, TEST_PROCESSES = 8.0, 8
-INTEGRATION = ["tests/test_gpu_integration.py", "tests/test_compile.py",
-               "tests/test_training_modes.py"]  # fmt: skip
+INTEGRATION = ["tests/gpu/test_gpu_integration.py", "tests/interface/test_compile.py",
+               "tests/interface/test_training_modes.py"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def pytest_command(files: list[str], n_processes: int, *options: str) -> list[st
 def command_of(stage: str) -> Callable[[float, list[str]], list[str]]:
     """From the seconds a process has and the cases that are done to its command."""
     tests = {
-        "tests": (["tests/test_gpu.py"], TEST_PROCESSES),
-        "cuda-tests": (["tests/test_cuda_gpu.py"], 2),
+        "tests": (["tests/gpu/test_gpu.py"], TEST_PROCESSES),
+        "cuda-tests": (["tests/cuda_backend/test_cuda_gpu.py"], 2),
         "integration": (INTEGRATION, 3, "-k", "gpu_integration or cuda"),
     }
     if stage in tests:

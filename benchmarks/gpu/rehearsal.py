@@ -13,9 +13,9 @@ from .processes import Record, Task, run_together
 
 LIMIT = 500.0
 TESTS = {
-    "tests": "tests/test_gpu.py",
-    "cuda-tests": "tests/test_cuda_gpu.py",
-    "integration": "tests/test_gpu_integration.py",
+    "tests": "tests/gpu/test_gpu.py",
+    "cuda-tests": "tests/cuda_backend/test_cuda_gpu.py",
+    "integration": "tests/gpu/test_gpu_integration.py",
 }
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from conr_kernels import available_backends, triton_backend
-from conr_kernels.sweep import bands
+from conr_kernels import available_backends
+from conr_kernels.core.sweep import bands
+from conr_kernels.triton_backend import call
 
 from ..batches import Batch
 from ..providers import WINDOW, product
@@ -122,8 +123,8 @@ def choose_dense(batch: Batch) -> None:
 
 def visited_pairs(stage: Stage, size: Size, batch: Batch) -> None:
     """Pairs inside the bands, and pairs of the tiles that meet them, of both sweeps together."""
-    arithmetic = triton_backend.arithmetic(size.dtype)
-    bucket = triton_backend.bucket(size.D, arithmetic)
+    arithmetic = call.arithmetic(size.dtype)
+    bucket = call.bucket(size.D, arithmetic)
     kinds = {"forward": "forward", "backward": "backward" if bucket else "wide"}
     found = dict.fromkeys(kinds, 0)
     in_bands = 0
@@ -141,8 +142,8 @@ def visited_pairs(stage: Stage, size: Size, batch: Batch) -> None:
 
 
 def _tile(kind: str, bucket: int, arithmetic: str) -> tuple[int, int]:
-    where = triton_backend.architecture(torch.device(device.DEVICE))
-    chosen = triton_backend.config(kind, where, bucket, arithmetic)
+    where = call.architecture(torch.device(device.DEVICE))
+    chosen = call.config(kind, where, bucket, arithmetic)
     return chosen.BLOCK_I, chosen.BLOCK_J
 
 

@@ -61,10 +61,10 @@ def main() -> int:
         print(f"not run: {reason}")
         return 0
     if device.REHEARSAL:
-        from conr_kernels import triton_backend
+        from conr_kernels.triton_backend import call
 
         torch.set_num_threads(1)
-        triton_backend.DENSE_PAIRS = REHEARSAL_PAIRS
+        call.DENSE_PAIRS = REHEARSAL_PAIRS
     status = 0
     for name in options.stage.split(","):
         stage = Stage(name, options.seconds, options.done)

@@ -1,7 +1,7 @@
 """The stage that tunes: each candidate of the static table timed by its own kernels' launches.
 
 Compiles the candidates in many processes, times the launches of one kind inside whole steps, and
-prints the tables of ``triton_configs.py`` with the entries that were faster put first.
+prints the tables of ``configs.py`` with the entries that were faster put first.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from conr_kernels import triton_backend, triton_configs
-from conr_kernels.triton_configs import Config
+from conr_kernels.triton_backend import call
+from conr_kernels.triton_backend import configs as triton_configs
+from conr_kernels.triton_backend.configs import Config
 
 from . import device
 from .candidates import CANDIDATES, ITEMS, Tile
@@ -57,20 +58,20 @@ def precision(how: str) -> Iterator[None]:
 @contextlib.contextmanager
 def tried(kind: str, tile: Tile, bucket: int) -> Iterator[None]:
     """The backend takes this tile for kernels of the kind."""
-    plain = triton_backend.config
+    plain = call.config
     block_i, block_j, block_d, num_warps, num_stages = tile
     config = Config(block_i, block_j, block_d or bucket, num_warps, num_stages)
 
     def lookup(name: str, *key: object) -> Config:
         return config if name == kind else plain(name, *key)
 
-    with mock.patch.object(triton_backend, "config", lookup):
+    with mock.patch.object(call, "config", lookup):
         yield
 
 
 def kernel_seconds(run: Callable[[], object], kind: str, repeats: int = 5) -> float:
     """Median over steps of the time of all launches of one kind; of all where none has its name."""
-    from conr_kernels.triton_sweeps import conr_forward_positives_kernel
+    from conr_kernels.triton_backend.sweeps import conr_forward_positives_kernel
 
     launcher = type(conr_forward_positives_kernel)
     plain = launcher.run
@@ -102,7 +103,7 @@ def graph_seconds(run: Callable[[], object]) -> float:
 
 def item_candidates(kind: str, size: Size, how: str) -> tuple[list[Tile], int]:
     with precision(how):
-        arithmetic = triton_backend.arithmetic(size.dtype)
+        arithmetic = call.arithmetic(size.dtype)
     bucket = triton_configs.bucket(size.D, arithmetic)
     name = "forward chunks" if kind == "forward" and bucket == 0 else kind
     tiles = CANDIDATES[name, size.dtype == BF16]
@@ -181,7 +182,7 @@ def one_item(stage: Stage, proposals: Proposals, kind: str, size: Size, how: str
         return graph_seconds(run) if kind.startswith("dense") else kernel_seconds(run, kind)
 
     with precision(how):
-        arithmetic = triton_backend.arithmetic(size.dtype)
+        arithmetic = call.arithmetic(size.dtype)
         expected: Tensor = run()
         shipped = time()
         row = dict(provider="triton", mode=f"{kind} kernels, {arithmetic}", **size.row())
@@ -214,10 +215,10 @@ def constants(stage: Stage) -> None:
     size = Size(16_384, 2048)
     run = functools.partial(provider("triton").step, size.batch())
     for name, values in CONSTANTS.items():
-        if not hasattr(triton_backend, name):
+        if not hasattr(call, name):
             continue
         for value in values[:1] if device.REHEARSAL else values:
-            with mock.patch.object(triton_backend, name, value):
+            with mock.patch.object(call, name, value):
                 run()
                 t = kernel_seconds(run, "wide")
             stage.add("time", t, provider="triton", mode="wide kernels", **size.row(),
@@ -231,7 +232,7 @@ def crossover(stage: Stage) -> None:
         run = functools.partial(provider("triton").step, size.batch())
         graphs = {}
         for name, pairs in (("every pair", 2**40), ("sweeps", -1)):
-            with mock.patch.object(triton_backend, "DENSE_PAIRS", pairs):
+            with mock.patch.object(call, "DENSE_PAIRS", pairs):
                 graphs[name] = device.graph(run)[0]
         for name, t in device.seconds(graphs, 9, 20).items():
             stage.add("time", t, provider="triton", mode=f"cuda graph, {name}", **size.row())
@@ -256,7 +257,7 @@ def tune(stage: Stage) -> int:
         some = [names[kinds.index(kind)] for kind in ("backward", "dense")]
         cases = {name: cases[name] for name in (*some, *extra)}
     status = stage.run(cases)
-    where = triton_backend.architecture(torch.device(device.DEVICE))
+    where = call.architecture(torch.device(device.DEVICE))
     for line in proposals.text(where).split("\n"):
         print(TABLE + line, flush=True)
     return status

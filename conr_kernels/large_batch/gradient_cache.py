@@ -1,0 +1,154 @@
+"""Batches beyond an encoder's memory: the gradient of a loss over all rows, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import validation
+
+
+def gradient_cache(
+    encoder: Encoder,
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    chunk_size: int,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    r"""One step's gradients of a loss over all rows, with an encoder that sees ``chunk_size`` rows
+    at a time.
+
+    Encodes in chunks without a graph, differentiates the loss over all N rows with respect to
+    features and predictions, then encodes each chunk again with a graph and backpropagates its
+    rows' gradient (Gao,
+    Zhang, Han, Callan: *Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup*,
+    2021). Gradients are accumulated in ``.grad`` and equal those of
+    ``loss(*encoder(inputs)).backward()`` to rounding, for the memory of one chunk's activations
+    and one more forward pass. ::
+
+        def loss(features, predictions):
+            regression = mse_loss(predictions, targets)
+            return regression + beta * conr(features, targets, predictions, weights)
+
+        value = gradient_cache(model, images, loss, chunk_size=256)
+        optimizer.step()
+
+    The second encoding sees the first one's random numbers (dropout) and buffers, so that running
+    statistics count each row once; batch normalisation normalises within a chunk. Call it inside
+    ``torch.autocast`` for mixed precision. A ``DistributedDataParallel`` encoder reduces its
+    gradients once, with the last chunk; give the ConR loss ``group=`` there and the regression
+    loss the local mean. Buffers, parameters' devices and DDP are seen only of an encoder that is a
+    module: a function around one counts running statistics twice, and hangs around DDP where ranks
+    have different numbers of chunks, as ``SyncBatchNorm`` does.
+
+    Args:
+        encoder: maps a chunk of the inputs to features [n, D] and predictions [n] or [n, L].
+        inputs: data [N, …] without a graph: a Tensor, several (``encoder(*chunk)``) or named ones
+            (``encoder(**chunk)``).
+        loss: maps features [N, D] and predictions of all rows to a scalar.
+        chunk_size: the most rows encoded at a time; all chunks are equally long, or one row
+            shorter.
+        scaler: scales the gradients, as in ``scaler.scale(loss).backward()``.
+
+    Returns:
+        The loss, detached and unscaled.
+    """
+    validation.check_counts(chunk_size=chunk_size)
+    is_named, named = isinstance(inputs, Mapping), _named(inputs)
+    N = validation.check_inputs(named)
+    # Of one length: batch normalisation would normalise a short last chunk by its few rows.
+    n_chunks = max(-(-N // chunk_size), 1)
+    chunks = list(zip(*(t.tensor_split(n_chunks) for t in named.values()), strict=True))
+
+    def encode(chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        outputs = encoder(**dict(zip(named, chunk, strict=True))) if is_named else encoder(*chunk)
+        validation.check_outputs(outputs)
+        return outputs
+
+    state = encoder if isinstance(encoder, nn.Module) else nn.Module()
+    _share_buffers(state)
+    buffers = dict(state.named_buffers())
+    devices = {t.device for t in (*named.values(), *state.parameters(), *buffers.values())}
+    held = {name: t.clone() for name, t in buffers.items()}
+    random_states, encoded = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            random_states.append(_random_state(devices))
+            encoded.append(encode(chunk))
+        for name, t in buffers.items():
+            t.copy_(held[name])
+    features, predictions = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    del encoded
+    validation.check_encoded(features, predictions, N)
+    # Weights that autocast has cast without a graph must not serve the second encoding.
+    torch.clear_autocast_cache()
+
+    for t in (features, predictions):
+        t.requires_grad_(t.is_floating_point())
+    with torch.enable_grad():
+        value = loss(features, predictions)
+    validation.check_value(value)
+    _backward([value if scaler is None else scaler.scale(value)], [None])
+    end_state = _random_state(devices)
+    try:
+        for k, chunk in enumerate(chunks):
+            _set_random_state(random_states[k])
+            # Gradients accumulate on each rank and are reduced with the last chunk.
+            waits = hasattr(encoder, "no_sync") and k < n_chunks - 1
+            with encoder.no_sync() if waits else nullcontext(), torch.enable_grad():
+                outputs = encode(chunk)
+                pairs = [
+                    (output, whole.grad.tensor_split(n_chunks)[k])
+                    for output, whole in zip(outputs, (features, predictions), strict=True)
+                    if whole.grad is not None and output.requires_grad
+                ]
+                _backward([output for output, _ in pairs], [g for _, g in pairs])
+    finally:
+        _set_random_state(end_state)
+    return value.detach()
+
+
+Encoder = Callable[..., tuple[Tensor, Tensor]]
+RandomState = dict[torch.device, Tensor]
+
+
+def _named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+    return {f"inputs[{i}]": t for i, t in enumerate(inputs)}
+
+
+def _share_buffers(encoder: nn.Module) -> None:
+    """What DDP does before a step's first forward pass: rank 0's buffers, before they are kept."""
+    for module in encoder.modules():
+        if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
+            module._sync_buffers()
+            module.require_forward_param_sync = False
+
+
+def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """Backpropagates outside autocast, as PyTorch advises."""
+    if not outputs:
+        return
+    with torch.autocast(outputs[0].device.type, enabled=False):
+        torch.autograd.backward(outputs, gradients)
+
+
+def _random_state(devices: set[torch.device]) -> RandomState:
+    accelerators = {d for d in devices if d.type not in ("cpu", "meta")}
+    states = {d: torch.get_device_module(d).get_rng_state(d) for d in accelerators}
+    return states | {torch.device("cpu"): torch.get_rng_state()}
+
+
+def _set_random_state(states: RandomState) -> None:
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)

@@ -1,0 +1,131 @@
+"""The loss of the union of all ranks' rows, by ``torch.distributed``: each rank's rows against
+everybody's.
+
+A rank sends its features and labels forward and 3 (at most 5) floats per row backward, from which
+every rank computes the complete gradient of its own rows: no N×D gradient is ever reduced. On CPUs
+the ranks share the forward pass (shared.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import ops
+from ..batch import Batch, reference_losses
+from ..core.rows import no_statistics, scale_statistics
+from .agreement import agree, way
+from .ranks import Union
+from .shared import SharedRowLosses
+
+#: From this many rows of the union on, half of a forward pass costs more than another exchange.
+SHARED_ROWS = 2048
+
+
+def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
+    """The loss of the union of the batches that the ranks of the group have prepared, or of the
+    errors that they met.
+
+    Raises:
+        RuntimeError, ValueError: as ``agree``.
+    """
+    batch, union = agree(group, prepared)
+    rows = _row_losses(batch, union)
+    if batch.reduction == "none":
+        return rows
+    total = _Total.apply(rows.sum(), union)
+    return total if batch.reduction == "sum" else total / max(union.n_rows, 1)
+
+
+def _row_losses(batch: Batch, union: Union) -> Tensor:
+    """``ℓ_i`` of this rank's rows."""
+    if batch.backend != "reference":
+        function = SharedRowLosses if _shares_forward(batch, union) else _RowLosses
+        return function.apply(batch.x, batch, union)
+    if union.n_ranks == 1:
+        return reference_losses(batch, batch.x, batch.all_keys(), 0)
+    x = _Gather.apply(batch.x, union)
+    return reference_losses(batch, x[union.own], union.gather_keys(batch, x), union.offset)
+
+
+def _shares_forward(batch: Batch, union: Union) -> bool:
+    """Whether the ranks share the pairs: only there s_ij = s_ji is used, and the host reads."""
+    is_served = way(batch) == "torch on the CPU"
+    return is_served and union.n_ranks > 1 and union.n_rows >= SHARED_ROWS
+
+
+class _RowLosses(torch.autograd.Function):
+    """``ℓ_i`` of this rank's rows; backward gathers the other ranks' statistics, scaled
+    upstream.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batch: Batch, union: Union) -> Tensor:
+        settings, backend = batch.settings, batch.backend
+        if union.n_ranks == 1:
+            keys = batch.all_keys()
+        else:
+            keys = union.gather_keys(batch, union.gather(x, union.sizes))
+        rows, stats, layout = ops.row_losses(
+            x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings, backend
+        )
+        ctx.save_for_backward(stats, layout, x, batch.y, batch.p, *(keys or (None,) * 3))
+        ctx.scalars = (union.offset, *settings.scalars, backend)
+        ctx.union = union
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
+        union = ctx.union
+        coef_i, coef_j = scale_statistics(stats, g * union.n_ranks), None
+        if key_x is not None:
+            coef_j = no_statistics(len(key_x), stats)
+            coef_j[: union.n_rows] = union.gather(coef_i, union.sizes)
+        gradient = torch.ops.conr_kernels.backward(
+            coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
+        )
+        return gradient, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows. Backward: the sum of all ranks' gradients, times the number of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, union: Union) -> Tensor:
+        ctx.union = union
+        return union.gather(x, union.sizes)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _SumOwn.apply(g, ctx.union) * ctx.union.n_ranks, None
+
+
+class _SumOwn(torch.autograd.Function):
+    """The sum over ranks of this rank's rows: the transpose of gathering."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, union: Union) -> Tensor:
+        ctx.union = union
+        total = g.contiguous().clone()
+        dist.all_reduce(total, group=union.group)
+        return total[union.offset : union.offset + union.sizes[union.rank]]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(g, ctx.union), None
+
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks, added in the ranks' order: the same bits everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, union: Union) -> Tensor:
+        return union.gather(own[None], [1] * union.n_ranks).sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None

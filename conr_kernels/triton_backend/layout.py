@@ -1,0 +1,430 @@
+"""Triton kernels that put rows in order: sort keys, exact bands, the choice of sweep, sorted
+copies.
+"""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import to_base_2
+
+#: Sorted arrays are padded to a multiple of this: zero features, NaN labels, which no set contains.
+ROW_PAD = 128
+
+
+@triton.jit(do_not_specialize=["n_keys"])
+def conr_spread_kernel(y_ptr, p_ptr, spread_ptr, n_keys, L: tl.constexpr, BLOCK: tl.constexpr):
+    """Extent of one component of the labels or predictions; one program each."""
+    c = tl.program_id(0)
+    which = c // L
+    column_ptr = y_ptr + c
+    if which == 1:
+        column_ptr = p_ptr + (c - L)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    low = tl.full((BLOCK,), float("inf"), dtype)
+    high = tl.full((BLOCK,), float("-inf"), dtype)
+    for start in range(0, n_keys, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        is_row = rows < n_keys
+        y = tl.load(column_ptr + rows.to(tl.int64) * L, mask=is_row, other=0.0)
+        low = tl.minimum(low, tl.where(is_row, y, float("inf")))
+        high = tl.maximum(high, tl.where(is_row, y, float("-inf")))
+    tl.store(spread_ptr + c, tl.max(high, axis=0) - tl.min(low, axis=0))
+
+
+@triton.jit(do_not_specialize=["n_keys", "n_anchors"])
+def conr_sort_keys_kernel(
+    spread_ptr,
+    key_y_ptr,
+    key_p_ptr,
+    y_ptr,
+    p_ptr,
+    key_values_ptr,
+    anchor_values_ptr,
+    n_keys,
+    n_anchors,
+    HAS_KEYS: tl.constexpr,
+    L: tl.constexpr,
+    L_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The widest component of labels and of predictions, of keys and of anchors: [2, K] and [2,
+    N].
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    components = tl.arange(0, L_PAD)
+    for which in tl.static_range(2):
+        spread = tl.load(
+            spread_ptr + which * L + components, mask=components < L, other=float("-inf")
+        )
+        best = tl.argmax(tl.where(spread == spread, spread, float("-inf")), axis=0)
+        key_ptr = key_p_ptr if which == 1 else key_y_ptr
+        is_key = rows < n_keys
+        value = tl.load(key_ptr + rows * L + best, mask=is_key, other=0.0)
+        tl.store(key_values_ptr + which * n_keys.to(tl.int64) + rows, value, mask=is_key)
+        if HAS_KEYS:
+            anchor_ptr = p_ptr if which == 1 else y_ptr
+            is_anchor = rows < n_anchors
+            value = tl.load(anchor_ptr + rows * L + best, mask=is_anchor, other=0.0)
+            tl.store(
+                anchor_values_ptr + which * n_anchors.to(tl.int64) + rows, value, mask=is_anchor
+            )
+
+
+@triton.jit
+def _band_tile(
+    pid,
+    key_values_ptr,
+    key_order_ptr,
+    anchor_values_ptr,
+    anchor_order_ptr,
+    order_j_ptr,
+    order_i_ptr,
+    lo_ptr,
+    hi_ptr,
+    self_ptr,
+    n_anchors,
+    n_keys,
+    self_offset,
+    n_steps,
+    reach,
+    HAS_KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    rows = pid * ROWS + tl.arange(0, ROWS)
+    n_padded_keys = tl.cdiv(n_keys, ROWS) * ROWS
+    n_padded = tl.cdiv(n_anchors, ROWS) * ROWS
+    order = tl.load(key_order_ptr + rows, mask=rows < n_keys, other=n_keys).to(tl.int32)
+    tl.store(order_j_ptr + rows, order, mask=rows < n_padded_keys)
+    i = tl.minimum(rows, n_anchors - 1)
+    y_i = tl.load(anchor_values_ptr + i)
+    reach = tl.full((), reach, y_i.dtype)
+    last = n_keys - 1
+
+    lo, hi = tl.zeros_like(rows), tl.zeros_like(rows)
+    lo_end, hi_end = lo + n_keys, hi + n_keys
+    for _ in range(n_steps):
+        mid = (lo + lo_end) // 2
+        found = (y_i - tl.load(key_values_ptr + tl.minimum(mid, last)) <= reach) | (mid > last)
+        lo, lo_end = tl.where(found, lo, mid + 1), tl.where(found, mid, lo_end)
+        lo = tl.minimum(lo, lo_end)
+        mid = (hi + hi_end) // 2
+        is_near = tl.load(key_values_ptr + tl.minimum(mid, last)) - y_i <= reach
+        found = (mid > last) | (is_near == 0)
+        hi, hi_end = tl.where(found, hi, mid + 1), tl.where(found, mid, hi_end)
+        hi = tl.minimum(hi, hi_end)
+    tl.store(lo_ptr + rows, lo_end, mask=rows < n_padded)
+    tl.store(hi_ptr + rows, tl.maximum(lo_end, hi_end), mask=rows < n_padded)
+
+    if HAS_KEYS:
+        # Equal values stand in their first order: the pair (value, row) finds the anchor's own key.
+        row = tl.load(anchor_order_ptr + i).to(tl.int32)
+        tl.store(order_i_ptr + rows, tl.where(rows < n_anchors, row, n_anchors), rows < n_padded)
+        row += self_offset
+        here, end = tl.zeros_like(rows), tl.zeros_like(rows) + n_keys
+        for _ in range(n_steps):
+            mid = tl.minimum((here + end) // 2, last)
+            y_j = tl.load(key_values_ptr + mid)
+            row_j = tl.load(key_order_ptr + mid).to(tl.int32)
+            found = (y_j > y_i) | ((y_j == y_i) & (row_j >= row))
+            here, end = tl.where(found, here, mid + 1), tl.where(found, mid, end)
+            here = tl.minimum(here, end)
+        tl.store(self_ptr + rows, end, mask=rows < n_padded)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "self_offset", "n_steps"])
+def conr_bands_kernel(
+    key_y_ptr,
+    key_y_order_ptr,
+    anchor_y_ptr,
+    anchor_y_order_ptr,
+    key_p_ptr,
+    key_p_order_ptr,
+    anchor_p_ptr,
+    anchor_p_order_ptr,
+    layout_ptr,
+    n_anchors,
+    n_keys,
+    self_offset,
+    n_steps,
+    reach: tl.float64,
+    HAS_KEYS: tl.constexpr,
+    HAS_P: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Every sorted anchor's band, by binary search on ``|y_i − y_j| ≤ reach`` itself; a program
+    per ROWS rows.
+
+    ``lo_i = min { j : y_i − y_j ≤ reach }``, ``hi_i = min { j : not y_j − y_i ≤ reach }``.
+    """
+    pid = tl.program_id(0)
+    keys, anchors = tl.cdiv(n_keys, ROWS) * ROWS, tl.cdiv(n_anchors, ROWS) * ROWS
+    order_j_ptr = layout_ptr + ROWS
+    order_i_ptr = order_j_ptr + 2 * keys
+    self_ptr = order_i_ptr + 2 * anchors
+    lo_ptr = self_ptr + anchors
+    hi_ptr = lo_ptr + 2 * anchors
+    _band_tile(
+        pid, key_y_ptr, key_y_order_ptr, anchor_y_ptr, anchor_y_order_ptr,
+        order_j_ptr, order_i_ptr, lo_ptr, hi_ptr, self_ptr,
+        n_anchors, n_keys, self_offset, n_steps, reach, HAS_KEYS, ROWS,
+    )  # fmt: skip
+    if HAS_P:
+        # The negatives never include the anchor itself: its place in this order is not needed.
+        _band_tile(
+            pid, key_p_ptr, key_p_order_ptr, anchor_p_ptr, anchor_p_order_ptr,
+            order_j_ptr + keys, order_i_ptr + anchors, lo_ptr + anchors, hi_ptr + anchors,
+            self_ptr, n_anchors, n_keys, self_offset, n_steps, reach, False, ROWS,
+        )  # fmt: skip
+        if HAS_KEYS:
+            rows = pid * ROWS + tl.arange(0, ROWS)
+            is_row = rows < n_anchors
+            order = tl.load(anchor_p_order_ptr + rows, mask=is_row, other=n_anchors)
+            tl.store(order_i_ptr + anchors + rows, order.to(tl.int32), mask=rows < anchors)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
+def conr_choose_kernel(
+    layout_ptr,
+    n_anchors,
+    n_keys,
+    EXACT: tl.constexpr,
+    HAS_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes 1 to ``layout[0]`` where the negatives are cheaper outside the label bands; one
+    program.
+    """
+    keys, anchors = tl.cdiv(n_keys, ROWS) * ROWS, tl.cdiv(n_anchors, ROWS) * ROWS
+    lo_ptr = layout_ptr + ROWS + 2 * keys + 3 * anchors
+    hi_ptr = lo_ptr + 2 * anchors
+    in_bands = tl.zeros((BLOCK,), tl.int64)
+    outside = tl.zeros((BLOCK,), tl.int64)
+    if HAS_P:
+        n_tiles = tl.cdiv(n_anchors, ROWS)
+        for start in range(0, n_tiles, BLOCK):
+            tile = start + tl.arange(0, BLOCK)
+            is_tile = tile < n_tiles
+            first = tl.minimum(tile * ROWS, n_anchors - 1)
+            last = tl.minimum(first + ROWS, n_anchors) - 1
+            band = tl.load(hi_ptr + anchors + last) - tl.load(lo_ptr + anchors + first)
+            full = tl.zeros_like(band)
+            if EXACT:
+                full = tl.maximum(tl.load(hi_ptr + first) - tl.load(lo_ptr + last), 0)
+            in_bands += tl.where(is_tile, band, 0)
+            outside += tl.where(is_tile, n_keys - full, 0)
+        is_dense = tl.sum(in_bands, axis=0) >= tl.sum(outside, axis=0)
+        tl.store(layout_ptr, is_dense.to(tl.int32))
+    else:
+        tl.store(layout_ptr, 1)
+
+
+@triton.jit
+def _load_rows(
+    x_ptr, rows, is_row, columns, stride_n, stride_d, D: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    offsets = rows[:, None] * stride_n + columns[None, :] * stride_d
+    mask = is_row[:, None] & (columns < D)[None, :]
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def _gather_tile(
+    pid,
+    order_ptr,
+    x_ptr,
+    y_ptr,
+    p_ptr,
+    w_ptr,
+    coef_ptr,
+    q_ptr,
+    inverse_ptr,
+    sorted_y_ptr,
+    sorted_p_ptr,
+    sorted_coef_ptr,
+    poison_ptr,
+    n_rows,
+    width,
+    stride_n,
+    stride_d,
+    scale,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    L: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    here = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n_padded = tl.cdiv(n_rows, 128).to(tl.int64) * 128
+    rows = tl.load(order_ptr + here)
+    is_row = rows < n_rows
+    rows = rows.to(tl.int64)
+    columns = tl.arange(0, CHUNK).to(tl.int64)
+
+    dtype: tl.constexpr = inverse_ptr.dtype.element_ty
+    squares = tl.zeros((ROWS,), dtype)
+    poison = tl.zeros((ROWS,), tl.float32)
+    if D_PAD == CHUNK:
+        x = _load_rows(x_ptr, rows, is_row, columns, stride_n, stride_d, D, dtype)
+        squares += tl.sum(x * x, axis=1)
+        poison += tl.sum((x * 0).to(tl.float32), axis=1)
+    else:
+        for k in range(0, width, CHUNK):
+            x = _load_rows(x_ptr, rows, is_row, k + columns, stride_n, stride_d, D, dtype)
+            squares += tl.sum(x * x, axis=1)
+            poison += tl.sum((x * 0).to(tl.float32), axis=1)
+    # A row's factor multiplies all its exponents, which reach 200: it is rounded once.
+    is_zero = squares == 0
+    norm = tl.sqrt(tl.where(is_zero, 1.0, squares).to(tl.float64))
+    inverse = tl.where(is_zero, 0.0, 1.0 / norm)
+    tl.store(inverse_ptr + here, inverse.to(dtype))
+    factor = (inverse * scale).to(dtype)
+    q_ptrs = q_ptr + here[:, None] * D_PAD + columns[None, :]
+    if D_PAD == CHUNK:
+        tl.store(q_ptrs, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
+    else:
+        for k in range(0, width, CHUNK):
+            x = _load_rows(x_ptr, rows, is_row, k + columns, stride_n, stride_d, D, dtype)
+            tl.store(q_ptrs + k, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
+
+    for c in range(L):
+        y = tl.load(y_ptr + rows * L + c, mask=is_row, other=float("nan"))
+        p = tl.load(p_ptr + rows * L + c, mask=is_row, other=float("nan"))
+        tl.store(sorted_y_ptr + c * n_padded + here, y)
+        tl.store(sorted_p_ptr + c * n_padded + here, p)
+        poison += tl.where(is_row, (y * 0 + p * 0).to(tl.float32), 0.0)
+    if w_ptr is not None:
+        w = tl.load(w_ptr + rows, mask=is_row, other=0.0)
+        poison += (w * 0).to(tl.float32)
+    if poison_ptr is not None:
+        tl.store(poison_ptr + here, poison)
+    if coef_ptr is not None:
+        coef_ptrs, sorted_ptrs = coef_ptr + rows * COLUMNS, sorted_coef_ptr + here
+        beta = tl.load(coef_ptrs + 1, mask=is_row, other=0.0)
+        tl.store(sorted_ptrs + n_padded, beta)
+        for c in tl.static_range(0, 3, 2):
+            coef = tl.load(coef_ptrs + c, mask=is_row, other=0.0)
+            if COLUMNS == 5:
+                log = tl.load(coef_ptrs + 3 + c // 2, mask=is_row, other=0.0)
+                coef, log = to_base_2(coef, log)
+                tl.store(sorted_ptrs + (3 + c // 2) * n_padded, log)
+            tl.store(sorted_ptrs + c * n_padded, coef)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
+def conr_gather_kernel(
+    layout_ptr,
+    key_x_ptr,
+    key_y_ptr,
+    key_p_ptr,
+    key_coef_ptr,
+    q_j_ptr,
+    inverse_j_ptr,
+    y_j_ptr,
+    p_j_ptr,
+    coef_j_ptr,
+    x_ptr,
+    y_ptr,
+    p_ptr,
+    w_ptr,
+    coef_ptr,
+    q_i_ptr,
+    inverse_i_ptr,
+    y_i_ptr,
+    p_i_ptr,
+    coef_i_ptr,
+    poison_ptr,
+    n_anchors,
+    n_keys,
+    width,
+    key_stride_n,
+    key_stride_d,
+    stride_n,
+    stride_d,
+    scale: tl.float64,
+    NEGATIVES: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    L: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Unit features times the scale, labels and coefficients in one order; a program per ROWS rows.
+    Poison, 0 or NaN, shows what is not finite in a row: of the keys, then of the anchors.
+
+    The order of the labels, or for the negatives that of the predictions; where the choice fell on
+    the order of the labels, the copies made for the positives serve the negatives too.
+    """
+    PAD: tl.constexpr = 128
+    pid = tl.program_id(0)
+    keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
+    order_ptr = layout_ptr + PAD
+    order_i_ptr = order_ptr + 2 * keys
+    is_stale = True
+    if NEGATIVES:
+        is_stale = tl.load(layout_ptr) == 0
+        order_ptr += keys
+        order_i_ptr += anchors
+    if is_stale:
+        if HAS_KEYS:
+            n_programs = keys // ROWS
+            if pid < n_programs:
+                _gather_tile(
+                    pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, None, key_coef_ptr,
+                    q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_ptr,
+                    n_keys, width, key_stride_n, key_stride_d, scale,
+                    D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                )  # fmt: skip
+            else:
+                anchor_poison_ptr = None if poison_ptr is None else poison_ptr + keys
+                _gather_tile(
+                    pid - n_programs, order_i_ptr, x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr,
+                    q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, anchor_poison_ptr,
+                    n_anchors, width, stride_n, stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                )  # fmt: skip
+        else:
+            _gather_tile(
+                pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, w_ptr, key_coef_ptr,
+                q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_ptr,
+                n_keys, width, key_stride_n, key_stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+            )  # fmt: skip
+
+
+@triton.jit
+def segments(
+    tile, lo_ptr, hi_ptr, self_ptr, n_anchors,
+    SELF: tl.constexpr, SAME: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Key tiles of an anchor tile: its band ``[lo, hi)``, those in all anchors' bands ``[f0, f1)``,
+    and within these the tiles ``[s0, s1)`` that may hold a pair of an anchor with itself."""
+    first = tile * BLOCK_I
+    last = tl.minimum(first + BLOCK_I, n_anchors) - 1
+    lo = tl.load(lo_ptr + first) // BLOCK_J
+    hi = tl.cdiv(tl.load(hi_ptr + last), BLOCK_J)
+    f0, f1 = hi, hi
+    if EXACT:
+        f0 = tl.cdiv(tl.load(lo_ptr + last), BLOCK_J)
+        f1 = tl.load(hi_ptr + first) // BLOCK_J
+        is_empty = f1 <= f0
+        f0, f1 = tl.where(is_empty, hi, f0), tl.where(is_empty, hi, f1)
+    s0, s1 = f1, f1
+    if SELF:
+        if SAME:
+            self_first, self_last = first, last
+        else:
+            self_first, self_last = tl.load(self_ptr + first), tl.load(self_ptr + last)
+        s0 = tl.minimum(tl.maximum(self_first // BLOCK_J, f0), f1)
+        s1 = tl.minimum(tl.maximum(self_last // BLOCK_J + 1, f0), f1)
+    return lo, hi, f0, f1, s0, s1
+
+
+@triton.jit
+def tile_at(t, a0, a1, b0, b1, c0):
+    """The t-th tile of ``[a0, a1) ∪ [b0, b1) ∪ [c0, …)``."""
+    n_a, n_b = a1 - a0, b1 - b0
+    after_a = tl.where(t < n_a + n_b, b0 + t - n_a, c0 + t - n_a - n_b)
+    return tl.where(t < n_a, a0 + t, after_a)

@@ -1,0 +1,317 @@
+"""``make gpu`` without a GPU: limits, restarts, verdicts, kernels compiled ahead, proposals."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.gpu import claims, main, rows
+from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
+from conr_kernels.triton_backend.configs import KINDS
+
+ROOT = main.ROOT
+#: Longer than any test waits.
+FOREVER = 300
+
+
+@pytest.fixture
+def record(tmp_path) -> Record:
+    return Record(tmp_path)
+
+
+def run(record: Record, code: str, seconds: float = 60.0) -> None:
+    def command(seconds: float, done: list[str]) -> list[str]:
+        return [sys.executable, "-u", "-c", code, *done]
+
+    run_together([Task("stage", command)], seconds, record, ROOT)
+
+
+def metrics(record: Record) -> list[tuple[str, str]]:
+    return [(row.get("case", ""), row["metric"]) for row in record.rows]
+
+
+ROW_OF = """
+import json, os, subprocess, sys, time
+def row(case, metric="time"):
+    print("row: " + json.dumps(dict(stage="stage", case=case, metric=metric, value=1.5)))
+"""
+
+
+def test_a_stage_that_hangs_is_cut_off_with_its_children_and_keeps_its_rows(record):
+    code = f"""{ROW_OF}
+print("a line of the log")
+print("case: one")
+row("one")
+subprocess.run(["sleep", "{FOREVER}"])
+"""
+    start = time.monotonic()
+    run(record, code, seconds=8.0)
+    assert time.monotonic() - start < 60
+    assert metrics(record) == [("one", "time"), ("", "cut off"), ("", "stage seconds")]
+    assert "in one" in record.rows[1]["note"]
+    text = (record.out / "rows.csv").read_text()
+    assert "stage,one,,,time,,,,,1.5" in text and "cut off" in text
+    assert "stage: a line of the log" in (record.out / "log.txt").read_text()
+
+
+def test_a_stage_whose_process_dies_goes_on_behind_the_case_that_ended_it(record):
+    code = f"""{ROW_OF}
+for case in ("one", "two", "three"):
+    if case in sys.argv[1:]:
+        continue
+    print("case: " + case)
+    if case == "two":
+        os._exit({rows.BROKEN})
+    row(case)
+"""
+    run(record, code)
+    assert metrics(record)[:-1] == [("one", "time"), ("two", "crashed"), ("three", "time")]
+    assert any("two" in problem for problem in record.problems())
+
+
+def test_a_process_that_dies_before_any_case_is_not_started_again(record):
+    run(record, "import os; os._exit(5)")
+    assert metrics(record) == [("", "crashed"), ("", "stage seconds")]
+
+
+def test_stages_run_side_by_side_and_one_that_fails_leaves_the_other_alone(record):
+    def task(name: str, code: str) -> Task:
+        return Task(name, lambda *_: [sys.executable, "-u", "-c", ROW_OF + code])
+
+    both = [task("good", "time.sleep(1); row('good')"), task("bad", "raise SystemExit(3)")]
+    run_together(both, 60.0, record, ROOT)
+    assert ("good", "time") in metrics(record) and ("", "crashed") in metrics(record)
+
+
+def test_half_a_row_and_endless_output_go_to_the_log(record):
+    run(record, f"print('row: {{\"stage\": '); print('x' * 10 ** 7); print('é')\n{ROW_OF}\nrow('')")
+    assert ("", "time") in metrics(record)
+    log = (record.out / "log.txt").read_text()
+    assert 'row: {"stage": ' in log and len(log) < 10 * LINE_SIZE
+
+
+def test_lines_of_a_table_go_to_its_file(record):
+    run(record, "print('table: A = {'); print('table:     1,')")
+    assert (record.out / "triton_table.txt").read_text() == "A = {\n    1,\n"
+
+
+def test_a_failing_case_leaves_the_later_ones_alone_and_the_deadline_skips_the_rest(capsys):
+    stage = rows.Stage("name", 100.0, done=["done"])
+
+    def fail() -> None:
+        raise ValueError("why\nand more")
+
+    def late() -> None:
+        stage.add("time", 0.123456789)
+        stage.deadline = 0.0
+
+    cases = {"done": fail, "bad": fail, "good": late, "never": fail}
+    assert stage.run(cases) == 1
+    lines = capsys.readouterr().out.splitlines()
+    written = [line for line in lines if line.startswith(rows.ROW)]
+    assert [line for line in lines if line.startswith(rows.CASE)] == ["case: bad", "case: good"]
+    assert '"case": "bad", "metric": "failed", "value": 1, "note": "ValueError: why"' in written[0]
+    assert (
+        '"value": 0.12346' in "".join(written)
+        and '"case": "never", "metric": "not run"' in written[-1]
+    )
+
+
+def test_a_lost_context_ends_the_process_for_a_restart(monkeypatch):
+    monkeypatch.setattr(rows.device, "is_broken", lambda: True)
+    stage = rows.Stage("name", 100.0)
+    assert stage.run({"bad": lambda: 1 / 0, "next": lambda: None}) == rows.BROKEN
+
+
+def test_a_test_that_ends_the_context_leaves_the_others_a_fresh_process(record, tmp_path):
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    (tmp_path / "conftest.py").write_text(
+        "import os\nfrom benchmarks.gpu import device\n"
+        "device.is_broken = lambda: 'PYTEST_XDIST_WORKER' in os.environ\n"
+    )
+    tests = "def test_a(): assert 0, 'why'\ndef test_b(): pass\ndef test_c(): pass\n"
+    (tmp_path / "test_faults.py").write_text(tests)
+    command = [*main.pytest_command([str(tmp_path / "test_faults.py")], 1), "-n", "1"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    run_together([Task("tests", lambda *_: command, environment)], 280.0, record, ROOT)
+    found = [(row["case"], row["metric"]) for row in record.rows if row.get("provider")]
+    assert found.count(("test_a", "failed")) == 2  # what it says, and that its process ended
+    assert {("test_b", "passed"), ("test_c", "passed")} < set(found)
+    assert any("AssertionError: why" in row["note"] for row in record.rows if "note" in row)
+
+
+def test_the_limits_of_all_stages_fit_nine_minutes():
+    phases = {stage.phase for stage in main.STAGES}
+    seconds = sum(max(s.seconds for s in main.STAGES if s.phase == phase) for phase in phases)
+    assert seconds <= main.LIMIT <= 540
+
+
+def test_without_a_gpu_nothing_runs_and_nothing_is_claimed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main.main(["--out", str(tmp_path / "out")]) == 0
+    assert "not run: no CUDA device" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def time_row(provider: str, value: float, **other: object) -> dict[str, object]:
+    return dict(
+        stage="speed", metric="time", provider=provider, mode=claims.BOTH, N=16_384, D=128,
+        dtype="bfloat16", regime=claims.OFF, value=value,
+    ) | other  # fmt: skip
+
+
+def verdict(text: str, rows: list[dict[str, object]]) -> tuple[str, str]:
+    (row,) = [row for row in claims.decided(claims.Rows(rows)) if row["claim"].startswith(text)]
+    return row["measured"], row["verdict"]
+
+
+def test_verdicts_of_ratios():
+    claim = "N=16384 D=128: speed of careful eager"
+    assert verdict(claim, []) == ("", "not run")
+    assert verdict(claim, [time_row("triton", 1e-3)]) == ("", "not run")
+    rows = [time_row("triton", 1e-3), time_row("eager", 0.2)]
+    assert verdict(claim, rows) == ("200×", "met")
+    assert verdict(claim, [time_row("triton", 1e-3), time_row("eager", 0.09)]) == ("90×", "missed")
+    other_run = [time_row("triton", 1e-3), time_row("eager", 0.2, stage="grid")]
+    assert verdict(claim, other_run) == ("", "not run")
+    graphs = [time_row(p, t, N=256, mode="cuda graph") for p, t in (("triton", 1), ("eager", 5))]
+    assert verdict("N=256: time over careful eager, both", graphs) == ("0.200", "met")
+    assert claims.decided(claims.Rows(rows), True)[6]["verdict"] == "rehearsed"
+
+
+def test_verdicts_of_rates_and_memory():
+    t = 6 * 65_536**2 * 128 / 400e12
+    collapsed = time_row("triton", t, N=65_536, regime=claims.COLLAPSED)
+    assert verdict("collapsed, N=65536 D=128: 6", [collapsed]) == ("400 TFLOP/s", "met")
+    wide = dict(stage="speed", metric="visited pairs", D=2048, value=1e8)
+    rows = [
+        wide | {"mode": "forward"},
+        wide | {"mode": "backward"},
+        time_row("triton", 2 * 2048 * 3e8 / 400e12, D=2048),
+        dict(stage="speed", metric="TFLOP/s", value=800.0),
+    ]
+    assert verdict("N=16384 D=2048", rows) == ("0.500", "missed")
+    memory = dict(stage="speed", metric="memory", provider="triton", N=2**20, D=128, value=2**30)
+    assert verdict("N=1048576 D=128: extra", [memory]) == ("4.00", "met")
+
+
+def test_verdicts_of_tests_and_sanitizer():
+    def result(case: str, metric: str) -> dict[str, object]:
+        return dict(stage="tests", case=case, metric=metric, value=1)
+
+    claim = "250 repeats"
+    skipped = [result("test_repeats_have_the_same_bits", "skipped")]
+    assert verdict(claim, skipped) == ("", "not run")
+    passed = [*skipped, result("test_repeats_have_the_same_bits", "passed")]
+    assert verdict(claim, passed) == ("1 passed, 1 skipped", "met")
+    assert verdict(claim, [*passed, result("test_repeats_x", "failed")])[1] == "missed"
+    assert verdict(claim, [*passed, result("", "cut off")])[1] == "not run"
+
+    clean = dict(stage="sanitizer", provider="triton", case="triton memcheck", metric="clean")
+    caught = dict(stage="sanitizer", case="planted fault", metric="caught")
+    claim = "compute-sanitizer: clean"
+    rows = [row | {"value": 1, "note": ""} for row in (clean, caught)]
+    decided = [
+        [r["verdict"] for r in claims.decided(claims.Rows(some)) if claim in r["claim"]]
+        for some in (rows, rows[:1], [rows[0] | {"metric": "failed"}, rows[1]])
+    ]
+    assert decided == [["met", "not run"], ["not run", "not run"], ["missed", "not run"]]
+
+
+def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
+    from benchmarks.gpu import device, providers, speed
+
+    plain = providers.PROVIDERS["eager"]
+    wrong = replace(plain, losses=lambda *args: plain.losses(*args) * 1.1)
+    monkeypatch.setitem(providers.PROVIDERS, "triton", wrong)
+    monkeypatch.setattr(device, "DEVICE", "cpu")
+    monkeypatch.setattr(device, "synchronize", lambda: None)
+    monkeypatch.setattr(device, "free_memory", lambda: None)
+    monkeypatch.setattr(device, "bytes_free", lambda: 2**34)
+    monkeypatch.setattr(device, "extra_bytes", lambda function: 1)
+    monkeypatch.setattr(device, "seconds", lambda functions, *_: dict.fromkeys(functions, 0.5))
+    stage = rows.Stage("speed", 100.0)
+    size = providers.Size(300, 16, torch.float32)
+    speed.measure(stage, size, ["triton", "eager", "q @ q.T"])
+    out = capsys.readouterr().out
+    timed = [line for line in out.splitlines() if '"metric": "time"' in line]
+    assert stage.status == 1 and '"metric": "wrong"' in out
+    assert ["eager" in timed[0], "q @ q.T" in timed[1], len(timed)] == [True, True, 2]
+
+
+def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton.runtime.jit import JITFunction
+
+    from benchmarks.gpu import warm
+    from conr_kernels import conr_loss, triton_backend
+
+    call = tuple(dict(N=1300, D=16, dtype=torch.float16, precision="highest").items())
+    plain, looked_for = JITFunction.run, set()
+
+    def without_launch(kernel, *args, grid, warmup, **options):
+        looked_for.add(plain(kernel, *args, grid=grid, warmup=True, **options).hash)
+
+    work = warm.distinct([call, call], 90)
+    names = [warm.launches(call, 90)[index].name for _, index in work]
+    first_of_backward = next(i for i, name in enumerate(names) if "backward" in name)
+    work, ahead = work[: first_of_backward - 1], set()  # the forward pass: not backward's gather
+    with mock.patch.object(JITFunction, "run", autospec=True) as launcher:
+        launcher.side_effect = lambda *a, **k: ahead.add(plain(*a, **k).hash)
+        assert {warm.compile_one(*task, 90) for task in work} == {""}
+    x, y = torch.randn(1300, 16).half(), torch.rand(1300)
+    with warm.compiling_for(90), mock.patch.object(JITFunction, "run", without_launch):
+        monkeypatch.setattr(triton_backend, "unavailable", lambda *_: None)
+        conr_loss(x, y, y, y, backend="triton")
+    assert len(ahead) == len(work) >= 5 and looked_for == ahead
+
+
+def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks import compiled
+    from benchmarks.gpu import tune
+
+    found = set()
+    for n, d in ((500, 128), (16, 100_000), (2000, 128), (2000, 512)):
+        for launch in compiled.recorded_launches(n, d, torch.bfloat16):
+            kind = tune.kind_of(launch.name)
+            found.add(kind)
+            assert (kind is None) == ("BLOCK_J" not in launch.arguments), launch.name
+    assert found - {None} == set(KINDS) - {"product"}  # a phase of the wide kernel
+
+
+def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks.gpu import tune, warm
+
+    assert {kind for kind, *_ in tune.items()} == set(KINDS) - {"product"}
+    for kind, size, how in tune.items():
+        tiles, bucket = tune.item_candidates(kind, size, how)
+        assert len(tiles) >= 3
+        call = tune.warm_call(kind, size, how, tiles[1], bucket)
+        launches = warm.launches(call, 90)
+        assert launches and {tune.kind_of(launch.name) for launch in launches} == {kind}
+        assert {launch.arguments["BLOCK_I"] for launch in launches} == {tiles[1][0]}
+        assert {launch.options["num_warps"] for launch in launches} == {tiles[1][3]}
+
+
+def test_the_proposed_table_is_the_shipped_one_with_the_faster_entries_first():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks.gpu import tune
+    from conr_kernels import triton_configs
+
+    proposals = tune.Proposals()
+    proposals.add("backward", "bfloat16", 128, (64, 128, 0, 4, 3), "faster")
+    proposals.add("forward", "float32", 0, (64, 32, 16, 4, 3), "faster")
+    names: dict[str, dict] = {}
+    exec(proposals.text(90), names)
+    shipped = triton_configs.TABLE["bfloat16"]["backward"]
+    assert names["_HALVES"]["backward"] == [(90, 128, (64, 128, None, 4, 3)), *shipped]
+    assert names["_FLOAT32"]["forward"][0] == (90, 0, (64, 32, 16, 4, 3))
+    assert names["_FLOAT64"] == triton_configs.TABLE["float64"]

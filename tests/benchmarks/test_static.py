@@ -1,0 +1,400 @@
+"""The table of machine code: complete, up to date, and within the targets of the kernels."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections import Counter, defaultdict
+from dataclasses import replace
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+from triton.runtime.jit import JITFunction
+
+from benchmarks import compiled, loops, rank, shipped, static, tiles
+from benchmarks.machine import MachineCode
+from benchmarks.shipped import CHUNKED, DENSE, LONG, SWEEPS, Call
+from conr_kernels.triton_backend import call as call_module
+from conr_kernels.triton_backend import dense, gradient, layout, sweeps, wide
+from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D, TABLE
+from conr_kernels.variants import PUSHINGS
+from tests.helpers.addresses import check_row_offsets
+
+BOOL = {True, False}
+#: What each constant of a kernel can be; None: sizes, of which the table of configurations or the
+#: shape of the call decides.
+CONSTANTS = {
+    **dict.fromkeys(
+        ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "UNIT_TERMS", "COUNT_SELF", "WEIGHTED_ROWS",
+         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE"), BOOL,
+    ),
+    "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "ieee"}, "L": {1, 3},
+    # Only the interpreter multiplies 16-bit tiles wrongly.
+    "UPCAST": {False},
+    # Statistics of a row: none in forward, five where exponents are shifted.
+    "COLUMNS": {0, 3, 5},
+    **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
+                     "L_PAD", "GROUP", "BLOCK_K", "BLOCK_G")),
+}  # fmt: skip
+#: Constants that a kernel never sees with all their values, and why.
+EXCEPTIONS = {
+    # Their rows have a gradient only, and few rows are never sorted.
+    ("conr_feature_gradient_kernel", "COLUMNS"): {3, 5},
+    # Their launches exist for several components only.
+    ("conr_spread_kernel", "L"): {3},
+    ("conr_sort_keys_kernel", "L"): {3},
+}
+MODULES = (dense, gradient, layout, sweeps, wide)
+
+
+def kernels(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, JITFunction]:
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and re.fullmatch("conr_.*_kernel", name)
+    }
+
+
+@functools.cache
+def shipped_launches() -> dict[int, list[compiled.Launch]]:
+    found = defaultdict(list)
+    for call, index, arch in shipped.distinct():
+        found[arch].append(launches_of(call, arch)[index])
+    return dict(found)
+
+
+@functools.cache
+def launches_of(call: Call, arch: int) -> list[compiled.Launch]:
+    return call.launches(arch)
+
+
+def test_every_kernel_is_compiled_for_every_architecture() -> None:
+    assert set(shipped_launches()) == set(ARCHITECTURES)
+    for launches in shipped_launches().values():
+        assert {launch.name for launch in launches} == set(kernels())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_branch_is_compiled(arch: int) -> None:
+    """Every value of every constant, and every pointer that may be absent both ways."""
+    seen, given = defaultdict(set), defaultdict(set)
+    for launch in shipped_launches()[arch]:
+        for parameter in launch.kernel.params:
+            value = launch.arguments[parameter.name]
+            if parameter.is_constexpr:
+                seen[launch.name, parameter.name].add(value)
+            elif parameter.name.endswith("_ptr"):
+                given[launch.name, parameter.name].add(value is not None)
+    for key, values in seen.items():
+        domain = EXCEPTIONS.get(key, CONSTANTS[key[1]])  # a new constant needs a line there
+        assert domain is None or values == domain, (key, values)
+    optional = {key for key, values in given.items() if False in values}
+    assert {name for _, name in optional} >= {"w_ptr", "gram_ptr", "G_rest_ptr", "poison_ptr"}
+    # In the gather kernel the anchors' copies and the coefficients go with HAS_KEYS and COLUMNS.
+    assert all(given[key] == BOOL for key in optional), {k: given[k] for k in optional}
+
+
+def asked(calls: list[Call]) -> set[tuple]:
+    """``(kind, architecture, bucket, arithmetic)`` of every configuration that the calls read."""
+    keys = set()
+    plain = call_module.config
+
+    def config(*key):
+        keys.add(key)
+        return plain(*key)
+
+    with mock.patch.object(call_module, "config", config):
+        for arch in ARCHITECTURES:
+            for call in calls:
+                call.launches(arch)
+    return keys
+
+
+def entry_of(kind: str, arch: int, bucket: int, arithmetic: str) -> int:
+    """Which of the table's entries serves."""
+    entries = TABLE[arithmetic][kind]
+    return next(
+        n for n, (on, width, _) in enumerate(entries)
+        if on in (None, arch) and width in (None, bucket)
+    )  # fmt: skip
+
+
+def test_every_configuration_is_compiled() -> None:
+    """The sweeps in every bucket of D, arithmetic and architecture, and every entry of the table,
+    none of which is out of reach.
+    """
+    every = [
+        Call(N, D, arithmetic)
+        for arithmetic, largest in REGISTER_D.items()
+        for D in (*(width for width in BUCKETS if width <= largest), CHUNKED, LONG)
+        for N in (SWEEPS, DENSE)
+    ]
+    shipped_keys, all_keys = asked(shipped.calls()), asked(every)
+    assert {k for k in all_keys if not k[0].startswith("dense")} <= shipped_keys
+    reached = {(k[3], k[0], entry_of(*k)) for k in shipped_keys}
+    assert reached == {
+        (arithmetic, kind, n)
+        for arithmetic, kinds in TABLE.items()
+        for kind, entries in kinds.items()
+        for n in range(len(entries))
+    }
+
+
+@pytest.fixture(scope="module")
+def committed() -> list[dict[str, str]]:
+    with static.TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_committed_table_has_every_shipped_kernel(committed) -> None:
+    """One row for each binary: its call, tile and launch options; the rest is machine code."""
+    expected = []
+    for call, index, arch in shipped.distinct():
+        launch = launches_of(call, arch)[index]
+        expected.append({k: str(v) for k, v in static.identity(launch, call, arch).items()})
+    assert [{k: row[k] for k in expected[0]} for row in committed] == expected
+
+
+#: Compiled here; ``python -m benchmarks.static --check`` compiles every row.
+SAMPLE = [
+    ("conr_forward_negatives_kernel", "paper", 128, 80),
+    ("conr_backward_positives_kernel", "paper", 128, 90),
+    ("conr_backward_wide_kernel", "paper", 2048, 90),
+    ("conr_forward_dense_kernel", "released-age few rows", 128, 90),
+    ("conr_gather_kernel", "paper", 128, 100),
+    ("conr_backward_negatives_kernel", "paper", 128, 100),
+]
+
+
+@pytest.mark.parametrize("key", SAMPLE, ids=str)
+def test_the_committed_rows_regenerate(committed, key) -> None:
+    name, call_name, D, arch = key
+    job = next(
+        (call, index, on)
+        for call, index, on in shipped.distinct()
+        if (str(call), call.D, call.arithmetic, on) == (call_name, D, "bfloat16", arch)
+        and launches_of(call, arch)[index].name == name
+    )
+    row = committed[shipped.distinct().index(job)]
+    assert {k: str(v) for k, v in static.row_of(*job).items()} == row
+
+
+#: Two numbers of a thread, in one variant with further keys. What avoids it, one stage or smaller
+#: tiles, would slow the kernel for every variant.
+KNOWN_SPILLS = {
+    ("100", "conr_forward_negatives_kernel", "bfloat16", "128", "released-depth keys"): "8",
+}
+
+
+def test_no_kernel_spills_or_uses_atomics(committed) -> None:
+    def names(rows):
+        return [(r["arch"], r["kernel"], r["arithmetic"], r["D"], r["call"]) for r in rows]
+
+    spilling = [row for row in committed if row["spill_bytes"] != "0"]
+    assert dict(zip(names(spilling), [r["spill_bytes"] for r in spilling], strict=True)) == (
+        KNOWN_SPILLS
+    )
+    assert names(row for row in committed if row["atomics"] != "0") == []
+    limit = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
+    assert names(row for row in committed if int(row["shared_bytes"]) > limit[row["arch"]]) == []
+
+
+def test_an_architecture_above_100_with_less_shared_memory_runs_its_tiles() -> None:
+    """sm_120 takes the column of sm_100 and has the 99 KiB of sm_86; D = 256 needs most."""
+    for launch in Call(SWEEPS, 256, "bfloat16").launches(100):
+        if "ward_" in launch.name:
+            assert compiled.compile_launch(launch, 120).metadata.shared <= 99 * 1024, launch.name
+
+
+def with_products(committed) -> list[dict[str, str]]:
+    """The rows of kernels that multiply tiles."""
+    kinds = ("ward_", "gram", "feature_gradient")
+    rows = [row for row in committed if any(kind in row["kernel"] for kind in kinds)]
+    # Where a launch before multiplies few rows, the forward kernel has no product.
+    before = {(r["arch"], r["arithmetic"], r["D"]) for r in rows if "gram" in r["kernel"]}
+    rows = [
+        r for r in rows
+        if "forward_dense" not in r["kernel"] or (r["arch"], r["arithmetic"], r["D"]) not in before
+    ]  # fmt: skip
+    assert len(rows) > 300
+    return rows
+
+
+def test_tensor_cores_do_every_product(committed) -> None:
+    """In every 16-bit and TF32 loop, wgmma on sm_90 except where a tile has 16 anchors; also for
+    float64 where the architecture has a fast one.
+    """
+    for row in with_products(committed):
+        names = row["tensor_core"]
+        if row["arithmetic"] == "float64":
+            assert ("DMMA" in names) == (row["arch"] != "100"), row
+        elif row["arch"] == "100" or int(row["tile"].split("x")[0]) < 64:
+            assert "MMA" in names, row
+        else:
+            assert ("HGMMA" if row["arch"] == "90" else "HMMA") in names, row
+        if row["arch"] == "90" and row["sweep"] and row["arithmetic"] != "float64":
+            assert "HGMMA" in names, row
+
+
+def test_tf32_only_where_it_is_asked_for_and_three_passes_at_highest(committed) -> None:
+    passes = Counter()
+    for row in with_products(committed):
+        if "L=3" in row["call"]:  # the loop over full tiles, which are none, is gone
+            continue
+        # The instruction names of sm_100 do not tell their sizes; more where warps share a product.
+        done = float(row["passes"] or (3 if row["arithmetic"].endswith("highest") else 1))
+        if row["arithmetic"] == "float64":
+            assert "TF32" not in row["tensor_core"], row
+        elif row["arithmetic"] == "float32 highest":
+            assert done >= 3, row
+        else:
+            # Eight warps on 64 anchors of sm_80 both compute one of the products.
+            assert 1 <= done < 2 or (row["arch"], row["passes"]) == ("80", "2"), row
+        passes[row["passes"]] += 1
+    assert passes["1"] > 100 and passes["3"] > 15
+
+
+def test_every_loop_over_pairs_was_taken_apart(committed) -> None:
+    """No row falls back to a blank because the compiler reshaped its loops."""
+    for row in committed:
+        if "L=3" in row["call"] or row["call"].startswith("contrastive"):
+            continue  # full tiles or edges are none, and the compiler drops their loop
+        has_pairs = "ward_" in row["kernel"] or "pair_gradient" in row["kernel"]
+        assert (row["per_pair_edge"] != "") == has_pairs, row
+        assert (row["bound_rest"] != "") == (not has_pairs and not row["per_pair_product"]), row
+        if "ward_" in row["kernel"] and "wide" not in row["kernel"] and row["sweep"]:
+            # In float64 and three passes the products decide, and the order of instructions.
+            slack = 1.1 if row["arithmetic"] in ("float64", "float32 highest") else 1.0
+            assert 0 < float(row["per_pair_full"]) <= slack * float(row["per_pair_edge"]), row
+
+
+def test_instructions_per_pair_are_within_the_targets(committed) -> None:
+    targets = {
+        "conr_forward_positives_kernel": 4.5,
+        "conr_forward_negatives_kernel": 9.5,
+        "conr_backward_positives_kernel": 8.7,
+        "conr_backward_negatives_kernel": 16,
+    }
+    for kernel, most in targets.items():
+        (row,) = (
+            row for row in committed
+            if (row["kernel"], row["arch"], row["arithmetic"], row["D"], row["call"])
+            == (kernel, "90", "bfloat16", "128", "paper")
+        )  # fmt: skip
+        assert 0 < float(row["per_pair_full"]) <= most
+
+
+def test_times_are_predicted_for_an_h200_at_the_sizes_that_a_kernel_serves(committed) -> None:
+    for row in committed:
+        few, many = row["h200_us_1024"], (row["h200_us_16384"], row["h200_us_65536"])
+        is_few = "few rows" in row["call"]
+        if row["arch"] != "90":
+            assert few == many[0] == many[1] == ""
+        else:
+            assert (few != "") == is_few and (many[0] != "") == (not is_few)
+            assert is_few or 0 < float(many[0]) <= float(many[1]), row
+
+
+@pytest.mark.parametrize("sweep", ["positives", "negatives"])
+def test_visited_tiles_are_those_with_pairs_in_the_window(sweep: str) -> None:
+    n, block_i, block_j = 1000, 64, 32
+    values = tiles.batch(n)[sweep]
+    near = ((values[:, None] - values[None, :]).abs() <= 1).float()
+    pad = torch.zeros(16 * block_i, 32 * block_j)
+    pad[:n, :n] = near
+    pad = pad.view(16, block_i, 32, block_j)
+    some = pad.amax((1, 3)).sum(1).int().tolist()
+    visits = tiles.visits(n, n, block_i, block_j, sweep, 1.0, True, False)
+    assert [full + edge for full, edge in visits] == some
+    inside = pad[:15].amin((1, 3)).sum(1).int()
+    own = torch.tensor([2 if sweep == "positives" else 0]).clamp(max=inside)
+    assert [full for full, _ in visits[:15]] == (inside - own).tolist()
+
+
+def test_natural_loops_are_found_across_cold_blocks_behind_the_end() -> None:
+    """A wait at a barrier jumps back from behind the exit: that is no loop around the kernel's."""
+    body = ["HGMMA.64x64x16 R1"] + ["FADD R0, R0, R0"] * 8
+    lines = ["MOV R0, RZ", "IADD3 R0", "@P0 BRA `(.L_wait)", *body, "@P1 BRA `(.L_1)", "EXIT",
+             "SYNCS.PHASECHK.TRANS64.TRYWAIT P0", "BRA `(.L_3)"]  # fmt: skip
+    code = MachineCode(lines, {2: 14, 12: 1, 15: 3}, 32, 0, 0)
+    (loop,) = loops.code_loops(code).loops
+    assert loop.loops == [] and loop.count("HGMMA") == 1 and loop.count("IADD3") == 1
+    assert loops.code_loops(code).count("MOV", "EXIT") == 2
+
+
+#: Pointers to matrices with a row for every row of the batch.
+MATRICES = {"q_i_ptr", "q_j_ptr", "x_ptr", "key_x_ptr", "G_ptr", "G_rest_ptr", "gradient_ptr"}
+
+
+@pytest.mark.parametrize(
+    ("name", "N", "D"),
+    [("gather", 1500, 1984), ("forward_positives", 1500, 1984), ("forward_negatives", 1500, 64),
+     ("backward_positives", 1500, 248), ("backward_negatives", 1500, 248),
+     ("backward_wide", 1500, 1984), ("gram", 500, 1984),
+     ("forward_dense", 500, 124), ("feature_gradient", 500, 1984)],
+)  # fmt: skip
+def test_rows_are_addressed_in_64_bits(name: str, N: int, D: int) -> None:
+    """A row's number is multiplied by the length of a row in 64 bits, so that N·D and strides
+    beyond 2³¹ are safe.
+    """
+    launches = compiled.recorded_launches(N, D, torch.bfloat16, 90)
+    launch = [launch for launch in launches if name in launch.name][-1]
+    unsafe, advances = check_row_offsets(ttir_of(launch), MATRICES)
+    assert unsafe == []
+    pointers = {p.name for p in launch.kernel.params} & MATRICES
+    used = {p for p in pointers if launch.arguments[p] is not None}
+    # Without further keys the anchors' copies are the keys'.
+    expected = used - ({"x_ptr", "q_i_ptr"} if name == "gather" else set())
+    assert set(advances) == expected
+
+
+def ttir_of(launch: compiled.Launch) -> str:
+    return compiled.compile_launch(launch, 90).asm["ttir"]
+
+
+@triton.jit
+def _copy_rows(x_ptr, gradient_ptr, n_rows, WIDE: triton.language.constexpr):
+    row = triton.language.program_id(0)
+    if WIDE:
+        row = row.to(triton.language.int64)
+    columns = triton.language.arange(0, 64)
+    x = triton.language.load(x_ptr + row * 1984 + columns, mask=row < n_rows)
+    triton.language.store(gradient_ptr + (row * 1984).to(triton.language.int64) + columns, x)
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_the_check_of_addresses_finds_32_bit_products(is_wide: bool) -> None:
+    """Both as they are, and widened when it is too late."""
+    x = torch.empty(4, 1984, device="meta")
+    arguments = dict(x_ptr=x, gradient_ptr=x, n_rows=4, WIDE=is_wide)
+    launch = compiled.Launch(_copy_rows, (4,), arguments, {})
+    unsafe, advances = check_row_offsets(ttir_of(launch), MATRICES)
+    assert len(unsafe) == (0 if is_wide else 2) and bool(advances)
+
+
+def test_candidates_are_ranked_by_the_times_of_the_table(committed) -> None:
+    """The shipped configuration costs what its rows say; one with too large tiles is rejected."""
+    key = ("forward", 90, 128, "bfloat16")
+    shipped_config = call_module.config(*key)
+    assert shipped_config in rank.candidates("forward", 128, "bfloat16")
+    judge = functools.partial(
+        rank.judge, "forward", D=128, arithmetic="bfloat16", arch=90, variant="paper", N=65_536
+    )
+    _, time, remark = judge(shipped_config)
+    rows = [
+        row for row in committed
+        if row["kernel"].startswith("conr_forward_") and row["sweep"] and row["arch"] == "90"
+        and (row["D"], row["arithmetic"], row["call"]) == ("128", "bfloat16", "paper")
+    ]  # fmt: skip
+    assert len(rows) == 2 and remark.count("HGMMA") == 2
+    assert time == pytest.approx(sum(float(row["h200_us_65536"]) for row in rows), abs=0.2)
+    _, time, remark = judge(replace(shipped_config, num_stages=8))
+    assert time is None and "shared memory" in remark

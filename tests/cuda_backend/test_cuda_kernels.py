@@ -1,0 +1,402 @@
+"""The CUDA kernels, executed on the host shim, against the float64 reference."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conr_kernels import conr_loss, ops
+from conr_kernels.cuda_backend import backend as cuda_backend
+from conr_kernels.reference import row_losses
+from conr_kernels.variants import PRESETS, Settings, Variant
+from tests.helpers import cuda_shim
+
+SIZES = (1, 2, 3, 31, 33, 64, 65, 97, 127, 129, 200, 257, 300)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    if (reason := cuda_shim.missing_tool()) is not None:
+        pytest.skip(reason)
+    return cuda_shim.Shim(cuda_shim.compile_shim(tmp_path_factory.mktemp("shim")))
+
+
+@pytest.fixture
+def shim(compiled, monkeypatch):
+    """``backend="cuda"`` runs CPU tensors on the shim; fresh tensors hold NaN until written."""
+    monkeypatch.setattr(cuda_backend, "unavailable", lambda device, dtype: None)
+    monkeypatch.setattr(cuda_backend, "_operators", lambda: compiled)
+    monkeypatch.setattr(compiled, "shortened", {})
+    compiled.configure()
+    torch.use_deterministic_algorithms(True)
+    yield compiled
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["dense", "banded"])
+def path(request, monkeypatch):
+    """One sweep over all pairs, or two over bands, whatever the size."""
+    monkeypatch.setattr(cuda_backend, "DENSE_PAIRS", 2**40 if request.param == "dense" else 0)
+    monkeypatch.setattr(cuda_backend, "DENSE_SHARE", 2.0)
+    return request.param
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    y: Tensor
+    p: Tensor
+    w: Tensor
+    upstream: Tensor
+
+    def run(self, backend: str, dtype: torch.dtype | None = None, **settings):
+        """Row losses and the gradient of the features, given in ``dtype``."""
+        x = self.x.to(dtype or self.x.dtype).clone().requires_grad_()
+        rows = conr_loss(x, self.y, self.p, self.w, reduction="none", backend=backend, **settings)
+        rows.backward(self.upstream.to(rows.dtype))
+        return rows.detach().double(), x.grad.double()
+
+
+def make_batch(N, D, L=1, dtype=torch.float32, seed=0, grid=0.25, spread=10.0) -> Batch:
+    """Labels on a grid, so that ties and distances of exactly h are frequent."""
+    g = torch.Generator().manual_seed(1000 * N + D + seed)
+    x = torch.randn(N, D, generator=g).to(dtype)
+    y = torch.randint(0, int(spread / grid), (N, L), generator=g) * grid
+    p = y + torch.randint(-12, 13, (N, L), generator=g) * grid
+    w = torch.rand(N, generator=g) + 0.1
+    return Batch(x, y, p, w, torch.randn(N, generator=g))
+
+
+def rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def assert_as_good_as_eager(batch: Batch, message: str = "", **settings) -> None:
+    """Errors at most 3 times those of eager float32 plus 1e-6 of the largest term.
+
+    A gradient's terms are of the size of 1/‖x_i‖: for D = 1 they cancel as its radial part.
+    """
+    expected = batch.run("reference", torch.float64, **settings)
+    eager = batch.run("reference", torch.float32, **settings)
+    actual = batch.run("cuda", **settings)
+    terms = expected[0].abs().max(), 1 / batch.x.double().norm(dim=1).min()
+    for name, a, b, e, term in zip(
+        ("loss", "gradient"), actual, eager, expected, terms, strict=True
+    ):
+        error, allowed = (a - e).abs().max(), 3 * (b - e).abs().max() + 1e-6 * term
+        assert error <= allowed, f"{name} {message} {settings}: {error:.2e} > {allowed:.2e}"
+
+
+@pytest.mark.parametrize("variant", PRESETS)
+def test_every_variant_at_sizes_1_to_300(shim, path, variant):
+    for n, N in enumerate(SIZES):
+        D = (1, 7, 33, 40, 129)[n % 5]
+        assert_as_good_as_eager(make_batch(N, D), f"N={N} D={D}", variant=variant)
+
+
+@pytest.mark.parametrize("distance", ["mae", "rmse"])
+@pytest.mark.parametrize("L", [2, 3])
+def test_vector_labels(shim, path, L, distance):
+    for N, variant in ((65, "paper"), (130, "released-age"), (97, "contrastive")):
+        batch = make_batch(N, 16, L, spread=3.0)
+        assert_as_good_as_eager(batch, f"N={N} L={L}", variant=variant, distance=distance)
+
+
+@pytest.mark.parametrize("D", [1, 32, 64, 128, 136, 300])
+def test_float32_in_registers_and_in_memory(shim, D):
+    assert_as_good_as_eager(make_batch(97, D), variant="paper")
+
+
+@pytest.mark.parametrize("D", [5, 32, 100])
+def test_float64(shim, path, D):
+    batch = make_batch(97, D, dtype=torch.float64)
+    for variant in ("paper", "released-age"):
+        for a, e in zip(
+            batch.run("cuda", variant=variant),
+            batch.run("reference", variant=variant),
+            strict=True,
+        ):
+            assert rms(a - e) <= 1e-12 * rms(e)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_gradient"), [(torch.float16, 6e-4), (torch.bfloat16, 5e-3)], ids=str
+)
+def test_tensor_cores(shim, path, dtype, of_gradient):
+    for N, D, variant in (
+        (65, 1, "paper"),
+        (129, 33, "released-age"),
+        (64, 64, "released-depth"),
+        (130, 128, "no-pushing"),
+        (97, 200, "paper"),
+        (300, 24, "contrastive"),
+    ):
+        batch = make_batch(N, D, dtype=dtype)
+        loss, gradient = batch.run("cuda", variant=variant)
+        expected_loss, expected_gradient = batch.run("reference", torch.float64, variant=variant)
+        assert rms(loss - expected_loss) <= 1e-6 * rms(expected_loss), (N, D, variant)
+        if D > 1:  # the gradient of one column is rounding of 0
+            assert rms(gradient - expected_gradient) <= of_gradient * rms(expected_gradient)
+
+
+def test_bfloat16_without_tensor_cores(shim, path, monkeypatch):
+    """Before sm_80 bfloat16 rows are unit rows in float32; only the gradient is rounded to 16
+    bits.
+    """
+    monkeypatch.setattr(cuda_backend, "_computes_in_float32", lambda x: x.dtype == torch.bfloat16)
+    batch = make_batch(97, 40, dtype=torch.bfloat16)
+    loss, gradient = batch.run("cuda", variant="released-age")
+    expected_loss, expected = batch.run("reference", torch.float64, variant="released-age")
+    assert rms(loss - expected_loss) <= 1e-6 * rms(expected_loss)
+    assert rms(gradient - expected) <= 2.0**-9 * rms(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_gradient_spans_the_exponents_of_its_dtype(shim, dtype):
+    """No upstream gradient makes H, which 16-bit products round, over- or underflow."""
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    for of_x, of_upstream in ((2.0**9, 1e6), (1.0, 1.0), (2.0**-9, 1e-4)):
+        batch = make_batch(97, 16, dtype=dtype)
+        batch.x, batch.upstream = batch.x * of_x, batch.upstream * of_upstream
+        batch.upstream[::2] = 0.0
+        _, gradient = batch.run("cuda")
+        _, expected = batch.run("reference", torch.float64)
+        error = rms(gradient - expected)
+        assert error <= tolerance * rms(expected), (of_x, of_upstream, error / rms(expected))
+
+
+def test_anchors_among_more_keys(shim, path):
+    """Anchors in the middle of the keys, as in a distributed batch, and their gradient alone."""
+    keys = make_batch(201, 24)
+    offset, N = 37, 90
+    here = slice(offset, offset + N)
+    for variant in ("paper", "released-age"):
+        settings = Settings(1.0, 0.2, 0.01, PRESETS[variant])
+        x = keys.x[here].clone().requires_grad_()
+        all_keys = (keys.x, keys.y, keys.p)
+        labels = keys.y[here], keys.p[here], keys.w[here]
+        rows, _, _ = ops.row_losses(x, *labels, all_keys, offset, settings, "cuda")
+        rows.backward(keys.upstream[here])
+        anchors = keys.x[here].double().requires_grad_()
+        fixed = keys.x.double()
+        joined = torch.cat([fixed[:offset], anchors, fixed[offset + N :]])
+        expected = row_losses(
+            anchors, keys.y[here], keys.p[here], keys.w[here].double(),
+            (joined, keys.y, keys.p), offset, settings,
+        )  # fmt: skip
+        expected.backward(keys.upstream[here].double())
+        assert rms(rows.double() - expected) <= 1e-6 * rms(expected)
+        assert rms(x.grad.double() - anchors.grad) <= 1e-5 * rms(anchors.grad)
+
+
+def test_weights_of_zero_leave_the_anchors(shim, path):
+    """Negatives of weight 0 vanish from Z, yet their anchors count."""
+    batch = make_batch(97, 16)
+    batch.w = torch.zeros(97)
+    rows, gradient = batch.run("cuda", variant=Variant(log="inside"))
+    expected, expected_gradient = batch.run(
+        "reference", torch.float64, variant=Variant(log="inside")
+    )
+    assert (rows != 0).sum() == (expected != 0).sum() > 0
+    assert rms(rows - expected) <= 1e-6 * rms(expected)
+    assert rms(gradient - expected_gradient) <= 1e-5 * rms(expected_gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extremes_stay_finite(shim, path, dtype):
+    extremes = [
+        (dict(temperature=0.005), 1.0, 1.0),
+        (dict(temperature=0.005, variant="released-age", push_scale=100.0), 1.0, 1.0),
+        (dict(variant="paper"), 1e30, 1.0),
+        (dict(variant="released-age"), 1e30, 1.0),
+        (dict(variant="paper"), 1.0, 1e-12),
+        (dict(variant="paper"), 1.0, 1e15),
+    ]
+    for settings, weight, norm in extremes:
+        batch = make_batch(66, 16, dtype=dtype)
+        batch.x[::3] = batch.x[0]  # similarities of 1
+        batch.x *= norm
+        batch.w = batch.w * weight
+        batch.upstream = batch.upstream * 1e-20
+        for result in batch.run("cuda", **settings):
+            assert result.isfinite().all(), (settings, weight, norm)
+
+
+def test_small_temperature_agrees_with_the_reference(shim, path):
+    batch = make_batch(97, 16)
+    batch.x[::3] = batch.x[0]
+    for settings in (dict(temperature=0.005), dict(variant="released-age", push_scale=10.0)):
+        assert_as_good_as_eager(batch, **settings)
+
+
+@pytest.mark.parametrize("where", ["x", "y", "p", "w", "upstream"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_input_shows(shim, path, where, value):
+    batch = make_batch(66, 16)
+    getattr(batch, where)[7] = value
+    rows, gradient = batch.run("cuda")
+    assert where == "upstream" or not rows.isfinite().any()
+    assert not gradient[7].isfinite().all()
+
+
+def test_dense_and_banded_are_chosen_on_the_device(shim, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "DENSE_PAIRS", 0)
+    batch = make_batch(130, 16)
+    settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+
+    def served(p):
+        inputs = (batch.x, batch.y, p, None, None, 0, settings)
+        return cuda_backend.forward(*inputs)[2][:2].tolist()
+
+    assert served(batch.p) == [1, 2]
+    assert served(torch.zeros_like(batch.p)) == [3, 0]
+    batch.p = torch.zeros_like(batch.p)
+    assert_as_good_as_eager(batch)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operators that make the host wait for a GPU, or whose result's size depends on data."""
+
+    NAMES = {"_local_scalar_dense", "equal", "lift_fresh", "masked_select", "nonzero"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen |= {function._schema.name.removeprefix("aten::")} & self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_keys", [False, True], ids=["batch", "more keys"])
+@pytest.mark.parametrize("L", [1, 2])
+def test_the_host_never_waits_for_the_device(shim, path, L, has_keys):
+    """Neither forward nor backward asks a tensor for a number."""
+    batch = make_batch(66, 16, L)
+    settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+    keys = (batch.x, batch.y, batch.p) if has_keys else None
+    x, y, p, w = (t[:50] if has_keys else t for t in (batch.x, batch.y, batch.p, batch.w))
+    with HostReads() as reads:
+        _, stats, layout = cuda_backend.forward(x, y, p, w, keys, 0, settings)
+        coef_j = torch.zeros(66, 3) if has_keys else None
+        cuda_backend.backward(stats, coef_j, layout, x, y, p, keys, 0, settings)
+        assert not reads.seen
+        x.sum().item()
+        assert reads.seen == {"_local_scalar_dense"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_tiles_of_positives_only(shim, monkeypatch, dtype):
+    """Wide bands hold tiles in which no pair needs to be decided."""
+    monkeypatch.setattr(cuda_backend, "DENSE_PAIRS", 0)
+    monkeypatch.setattr(cuda_backend, "DENSE_SHARE", 2.0)
+    batch = make_batch(300, 24, dtype=dtype, spread=2.5)
+    layout = cuda_backend.forward(
+        batch.x, batch.y, batch.p, None, None, 0, Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+    )[2]
+    lo, hi = layout[2 + 600 : 2 + 1200].view(2, 300)
+    assert (hi[64] - lo[127] > 2 * 64) and lo[127] < 64 and hi[64] >= 192
+    for variant in ("paper", "released-age", "released-depth"):
+        actual = batch.run("cuda", variant=variant)
+        expected = batch.run("reference", torch.float64, variant=variant)
+        tolerance = 1e-12 if dtype == torch.float64 else 5e-3
+        assert rms(actual[0] - expected[0]) <= min(tolerance, 1e-6) * rms(expected[0])
+        assert rms(actual[1] - expected[1]) <= tolerance * rms(expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_same_bits_in_any_order_of_threads(shim, path, dtype):
+    results = []
+    for order in (0, 1, 5):
+        shim.configure(order)
+        results.append(make_batch(130, 40, dtype=dtype).run("cuda", variant="released-age"))
+    for rows, gradient in results[1:]:
+        assert torch.equal(rows, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_no_barrier_can_be_missing(shim):
+    """Leaving out any one barrier of the kernels is caught: by NaN, other bits, or a fault."""
+    met: set[int] = set()
+    needed: set[int] = set()
+    for dtype in (torch.float32, torch.float16):
+        for D in (16, 100, 200):
+            batch = make_batch(130, D, dtype=dtype)
+            shim.configure()
+            clean = batch.run("cuda")
+            lines = set(shim.barrier_lines())
+            met |= lines
+            needed |= {line for line in lines - needed if is_missed(shim, batch, clean, line)}
+    assert len(met) >= 5
+    assert met == needed, f"lines whose barrier was not missed: {sorted(met - needed)}"
+
+
+def is_missed(shim, batch: Batch, clean: tuple[Tensor, Tensor], line: int) -> bool:
+    for order in (0, 1):
+        shim.configure(order, line)
+        try:
+            if not all(map(torch.equal, clean, batch.run("cuda"))):
+                return True
+        except RuntimeError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["x", "q", "scale", "y", "p", "w", "sums", "loss", "stats", "G"])
+def test_an_access_outside_a_buffer_is_caught(shim, name):
+    batch = make_batch(130, 40)
+    shim.shortened = {name: 8 if name in ("q", "G") else 1}
+    with pytest.raises(RuntimeError, match="outside a buffer"):
+        batch.run("cuda")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    if (reason := cuda_shim.missing_tool()) is not None:
+        pytest.skip(reason)
+    sources = [cuda_shim.SIMT / "planted.cu", cuda_shim.SIMT / "simt.cpp"]
+    library = ctypes.CDLL(
+        str(cuda_shim.compile_for_host(tmp_path_factory.mktemp("planted"), "planted", sources))
+    )
+    library.run_planted.restype = ctypes.c_char_p
+    library.simt_allocate.restype = ctypes.c_void_p
+    library.simt_allocate.argtypes = [ctypes.c_size_t]
+
+    def run(fault: int) -> tuple[str, list[float]]:
+        n = 100
+        x = (ctypes.c_float * n).from_address(library.simt_allocate(4 * n))
+        x[:] = range(n)
+        reversed_x = (ctypes.c_float * 128)()
+        return library.run_planted(x, reversed_x, n, fault).decode(), reversed_x[:64]
+
+    return run
+
+
+def test_the_shim_runs_a_sound_kernel(planted):
+    assert planted(0) == ("", [float(n) for n in reversed(range(64))])
+
+
+def test_the_shim_shows_a_missing_barrier(planted):
+    message, reversed_x = planted(1)
+    assert message == "" and any(x != x for x in reversed_x)
+
+
+@pytest.mark.parametrize(
+    ("fault", "gist"),
+    [
+        (2, "access outside a buffer"),
+        (3, "a barrier is not reached by all threads"),
+        (4, "a barrier is not reached by all threads|different barriers"),
+        (5, "a barrier is not reached by all threads|different barriers"),
+        (6, "write below shared memory|access outside"),
+    ],
+    ids=["read out of bounds", "early return", "extra barrier", "missing lane", "write below"],
+)
+def test_the_shim_names_a_planted_fault(planted, fault, gist):
+    message, _ = planted(fault)
+    assert re.search(gist, message), message

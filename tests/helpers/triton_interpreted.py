@@ -1,0 +1,349 @@
+"""The Triton kernels in the interpreter against the float64 reference.
+
+Collected by test_triton.py alone, in a process that has TRITON_INTERPRET=1 from its start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from conr_kernels import Variant, conr_loss, triton_backend
+from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
+from conr_kernels.variants import PRESETS, Settings
+
+GUARD = 160
+#: Not a number also where a kernel keeps floating-point numbers in integers.
+SENTINEL = 2**31 - 1
+
+
+def fill_value(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else SENTINEL
+
+
+def in_guard_zone(t: Tensor, gap: int = 0) -> tuple[Tensor, Tensor]:
+    """A copy of t with NaN before, after and (gap) between its rows; and the whole buffer."""
+    rows = t.shape[0] if t.dim() > 1 else 1
+    width = t.numel() // max(rows, 1) + gap
+    buffer = torch.full((rows * width + 2 * GUARD,), fill_value(t.dtype), dtype=t.dtype)
+    strides = list(t.contiguous().stride())
+    if t.dim() > 1:
+        strides[0] = width
+    view = buffer.as_strided(t.shape, strides, GUARD)
+    view.copy_(t)
+    return view, buffer
+
+
+@contextlib.contextmanager
+def guarded_allocations():
+    """Every buffer of the backend is prefilled with NaN and must leave the NaN around it alone."""
+    buffers = []
+    plain_new_empty = torch.Tensor.new_empty
+
+    def allocate(shape, dtype):
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        n = torch.Size(shape).numel()
+        buffer = torch.full((n + 2 * GUARD,), fill_value(dtype), dtype=dtype)
+        buffers.append((buffer, n))
+        return buffer[GUARD : GUARD + n].view(shape)
+
+    def new_empty(self, *shape, dtype=None, **options):
+        if options:  # the interpreter's own
+            return plain_new_empty(self, *shape, **options)
+        return allocate(shape[0] if len(shape) == 1 else shape, dtype or self.dtype)
+
+    def empty_like(t, memory_format=None):
+        return allocate(t.shape, t.dtype)
+
+    with (
+        mock.patch.object(torch.Tensor, "new_empty", new_empty),
+        mock.patch.object(torch, "empty_like", empty_like),
+    ):
+        yield
+    assert buffers
+    for buffer, n in buffers:
+        for zone in (buffer[:GUARD], buffer[GUARD + n :]):
+            intact = zone.isnan() if buffer.is_floating_point() else zone == SENTINEL
+            assert intact.all(), "a kernel wrote outside its buffer"
+
+
+@dataclass(frozen=True)
+class Case:
+    N: int
+    D: int
+    variant: str | Variant = "paper"
+    dtype: torch.dtype = torch.float32
+    regime: str = "sweeps"
+    L: int = 1
+    distance: str = "mae"
+    K: int = 0
+    window: float = 1.0
+    temperature: float = 0.2
+    push_scale: float = 0.05
+    labels: str = "halves"
+    weights: str = "random"
+
+    def __str__(self) -> str:
+        name = self.variant if isinstance(self.variant, str) else self.variant.code
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.regime}-{name}-N{self.N}-K{self.K}-D{self.D}-{dtype}-L{self.L}{self.distance}"
+            f"-h{self.window}-t{self.temperature}-e{self.push_scale}-{self.labels}-{self.weights}"
+        )
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        g = torch.Generator().manual_seed(self.N * 1000 + self.D + self.K)
+        n = self.N + self.K
+        x = torch.randn(n, self.D, generator=g)
+        x *= 10 ** torch.randn(n, 1, generator=g)
+        if n > 3:
+            x[n // 2] = 0
+        shape = (n, self.L)
+        y, noise = {
+            "halves": lambda: (torch.randint(0, 12, shape, generator=g) / 2, 2.0),
+            "decimal": lambda: (torch.randint(0, 40, shape, generator=g) / 10, 0.3),
+            "ages": lambda: (torch.randint(0, 60, shape, generator=g).float(), 7.0),
+            "rare": lambda: (torch.rand(shape, generator=g) * 1e4, 1.0),
+            "equal": lambda: (torch.zeros(shape), 1.0),
+            "tiny": lambda: (torch.randint(0, 3, shape, generator=g) * 1e-36, 0.0),
+        }[self.labels]()
+        p = y + torch.randn(shape, generator=g) * noise
+        if self.labels == "decimal":
+            p = (p * 10).round() / 10
+        w = {
+            "random": lambda: torch.rand(self.N, generator=g) + 0.1,
+            "zeros": lambda: (torch.rand(self.N, generator=g) > 0.5).float(),
+            "huge": lambda: 10 ** (torch.rand(self.N, generator=g) * 30),
+            "none": lambda: None,
+        }[self.weights]()
+        return dict(x=x.to(self.dtype), y=y, p=p, w=w, upstream=torch.rand(self.N, generator=g))
+
+    def run(self, backend: str, dtype: torch.dtype, given: dict) -> tuple[Tensor, Tensor]:
+        """Row losses and the gradient for a random upstream gradient."""
+        N = self.N
+        x = given["x"].detach().to(dtype)
+        if backend == "triton":
+            x = in_guard_zone(x, gap=3)[0]
+        features = x[:N].detach().requires_grad_()
+        keys = (x[N:], given["y"][N:], given["p"][N:]) if self.K else None
+        loss = conr_loss(
+            features, given["y"][:N], given["p"][:N], given["w"], window=self.window,
+            temperature=self.temperature, push_scale=self.push_scale, variant=self.variant,
+            distance=self.distance, reduction="none", backend=backend, keys=keys,
+        )  # fmt: skip
+        (loss * given["upstream"]).sum().backward()
+        return loss.detach(), features.grad
+
+    def run_triton(self, given: dict) -> tuple[Tensor, Tensor]:
+        """Regime "groups": sweeps whose wide backward kernel walks over anchor tiles and groups."""
+        pairs = call.DENSE_PAIRS if "dense" in self.regime else -1
+        keys, n_programs = (1, 1) if self.regime == "groups" else (launch_sweeps.WIDE_KEYS, 132)
+        chunks = 0 if self.regime == "dense-split" else launch_dense.DENSE_CHUNKS
+        with (
+            mock.patch.object(call, "DENSE_PAIRS", pairs),
+            mock.patch.object(launch_dense, "DENSE_CHUNKS", chunks),
+            mock.patch.object(launch_dense, "DENSE_PART", 1 if chunks == 0 else 4),
+            mock.patch.object(launch_sweeps, "WIDE_KEYS", keys),
+            mock.patch.object(launch_sweeps, "processors", lambda device: n_programs),
+            guarded_allocations(),
+        ):
+            return self.run("triton", self.dtype, given)
+
+
+F64, F16, BF16 = torch.float64, torch.float16, torch.bfloat16
+INSIDE_COUNTED = Variant("inside", "exponential", "all", True, True, True)
+CASES = [
+    *(Case(65, 33, v) for v in PRESETS),
+    *(Case(31, 33, v, regime="dense") for v in PRESETS),
+    *(Case(N, D) for N, D in ((1, 1), (2, 2), (31, 1), (33, 31), (127, 33), (33, 127), (129, 16))),
+    *(
+        Case(N, D, regime="dense")
+        for N, D in ((1, 1), (2, 3), (17, 31), (33, 1), (17, 129), (16, 64), (65, 16))
+    ),
+    *(Case(30, 70, v, regime="dense-split") for v in ("paper", "released-age")),
+    *(Case(70, 150, v) for v in ("paper", "released-depth", "contrastive")),
+    *(Case(50, 20, "released-depth", L=L, distance=d, regime=r)
+      for L, d, r in itertools.product((2, 3), ("mae", "rmse"), ("sweeps", "dense"))),
+    *(Case(40, 20, v, K=50, regime=r)
+      for v, r in itertools.product(("paper", "released-age", "contrastive"), ("sweeps", "dense"))),
+    Case(33, 150, "released-age", K=40),
+    Case(140, 150, labels="ages", regime="groups"),
+    Case(130, 150, "released-age", K=20, labels="ages", regime="groups"),
+    Case(140, 130, "contrastive", regime="groups"),
+    Case(40, 20, "released-depth", K=95, L=3, distance="rmse"),
+    *(Case(70, 24, v, labels="decimal", window=0.2) for v in ("paper", "released-age")),
+    Case(70, 24, "paper", labels="decimal", window=0.2, L=2, distance="rmse"),
+    Case(60, 24, "paper", labels="decimal", window=0.2, L=3, distance="rmse", regime="dense"),
+    *(Case(129, 16, v, labels="ages") for v in ("paper", "released-age", "no-weight")),
+    *(Case(70, 16, v, labels="rare") for v in ("paper", "released-depth")),
+    Case(70, 16, labels="equal"),
+    *(Case(40, 16, v, labels="tiny", window=0.0, regime=r)
+      for v, r in itertools.product(("paper",), ("sweeps", "dense"))),
+    *(Case(70, 16, v, window=float("inf")) for v in ("paper", "contrastive")),
+    Case(70, 16, window=0.0),
+    *(Case(40, 24, v, temperature=t, regime=r) for v, t, r in itertools.product(
+        ("paper", "released-depth"), (0.005, 0.04), ("sweeps", "dense"))),
+    *(Case(50, 16, v, weights=w) for v, w in itertools.product(
+        ("paper", "released-age"), ("zeros", "huge", "none"))),
+    *(Case(50, 16, "paper", push_scale=e, regime=r)
+      for e, r in itertools.product((-0.002, 0.0), ("sweeps", "dense"))),
+    *(Case(50, 16, INSIDE_COUNTED, push_scale=-0.5, regime=r) for r in ("sweeps", "dense")),
+    *(Case(40, 40, v, F64, regime=r) for v, r in itertools.product(
+        ("paper", "released-age"), ("sweeps", "dense"))),
+    Case(40, 70, "released-depth", F64),
+]  # fmt: skip
+HALVES = [
+    *(Case(N, D, v, t, regime=r) for (N, D), v, t, r in itertools.product(
+        ((33, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
+    *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
+    *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
+    Case(140, 257, dtype=F16, regime="groups"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_within_three_times_eager_float32(case: Case) -> None:
+    given = case.inputs()
+    got = case.run_triton(given)
+    exact = case.run("reference", torch.float64, given)
+    eager_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
+    eager = case.run("reference", eager_dtype, given)
+    # Gradients times ‖x_i‖, so that every row counts; their sums have terms up to upstream/τ.
+    norm = given["x"][: case.N].double().norm(dim=1, keepdim=True)
+    for name, ours, theirs, truth in zip(("loss", "gradient"), got, eager, exact, strict=True):
+        if name == "gradient":
+            ours, theirs, truth = ours * norm, theirs * norm, truth * norm
+        unit = 1e-13 if case.dtype == torch.float64 else 1e-6
+        if name == "gradient" and case.temperature < 0.01:
+            # exp(s_ij) has the relative error of the rounded exponent: log₂e·s_ij is kept in base 2
+            # up to log₂e/τ = 288, where half a last place is 2⁻¹⁶·ln 2 = 1.1e-5, and the product of
+            # features before it is rounded likewise. Eager's rounding is of that size too, but its
+            # own error is no bound: the largest exponents of a batch may round well in one of them.
+            unit = 2**-24 / case.temperature
+        largest = truth.abs().max() + 1 / case.temperature
+        allowed = 3 * (theirs.double() - truth).abs().max() + unit * largest
+        error = (ours.double() - truth).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("case", HALVES, ids=str)
+def test_16_bit_features_lose_no_more_than_their_rounding(case: Case) -> None:
+    given = case.inputs()
+    got = case.run_triton(given)
+    exact = case.run("reference", torch.float64, given)
+    # The interpreter truncates to bfloat16 where a GPU rounds.
+    loss_limit, gradient_limit = {F16: (2e-4, 3e-3), BF16: (2e-3, 4e-2)}[case.dtype]
+    assert got[1].dtype == case.dtype
+    assert (got[0] - exact[0]).abs().max() <= loss_limit * exact[0].abs().max()
+    assert (got[1].double() - exact[1]).abs().max() <= gradient_limit * exact[1].abs().max()
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.02])
+@pytest.mark.parametrize("D", [64, 200, 300])
+@pytest.mark.parametrize(("variant", "places"), [("paper", 0.5), ("released-depth", 2.0)])
+def test_nearly_parallel_bfloat16_features_lose_what_their_rounding_loses(
+    variant: str, places: float, D: int, spread: float
+) -> None:
+    """As deep features are: a gradient without its radial part is of the size of the spread, so
+    that one last place of bfloat16 (2⁻⁸ where it truncates) is 2⁻⁸/spread of it; more where
+    positives and negatives cancel, as they do with the log inside.
+    """
+    g = torch.Generator().manual_seed(D)
+    x = (torch.randn(D, generator=g) + spread * torch.randn(60, D, generator=g)).to(BF16)
+    y = torch.randint(0, 12, (60,), generator=g) / 2
+    p = y + 2 * torch.randn(60, generator=g)
+    gradients = []
+    for backend, dtype in (("triton", BF16), ("reference", torch.float64)):
+        features = x.to(dtype).detach().requires_grad_()
+        with mock.patch.object(call, "DENSE_PAIRS", -1):
+            conr_loss(features, y, p, backend=backend, variant=variant).backward()
+        gradients.append(features.grad.double())
+    ours, truth = gradients
+    assert (ours - truth).norm() <= places * 2**-8 / spread * truth.norm()
+
+
+def test_there_are_at_least_sixty_structured_cases() -> None:
+    assert len({str(case) for case in CASES}) == len(CASES) >= 60
+
+
+SOME = [
+    Case(20, 20, regime="dense"),
+    Case(40, 20, "released-age", K=20),
+    Case(20, 150),
+]
+
+
+@pytest.mark.parametrize("name", ["x", "y", "p", "w", "upstream"])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_non_finite_input_shows(case: Case, name: str) -> None:
+    bad = float("inf") if name in ("y", "w") else float("nan")
+    given = case.inputs()
+    given[name].view(-1)[given[name].numel() // 3] = bad
+    loss, gradient = case.run_triton(given)
+    if name != "upstream":
+        row = given[name].numel() // 3 // (given[name].numel() // len(given[name]))
+        assert row >= case.N or not loss[row].isfinite()
+        assert not loss.sum().isfinite()
+    assert not gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_repeats_and_other_strides_have_the_same_bits(case: Case) -> None:
+    given = case.inputs()
+    loss, gradient = case.run_triton(given)
+    spread = torch.full((case.N + case.K, 2 * case.D), float("nan"))
+    spread[:, ::2] = given["x"]
+    turned = given["x"].T.contiguous().T
+    labels = {k: torch.stack([given[k], given[k] + 1], 2)[..., 0] for k in ("y", "p")}
+    for x in (given["x"], spread[:, ::2]):
+        again = case.run_triton({**given, **labels, "x": x})
+        assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
+    with mock.patch(f"{__name__}.in_guard_zone", lambda t, gap: (t, t)):
+        again = case.run_triton({**given, "x": turned})
+    assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
+
+
+@pytest.mark.parametrize("N", [3, 5, 16, 17])
+def test_columns_behind_the_last_key_add_nothing_where_exponents_are_large(N: int) -> None:
+    """Few rows, opposite features, τ = 0.005: exp2 of a column that is no key overflows."""
+    x = torch.zeros(N, 2)
+    x[:, 0] = 1.0
+    x[-1, 0] = -1.0
+    x.requires_grad_()
+    y = torch.zeros(N)
+    y[1] = 5.0
+    conr_loss(x, y, torch.zeros(N), temperature=0.005, backend="triton").backward()
+    exact = x.detach().double().requires_grad_()
+    conr_loss(exact, y, torch.zeros(N), temperature=0.005, backend="reference").backward()
+    assert x.grad.isfinite().all()
+    scale = max(exact.grad.abs().max().item(), 1.0)
+    assert (x.grad - exact.grad).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("regime", ["sweeps", "dense"])
+def test_an_empty_batch_has_no_rows(regime: str) -> None:
+    x = torch.zeros(0, 5, requires_grad=True)
+    loss = conr_loss(x, torch.zeros(0), torch.zeros(0), backend="triton")
+    loss.backward()
+    assert loss == 0 and x.grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_the_choice_of_sweep_is_made_from_the_bands(collapsed: bool) -> None:
+    """Constant predictions: outside the label bands; predictions as good as labels: in their
+    bands.
+    """
+    case = Case(300, 16, labels="rare", window=100.0)
+    given = case.inputs()
+    given["p"] = torch.zeros_like(given["y"]) if collapsed else given["y"] + 50
+    settings = Settings(100.0, 0.2, 0.01, PRESETS["paper"])
+    with mock.patch.object(call, "DENSE_PAIRS", -1):
+        arguments = (given["x"], given["y"], given["p"], given["w"], None, 0, settings)
+        _, _, layout = triton_backend.forward(*arguments)
+    assert layout[0] == collapsed

@@ -1,0 +1,38 @@
+"""The README's Python examples run as printed, and its rule for changing units holds."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from conr_kernels import conr_loss
+
+README = Path(__file__).parents[2] / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_runs_and_gives_a_gradient(number):
+    names: dict = {}
+    exec(EXAMPLES[number], names)
+    assert torch.isfinite(names["loss"]) and names["x"].grad.abs().max() > 0
+
+
+def test_there_are_examples_and_the_files_that_are_named_exist():
+    text = README.read_text(encoding="utf-8")
+    assert len(EXAMPLES) >= 2
+    for target in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (README.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("variant", ["paper", "released-age", "released-depth"])
+def test_changing_the_labels_unit_changes_nothing(variant):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(65, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(20, 40, (65,), generator=generator).double()
+    p = y + 3 * torch.randn(65, generator=generator, dtype=torch.float64)
+    years = conr_loss(x, y, p, window=1.0, push_scale=0.01, variant=variant)
+    months = conr_loss(x, 12 * y, 12 * p, window=12.0, push_scale=0.01 / 12, variant=variant)
+    torch.testing.assert_close(years, months, rtol=1e-12, atol=0)
+    assert years > 0

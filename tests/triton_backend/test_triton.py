@@ -1,0 +1,171 @@
+"""The Triton backend without a GPU: the interpreter's cases in a process of their own, launches.
+
+test_static.py tests their machine code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks import compiled
+from conr_kernels import conr_loss, triton_backend
+from conr_kernels.triton_backend.call import largest_total
+from conr_kernels.triton_backend.configs import ARCHITECTURES, TABLE, config
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def test_interpreted_kernels_agree_with_the_float64_reference() -> None:
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/helpers/triton_interpreted.py",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]
+    assert "[100%]" in run.stdout, run.stdout[-2000:]
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused_with_a_remedy() -> None:
+    x, y = torch.randn(4, 3), torch.zeros(4)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        conr_loss(x, y, y, backend="triton")
+
+
+def test_without_triton_the_package_works_and_says_what_to_do() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, conr_kernels\n"
+        "from conr_kernels.triton_backend import unavailable\n"
+        "x, y = torch.randn(4, 3), torch.zeros(4)\n"
+        "conr_kernels.conr_loss(x, y, y)\n"
+        "print(unavailable(torch.device('cuda'), torch.float32))\n"
+    )
+    run = in_process(code)
+    assert run.returncode == 0, run.stderr
+    assert "not installed" in run.stdout and "pip install triton" in run.stdout
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    run = in_process("import sys, conr_kernels; assert 'triton' not in sys.modules")
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_interpreter_asks_for_a_numpy_that_it_works_with(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("numpy.__version__", "2.4.1")
+    assert "numpy<2.4" in triton_backend.unavailable(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("numpy.__version__", "2.3.5")
+    assert triton_backend.unavailable(torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.parametrize("variant", ["paper", "released-age", "contrastive"])
+@pytest.mark.parametrize(
+    ("N", "D", "limit"),
+    [(1, 1, 4), (128, 128, 3), (1024, 2048, 4), (1024, 8192, 4), (32, 1_000_000, 4),
+     (1100, 128, 12), (65_536, 128, 12), (65_536, 2048, 12), (1_048_576, 128, 12)],
+)  # fmt: skip
+def test_launches_of_forward_and_backward(variant: str, N: int, D: int, limit: int) -> None:
+    for L, K in ((1, None), (3, None), (3, N + 500)):
+        if K is not None and N <= 1024 < K:
+            continue
+        launches = compiled.recorded_launches(N, D, torch.bfloat16, variant=variant, L=L, K=K)
+        assert len(launches) <= limit, [launch.name for launch in launches]
+        assert all(len(launch.grid) == 1 for launch in launches)
+
+
+def test_batch_sizes_share_one_compiled_kernel() -> None:
+    """No size of a batch is baked into a kernel, unlike D and the variant."""
+    per_size = []
+    for N in (1531, 4096, 4113):
+        launches = compiled.recorded_launches(N, 128, torch.bfloat16)
+        sources = [compiled.source_of(launch) for launch in launches]
+        per_size.append([(s.signature, s.constants, s.attrs) for s in sources])
+    assert per_size[0] == per_size[1] == per_size[2]
+
+
+def ptx(N: int, D: int, dtype: torch.dtype, name: str, **options) -> str:
+    launches = compiled.recorded_launches(N, D, dtype, 90, **options)
+    launch = next(launch for launch in launches if name in launch.name)
+    return compiled.compile_launch(launch, 90).asm["ptx"]
+
+
+def test_float64_products_use_no_tf32_and_highest_uses_three_passes() -> None:
+    assert "tf32" not in ptx(1500, 32, torch.float64, "forward_positives")
+    wgmma = re.compile(r"wgmma\.mma_async\S*\.tf32")
+    once, thrice = (
+        len(wgmma.findall(ptx(1500, 32, torch.float32, "forward_positives", precision=how)))
+        for how in ("high", "highest")
+    )
+    assert once > 0 and thrice == 3 * once
+
+
+def test_squares_of_differences_are_not_contracted() -> None:
+    launches = compiled.recorded_launches(1500, 16, torch.float32, L=2, distance="rmse")
+    for launch in launches:
+        if "ward_" in launch.name:
+            assert launch.options["enable_fp_fusion"] is False
+    text = ptx(1500, 16, torch.float32, "forward_positives", L=2, distance="rmse")
+    assert "fma.rn.f32" not in text and "div." not in text and "sqrt." not in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("distance", ["mae", "rmse"])
+def test_totals_are_within_the_window_exactly_where_distances_are(
+    distance: str, dtype: str
+) -> None:
+    """The kernels compare sums over components; the reference their mean or its root."""
+    number = np.dtype(dtype).type
+    generator = np.random.default_rng(0)
+    windows = [0.0, 1e-30, 0.2, 1.0, 3e38, *generator.uniform(0, 10, 40)]
+    for window in windows:
+        for L in (2, 3, 5, 7):
+            largest = largest_total(float(window), L, distance, dtype)
+            following = np.nextafter(number(largest), number(np.inf))
+            for total, is_within in ((number(largest), True), (following, False)):
+                with np.errstate(over="ignore", under="ignore"):
+                    mean = total / number(L)
+                    d = mean if distance == "mae" else np.sqrt(mean)
+                if np.isfinite(total):
+                    assert (d <= number(window)) == is_within, (window, L, total)
+    assert largest_total(0.3, 1, distance, dtype) == 0.3
+    assert largest_total(float("inf"), 3, distance, dtype) == float("inf")
+
+
+def test_the_tiles_of_few_rows_fit_together() -> None:
+    """Both kernels of the backward pass walk over the same tiles, which cover the kept rows."""
+    for arithmetic, kinds in TABLE.items():
+        if "dense" not in kinds:
+            continue
+        for arch in ARCHITECTURES:
+            for width in (0, 16, 32, 64, 128, 256):
+                of_pairs = config("dense", arch, width, arithmetic)
+                product = config("dense backward", arch, width, arithmetic)
+                assert of_pairs.BLOCK_J == product.BLOCK_J and of_pairs.BLOCK_J % 16 == 0
