@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conr_kernels import conr_loss, ops
+from conr_kernels import cuda_backend as front_door
 from conr_kernels.cuda_backend import backend as cuda_backend
 from conr_kernels.reference import row_losses
 from conr_kernels.variants import PRESETS, Settings, Variant
@@ -30,7 +31,7 @@ def compiled(tmp_path_factory):
 @pytest.fixture
 def shim(compiled, monkeypatch):
     """``backend="cuda"`` runs CPU tensors on the shim; fresh tensors hold NaN until written."""
-    monkeypatch.setattr(cuda_backend, "unavailable", lambda device, dtype: None)
+    monkeypatch.setattr(front_door, "unavailable", lambda device, dtype: None)
     monkeypatch.setattr(cuda_backend, "_operators", lambda: compiled)
     monkeypatch.setattr(compiled, "shortened", {})
     compiled.configure()
