@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Options, loss, prepare, try_prepare
+from .batch import Keys, Options, loss, prepare, try_prepare
+from .large_batch.union import union_loss
 from .variants import Variant
 
 
@@ -82,13 +83,26 @@ def conr_loss(
             backend.
     """
     options = Options(window, temperature, push_scale, variant, distance, reduction, backend)
+    return _loss(features, targets, predictions, weights, keys, options, group)
+
+
+def _loss(
+    features: Tensor,
+    targets: Tensor,
+    predictions: Tensor,
+    weights: Tensor | float | None,
+    keys: Keys | None,
+    options: Options,
+    group: Any,
+) -> Tensor:
     if group is None:
         return loss(prepare(features, targets, predictions, weights, keys, options))
+    prepared = try_prepare(features, targets, predictions, weights, keys, options)
     if torch.compiler.is_compiling():
-        from .large_batch.tracing import union_loss
-    else:
-        from .large_batch.union import union_loss
-    return union_loss(group, try_prepare(features, targets, predictions, weights, keys, options))
+        from .large_batch import tracing
+
+        return tracing.union_loss(group, prepared)
+    return union_loss(group, prepared)
 
 
 class ConRLoss(nn.Module):
@@ -107,11 +121,22 @@ class ConRLoss(nn.Module):
         group: Any = None,
     ) -> None:
         super().__init__()
-        self.options = Options(
-            window, temperature, push_scale, variant, distance, reduction, backend
-        )
-        self.options.check()
+        self.window = window
+        self.temperature = temperature
+        self.push_scale = push_scale
+        self.variant = variant
+        self.distance = distance
+        self.reduction = reduction
+        self.backend = backend
         self.group = group
+        self.options.check()
+
+    @property
+    def options(self) -> Options:
+        return Options(
+            self.window, self.temperature, self.push_scale, self.variant, self.distance,
+            self.reduction, self.backend,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -121,15 +146,7 @@ class ConRLoss(nn.Module):
         weights: Tensor | float | None = None,
         keys: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        return conr_loss(
-            features,
-            targets,
-            predictions,
-            weights,
-            keys=keys,
-            group=self.group,
-            **self.options._asdict(),
-        )
+        return _loss(features, targets, predictions, weights, keys, self.options, self.group)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())

@@ -60,7 +60,7 @@ def compiling_for(architecture: int) -> Iterator[None]:
 
 def calls() -> list[Call]:
     """Every call whose kernels the tests and the stages use, the most used first."""
-    from tests import test_gpu
+    from tests.gpu import test_gpu
 
     from .providers import BF16, F32
 

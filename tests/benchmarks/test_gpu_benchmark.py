@@ -304,7 +304,7 @@ def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
 def test_the_proposed_table_is_the_shipped_one_with_the_faster_entries_first():
     pytest.importorskip("triton", reason="triton is not installed")
     from benchmarks.gpu import tune
-    from conr_kernels import triton_configs
+    from conr_kernels.triton_backend import configs as triton_configs
 
     proposals = tune.Proposals()
     proposals.add("backward", "bfloat16", 128, (64, 128, 0, 4, 3), "faster")

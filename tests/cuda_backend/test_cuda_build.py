@@ -77,7 +77,7 @@ def build(tmp_path_factory) -> Build:
     )
     assert done.returncode == 0, done.stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    package = folder / "lib" / "conr_kernels"
+    package = folder / "lib" / "conr_kernels" / "cuda_backend"
     record = json.loads((package / "_conr_cuda.json").read_text())
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Build(done.stdout, package / cuda_backend.LIBRARY, record, seconds)
@@ -155,7 +155,7 @@ def undefined_symbols(path: Path, *options: str) -> set[str]:
 
 def beyond_2_10(symbols: set[str]) -> set[str]:
     """Those that are asked of PyTorch's stable ABI and that torch 2.10.0 does not export."""
-    lines = (ROOT / "tests" / "torch_2_10_symbols.txt").read_text().splitlines()
+    lines = (ROOT / "tests" / "helpers" / "torch_2_10_symbols.txt").read_text().splitlines()
     asked = {s for s in symbols if s.startswith(("aoti_torch_", "torch_"))}
     assert asked
     return asked - {line for line in lines if not line.startswith("#")}
@@ -214,7 +214,7 @@ def test_16_bit_sweeps_use_tensor_cores_and_all_wide_copies_without_atomics_or_l
 
 
 def is_pure(folder: Path) -> tuple[bool, str]:
-    package = folder / "lib" / "conr_kernels"
+    package = folder / "lib" / "conr_kernels" / "cuda_backend"
     record = json.loads((package / "_conr_cuda.json").read_text())
     assert record["built"] is False
     return not (package / cuda_backend.LIBRARY).exists(), record["why"]
