@@ -29,12 +29,11 @@ class Call:
     def __init__(
         self, x: Tensor, y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, s: Settings
     ) -> None:
-        self.x, self.y, self.p = x, y.contiguous(), p.contiguous()
+        # Rows stand one behind the other: no bit of a result depends on how they are handed over.
+        self.x, self.y, self.p = x.contiguous(), y.contiguous(), p.contiguous()
         self.has_keys = keys is not None
-        if keys is None:
-            self.key_x, self.key_y, self.key_p = self.x, self.y, self.p
-        else:
-            self.key_x, self.key_y, self.key_p = keys[0], keys[1].contiguous(), keys[2].contiguous()
+        given = (self.x, self.y, self.p) if keys is None else keys
+        self.key_x, self.key_y, self.key_p = (t.contiguous() for t in given)
         self.self_offset, self.settings = self_offset, s
         self.N, self.D = x.shape
         self.K, self.L = self.key_x.shape[0], y.shape[1]
@@ -132,14 +131,6 @@ def architecture(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 100 if major >= 10 else 90 if major == 9 else 80
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors; no bit of a result depends on it."""
-    if device.type != "cuda":
-        return 132  # the interpreter: an H200's
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def padded(n: int) -> int:
