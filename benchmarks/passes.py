@@ -19,16 +19,35 @@ def sweep_of(launch: Launch) -> str | None:
 
 
 def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
-    """Full and edge tiles of each tile of anchors of a sweep; one pair of ones elsewhere."""
+    """Full and edge tiles of keys that each program of a sweep visits; one pair of ones elsewhere."""
     sweep, given = sweep_of(launch), launch.arguments
     if sweep is None:
         return ((1, 1),)
     L = given["L"]
-    reach = float(given["h"]) * (1 if L == 1 else math.sqrt(L) if given["RMSE"] else L)
-    return tiles.visits(
+    reach = 1.0 * (1 if L == 1 else math.sqrt(L) if given.get("RMSE") else L)
+    reach = float(given.get("h", 1.0)) * reach
+    visits = tiles.visits(
         given["n_anchors"], given["n_keys"], given["BLOCK_I"], given["BLOCK_J"], sweep, reach,
         L == 1, sweep == "negatives" and not given.get("CONFUSED", True),
     )  # fmt: skip
+    n_slots, first = given.get("n_slots", 1), given.get("first", 0)
+    if "BLOCK_K" in given:  # the product of wide features: programs that share out its columns
+        n_programs = given["D_PAD"] // given["BLOCK_D"]
+        here = visits[first : first + launch.grid[0] // n_programs]
+        return tuple((0, full + edge) for full, edge in here for _ in range(n_programs))
+    if "first" in given:  # every tile is taken for an edge
+        here = visits[first : first + launch.grid[0] // n_slots]
+        visits = tuple((0, full + edge) for full, edge in here)
+    return tuple(
+        (_share(full, slot, n_slots), _share(edge, slot, n_slots))
+        for full, edge in visits
+        for slot in range(n_slots)
+    )
+
+
+def _share(n: int, slot: int, n_slots: int) -> int:
+    """Of n tiles, those of one of the programs that share them."""
+    return n * (slot + 1) // n_slots - n * slot // n_slots
 
 
 def phases_of(
@@ -52,11 +71,6 @@ def phases_of(
                 kind = next(names)
                 n = kinds[kind] if known is None else times * known
                 yield kind, list(_subtree(loop, given, n)), n
-            elif loop.nest.has_pairs:
-                # Around a group of tiles and its product, or around all tiles of the anchors.
-                is_group = any(child.nest.exponentials for child in loop.loops)
-                n_groups = math.ceil((full + edge) / given.get("GROUP", 1))
-                yield from walk(loop, max(n_groups, 1) if is_group else times)
             elif loop.nest.has_product:
                 n = full + edge if pairs or sweep_of(launch) else times
                 yield "product", list(_products(loop, given, times, n)), n
@@ -73,9 +87,8 @@ def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
     if known is None:  # a part of D: so many columns, or chunks
         part = given.get("chunk", given.get("n_chunks", 0) * loop.nest.step)
         known = math.ceil(part / loop.nest.step) if part else None
-    passes = times * known if known is not None else n * (times / max(times, 1))
-    yield loop, passes
     steps = given["BLOCK_J"] // given.get("BLOCK_K", given["BLOCK_J"])
+    yield loop, times * known if known is not None else n * steps
     for child in loop.loops:
         inner = _trips(child.nest, given)
         yield child, passes * inner if inner is not None else n * (known or 1) * steps
