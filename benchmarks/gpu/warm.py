@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from .. import compiled
-from ..compiled import Launch
+from ..static import compiled
+from ..static.compiled import Launch
 from . import dense, device
 from .rows import Stage
 

@@ -274,8 +274,8 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
 
 def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks import compiled
     from benchmarks.gpu import tune
+    from benchmarks.static import compiled
 
     found = set()
     for n, d in ((500, 128), (16, 100_000), (2000, 128), (2000, 512)):
