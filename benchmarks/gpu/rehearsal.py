@@ -29,7 +29,7 @@ def tasks(names: list[str]) -> list[Task]:
     interpreted = environment | {"TRITON_INTERPRET": "1"}
     stage = [sys.executable, "-m", "benchmarks.gpu.stage"]
     found = []
-    from .main import pytest_command
+    from .__main__ import pytest_command
 
     if files := [file for name, file in TESTS.items() if name in names]:
         command = pytest_command(files, 1)
@@ -42,7 +42,7 @@ def tasks(names: list[str]) -> list[Task]:
 
 
 def main(names: list[str], out: Path) -> int:
-    from .main import ROOT, finish
+    from .__main__ import ROOT, finish
 
     print("A rehearsal on the CPU: no number of it means anything.", flush=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import measure, plot, providers, report, rows
 from benchmarks.batches import AGES, make_batch
-from benchmarks.gpu import main as gpu_main
+from benchmarks.gpu import __main__ as gpu_main
 
 BASELINE, ROW_LOOP, *FUSED = providers.providers("cpu")
 

@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.gpu import claims, main, rows
+from benchmarks.gpu import __main__ as main
+from benchmarks.gpu import claims, rows
 from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
 from conr_kernels.triton_backend.configs import KINDS
 
@@ -225,7 +226,8 @@ def test_verdicts_of_tests_and_sanitizer():
 
 
 def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
-    from benchmarks.gpu import device, providers, speed
+    from benchmarks.gpu import device
+    from benchmarks.gpu.stages import providers, speed
 
     plain = providers.PROVIDERS["eager"]
     wrong = replace(plain, losses=lambda *args: plain.losses(*args) * 1.1)
@@ -249,7 +251,7 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     from triton.runtime.jit import JITFunction
 
-    from benchmarks.gpu import warm
+    from benchmarks.gpu.stages import warm
     from conr_kernels import conr_loss, triton_backend
 
     call = tuple(dict(N=1300, D=16, dtype=torch.float16, precision="highest").items())
@@ -274,7 +276,7 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
 
 def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks.gpu import tune
+    from benchmarks.gpu.stages import tune
     from benchmarks.static import compiled
 
     found = set()
@@ -288,7 +290,7 @@ def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
 
 def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks.gpu import tune, warm
+    from benchmarks.gpu.stages import tune, warm
 
     assert {kind for kind, *_ in tune.items()} == set(KINDS) - {"product"}
     for kind, size, how in tune.items():
@@ -303,7 +305,7 @@ def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
 
 def test_the_proposed_table_is_the_shipped_one_with_the_faster_entries_first():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks.gpu import tune
+    from benchmarks.gpu.stages import tune
     from conr_kernels.triton_backend import configs as triton_configs
 
     proposals = tune.Proposals()

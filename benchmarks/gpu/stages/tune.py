@@ -19,10 +19,10 @@ from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend import configs as triton_configs
 from conr_kernels.triton_backend.configs import Config
 
-from . import device
+from .. import device
+from ..rows import TABLE, Stage
 from .candidates import CANDIDATES, ITEMS, Tile
 from .providers import BF16, PROVIDERS, Size, provider
-from .rows import TABLE, Stage
 
 CONSTANTS = {"WIDE_GROUP": (4, 8, 16), "WIDE_PROGRAMS": (132, 264, 528)}
 CROSSOVER = (512, 768, 1024, 1536, 2048)

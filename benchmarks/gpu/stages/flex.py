@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from ..batches import Batch
-from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW
-from . import device
+from ...batches import Batch
+from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW
+from .. import device
 
 #: A score whose exponential is 0 in float32 beside any other.
 OUTSIDE = -1e4

@@ -14,11 +14,11 @@ import torch
 
 from conr_kernels import available_backends, conr_loss
 
-from . import device
+from .. import device
+from ..rows import Stage
 from .providers import BF16, F32
-from .rows import Stage
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 #: compute-sanitizer's exit status where it found a fault, and the rows of text kept of its report.
 FAULT, REPORT_LINES = 9, 60
 RAN = "ran every regime"

@@ -12,10 +12,10 @@ from torch import Tensor
 from conr_kernels import reference
 from conr_kernels.variants import Settings, resolve_variant
 
-from ..batches import Batch, make_batch
-from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
-from . import device
-from .rows import Stage
+from ...batches import Batch, make_batch
+from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
+from .. import device
+from ..rows import Stage
 
 #: Kinds of predictions by their names in the rows.
 REGIMES = {"7 years off": "agedb", "converged": "converged", "collapsed": "constant"}

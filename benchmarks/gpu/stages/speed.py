@@ -12,11 +12,11 @@ from conr_kernels import available_backends
 from conr_kernels.core.sweep import bands
 from conr_kernels.triton_backend import call
 
-from ..batches import Batch
-from ..providers import WINDOW, product
-from . import device
+from ...batches import Batch
+from ...providers import WINDOW, product
+from .. import device
+from ..rows import Stage
 from .providers import BF16, COLLAPSED, F32, PRODUCT, REGIMES, Size, fits, is_correct, provider
-from .rows import Stage
 
 BOTH = "forward+backward"
 SMALL = (128, 256, 512)

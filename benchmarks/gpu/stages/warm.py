@@ -22,10 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from ..static import compiled
-from ..static.compiled import Launch
-from . import dense, device
-from .rows import Stage
+from ...static import compiled
+from ...static.compiled import Launch
+from .. import device
+from ..rows import Stage
+from . import dense
 
 #: One call: ``recorded_launches``'s arguments by name, maybe with a tile that is tried; or a dense
 #: comparator's kind and width.
