@@ -39,6 +39,10 @@ def run(stage: Stage, backend: str) -> int:
         from .stages import speed
 
         return getattr(speed, stage.name)(stage)
+    if stage.name == "counters":
+        from .stages.counters import counters
+
+        return counters(stage)
     from .stages import checks
 
     return {
