@@ -35,7 +35,7 @@ def lines_of(rows: claims.Rows, metric: str) -> Lines:
         name = f"conr_kernels, {row['regime']}" if provider == "triton" else provider
         points = lines.setdefault(name + DEVICE * is_graph, {})
         points[int(row["N"])] = float(row["value"])
-    return {name: sorted(points.items()) for name, points in lines.items()}
+    return {name: sorted(lines[name].items()) for name in sorted(lines) if len(lines[name]) > 1}
 
 
 def picture(rows: claims.Rows, environment: dict[str, object], path: Path) -> None:
