@@ -156,9 +156,7 @@ def compile_one(call: Call, index: int, architecture: int) -> str:
 
 
 def compile_all(
-    work: list[tuple[Call, int]],
-    architecture: int,
-    left: Callable[[], float],
+    work: list[tuple[Call, int]], architecture: int, left: Callable[[], float]
 ) -> tuple[int, list[str]]:
     """How many kernels were compiled before the time was up, and what went wrong."""
     n_processes = max(1, min(14, (os.cpu_count() or 2) - 1))
