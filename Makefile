@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Where make gpu puts what it finds, its stages (all) and seconds; the commit, where git is not there.
 OUT ?= out/gpu
 STAGES ?=
-LIMIT ?= 530
+LIMIT ?= 390
 CONR_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
 # make abi: interpreters with other versions of PyTorch, which get the library built with this one.
 PYTHONS ?=
