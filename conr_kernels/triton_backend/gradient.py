@@ -6,7 +6,7 @@ Tiles are visited as in the forward pass: see sweeps.py.
 import triton
 import triton.language as tl
 
-from .arithmetic import dot, load_tile, scale_pair
+from .arithmetic import dot, load_tile, scale_pair, similarity
 from .layout import count_of, key_tiles, padded, sweep_of, tile_at
 from .sweeps import anchors_of, pairs_of
 
@@ -65,15 +65,19 @@ def in_range(H_ij):
 
 @triton.jit
 def _add_tile(
-    G, tile_j, anchors, of_anchors, q_i, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-    EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
+    G, tile_j, anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
+    width, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
     D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
     INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     j0 = tile_j.to(tl.int64) * BLOCK_J
-    q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
-    s_ij = dot(q_i, tl.trans(q_j), None, PRECISION)
+    q_j_ptr += j0 * D_PAD
+    q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, D_PAD, UPCAST)
+    s_ij = similarity(
+        q_i, q_i_ptr, q_j, q_j_ptr, width, D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST
+    )
     H_ij = pair_gradients(
         s_ij, anchors, of_anchors, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
         NEGATIVES, EDGE, CONFUSED, L, RMSE, SHIFTED, INSIDE, PUSHING, BLOCK_J,
@@ -118,9 +122,7 @@ def _add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
 
 
 @triton.jit
-def unit_columns(
-    x_ptr, inverse, row, first, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def unit_columns(x_ptr, inverse, row, first, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr):
     """Columns ``[first, first + WIDTH)`` of the rows' unit features."""
     x_ptrs, mask = columns_of(x_ptr, row, first, n_anchors, D, WIDTH)
     return tl.load(x_ptrs, mask=mask, other=0.0).to(inverse.dtype) * inverse[:, None]
@@ -144,10 +146,12 @@ def store_gradient(
 
 
 @triton.jit
-def quarters(G):
-    parts = ()
-    for half in tl.static_range(2):
-        parts = parts + _halves(_halves(G)[half])
+def in_parts(G, PARTS: tl.constexpr):
+    """A tile, or its quarters by columns: all loads beside a wide one at once would spill."""
+    parts = (G,)
+    if PARTS > 1:
+        left, right = _halves(G)
+        parts = _halves(left) + _halves(right)
     return parts
 
 
@@ -162,7 +166,7 @@ def _halves(G):
 def conr_backward_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, inverse_i_ptr,
     q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, x_ptr, G_ptr, G_rest_ptr, gradient_ptr,
-    n_anchors, n_keys, h: tl.float64, push_scale: tl.float64, kappa: tl.float64,
+    n_anchors, n_keys, width, h: tl.float64, push_scale: tl.float64, kappa: tl.float64,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
     SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
@@ -174,9 +178,8 @@ def conr_backward_kernel(
 
     G and the gradient may share their memory: a program reads and writes its own rows only.
     """
-    # A quarter's loads at a time: all at once would spill beside so wide a G.
-    PARTS: tl.constexpr = 4 if BLOCK_D > 128 else 1
-    WIDTH: tl.constexpr = BLOCK_D // PARTS
+    PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
+    WIDTH: tl.constexpr = D_PAD // PARTS
     tile = tl.program_id(0)
     _, order_ptr, self_ptr, _, _ = sweep_of(
         layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
@@ -193,24 +196,22 @@ def conr_backward_kernel(
     of_anchors = coefficients_of(coef_i_ptr + rows, n_padded, NEGATIVES, SHIFTED, INSIDE)
     q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
     q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
-    G = tl.zeros((BLOCK_I, BLOCK_D), dtype)
+    G = tl.zeros((BLOCK_I, D_PAD), dtype)
     for t in range(count_of(full)):
         G = _add_tile(
-            G, tile_at(t, full), anchors, of_anchors, q_i, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr,
-            n_keys, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
-            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_J, BLOCK_D,
+            G, tile_at(t, full), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
+            coef_j_ptr, n_keys, width, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
+            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     for t in range(count_of(edges)):
         G = _add_tile(
-            G, tile_at(t, edges), anchors, of_anchors, q_i, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr,
-            n_keys, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
-            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_J, BLOCK_D,
+            G, tile_at(t, edges), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
+            coef_j_ptr, n_keys, width, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
+            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
 
     row = tl.load(order_ptr + rows)
-    parts = (G,)
-    if PARTS > 1:
-        parts = quarters(G)
+    parts = in_parts(G, PARTS)
     if not NEGATIVES:
         for c in tl.static_range(PARTS):
             _store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .call import ROW_PAD, WIDE_PAD, Call, padded, tiles
 
-#: Programs that the forward kernels and those of wide features are split into, about, and the most
-#: that share a tile of anchors.
+#: Programs that the forward kernels are split into, about, and the most that share a tile of
+#: anchors.
 PROGRAMS = 4096
 SLOTS = 16
 #: Numbers of H_ij that are kept at a time: as many as the features', times this, but not fewer
-#: than WORKSPACE.
+#: than WORKSPACE; programs that then multiply them by the keys' features, about.
 WIDE_FEATURES = 4
 WORKSPACE = 2**25
+WIDE_PROGRAMS = 528
 GATHER_ROWS = 32
 FINISH_ROWS = 64
 
@@ -99,6 +102,15 @@ def _write_layout(call: Call, layout: Tensor) -> None:
     )
 
 
+def _flags(call: Call, negatives: bool) -> dict[str, Any]:
+    """Constants of a sweep; what the other one alone depends on has one value."""
+    return dict(
+        NEGATIVES=negatives, CONFUSED=call.is_confused and negatives, SAME=not call.has_keys,
+        D_PAD=call.D_pad, INSIDE=call.is_inside and not negatives,
+        PUSHING=call.settings.variant.pushing if negatives else "none",
+    )  # fmt: skip
+
+
 def forward_sweeps(
     call: Call, w: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor
 ) -> None:
@@ -118,9 +130,8 @@ def forward_sweeps(
         kernels.conr_forward_kernel[(n_tiles * n_slots,)](
             layout, *rows.named(rows.i, "q y p"), *rows.named(rows.j, "q y p"), sums, n,
             call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
-            NEGATIVES=negatives, CONFUSED=call.is_confused, SAME=not call.has_keys,
-            D_PAD=call.D_pad, INSIDE=call.is_inside, PUSHING=variant.pushing, TINY=call.is_tiny,
-            **call.pair_flags, **call.options(chosen),
+            TINY=call.is_tiny and negatives, **_flags(call, negatives), **call.pair_flags,
+            **call.options(chosen),
         )  # fmt: skip
     kernels.conr_finish_kernel[(tiles(call.N, FINISH_ROWS),)](
         sums, n, poison, w, loss, stats, call.N, call.K, n_slots, s.push_scale,
@@ -157,10 +168,9 @@ def _backward(call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa
             rows.gather(layout, negatives)
         conr_backward_kernel[(tiles(call.N, chosen.BLOCK_I),)](
             layout, *rows.named(rows.i, "q y p coef inverse"), *rows.named(rows.j, "q y p coef"),
-            x, G, G_rest, gradient, call.N, call.K, call.window, s.push_scale, kappa,
-            NEGATIVES=negatives, CONFUSED=call.is_confused, SAME=not call.has_keys, D=call.D,
-            D_PAD=call.D_pad, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
-            RESCALE=x.dtype == torch.float16, **call.pair_flags, **call.options(chosen),
+            x, G, G_rest, gradient, call.N, call.K, call.D_pad, call.window, s.push_scale, kappa,
+            D=call.D, RESCALE=x.dtype == torch.float16, **_flags(call, negatives),
+            **call.pair_flags, **call.options(chosen),
         )  # fmt: skip
 
 
@@ -173,36 +183,40 @@ def _backward_wide(
     s, x, n_tiles = call.settings, call.x, tiles(call.N, chosen.BLOCK_I)
     is_rescaled = x.dtype == torch.float16
     columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
-    # A row may meet every key, and no number of the device's is known here.
+    n_tiles_j = padded(call.K) // chosen.BLOCK_J
+    # No number of the device's is known here: a row may meet every key. Rows enough to fill a GPU
+    # go together, as many keys at a time as the workspace holds.
     numbers = max(WIDE_FEATURES * x.numel(), WORKSPACE)
-    part = min(max(numbers // (padded(call.K) * chosen.BLOCK_I), 1), n_tiles)
-    n_slots = min(tiles(PROGRAMS, part), tiles(call.K, chosen.BLOCK_J))
-    H = x.new_empty((part * chosen.BLOCK_I, padded(call.K)))
+    part = tiles(n_tiles, tiles(n_tiles * (call.D_pad // columns), WIDE_PROGRAMS))
+    row_tiles = min(max(numbers // (part * chosen.BLOCK_I * chosen.BLOCK_J), 1), 2**16)
+    row_tiles = tiles(n_tiles_j, tiles(n_tiles_j, row_tiles))
+    row_size = row_tiles * chosen.BLOCK_J
+    n_slots = min(tiles(2 * WIDE_PROGRAMS, part), row_tiles)
+    H = x.new_empty((part * chosen.BLOCK_I, row_size))
     H_scale = None
     if is_rescaled:
         H_scale = x.new_empty(H.numel() // chosen.BLOCK_J, dtype=call.dtype)
     G = x.new_empty((call.N, call.D_pad), dtype=call.dtype)
-    flags = call.pair_flags
-    common = dict(
-        CONFUSED=call.is_confused, SAME=not call.has_keys, D_PAD=call.D_pad, L=call.L,
-        RESCALE=is_rescaled, PRECISION=flags["PRECISION"], UPCAST=flags["UPCAST"],
-    )  # fmt: skip
+    of_product = {name: call.pair_flags[name] for name in ("L", "PRECISION", "UPCAST")}
     for negatives in (False, True):
         if call.is_confused or not negatives:
             rows.gather(layout, negatives)
-        for first in range(0, n_tiles, part):
+        windows = itertools.product(range(0, n_tiles, part), range(0, n_tiles_j, row_tiles))
+        for first, start in windows:
             n_here = min(part, n_tiles - first)
             kernels.conr_wide_scores_kernel[(n_here * n_slots,)](
                 layout, *rows.named(rows.i, "q y p coef"), *rows.named(rows.j, "q y p coef"),
-                H, H_scale, call.N, call.K, n_slots, first, call.D_pad, call.window, s.push_scale,
-                NEGATIVES=negatives, RMSE=flags["RMSE"], SHIFTED=flags["SHIFTED"],
-                INSIDE=call.is_inside, PUSHING=s.variant.pushing,
-                **common, **call.options(chosen),
+                H, H_scale, call.N, call.K, n_slots, first, start, row_size, call.D_pad,
+                call.window, s.push_scale,
+                RESCALE=is_rescaled, **_flags(call, negatives), **call.pair_flags,
+                **call.options(chosen),
             )  # fmt: skip
             kernels.conr_wide_product_kernel[(n_here * (call.D_pad // columns),)](
-                layout, rows.j["q"], H, H_scale, G, call.N, call.K, first,
-                NEGATIVES=negatives, **common, BLOCK_I=chosen.BLOCK_I, BLOCK_J=chosen.BLOCK_J,
-                BLOCK_D=columns, BLOCK_K=product.BLOCK_J, **product.launch,
+                layout, rows.j["q"], H, H_scale, G, call.N, call.K, first, start, row_size,
+                NEGATIVES=negatives, CONFUSED=call.is_confused and negatives,
+                SAME=not call.has_keys, D_PAD=call.D_pad, RESCALE=is_rescaled, **of_product,
+                BLOCK_I=chosen.BLOCK_I, BLOCK_J=chosen.BLOCK_J, BLOCK_D=columns,
+                BLOCK_K=product.BLOCK_J, **product.launch,
             )  # fmt: skip
     kernels.conr_wide_gradient_kernel[(padded(call.N) // GATHER_ROWS,)](
         layout, *rows.named(rows.i, "coef inverse"), x, G, gradient,

@@ -197,12 +197,13 @@ def _load_rows(x_ptr, rows, is_row, columns, D: tl.constexpr, dtype: tl.constexp
 
 @triton.jit
 def _gather_tile(
-    pid, order_ptr, given, copies, poison_ptr, n_rows, width, scale,
+    pid, order_ptr, given, w_ptr, coef_ptr, copies, sorted_coef_ptr, poison_ptr,
+    n_rows, width, scale,
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr = given
-    q_ptr, inverse_ptr, sorted_y_ptr, sorted_p_ptr, sorted_coef_ptr = copies
+    x_ptr, y_ptr, p_ptr = given
+    q_ptr, inverse_ptr, sorted_y_ptr, sorted_p_ptr = copies
     here = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n_padded = padded(n_rows).to(tl.int64)
     rows = tl.load(order_ptr + here)
@@ -284,18 +285,18 @@ def conr_gather_kernel(
         order_j_ptr += padded(n_keys)
         order_i_ptr += padded(n_anchors)
     n_programs = padded(n_keys) // ROWS
-    key_w_ptr = None if HAS_KEYS else w_ptr
     if is_stale:
         if pid < n_programs:
             _gather_tile(
-                pid, order_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr, key_w_ptr, key_coef_ptr),
-                (q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr), poison_ptr,
+                pid, order_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),
+                None if HAS_KEYS else w_ptr, key_coef_ptr,
+                (q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr), coef_j_ptr, poison_ptr,
                 n_keys, width, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
             )  # fmt: skip
         elif HAS_KEYS:
             _gather_tile(
-                pid - n_programs, order_i_ptr, (x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr),
-                (q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr),
+                pid - n_programs, order_i_ptr, (x_ptr, y_ptr, p_ptr), w_ptr, coef_ptr,
+                (q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr), coef_i_ptr,
                 None if poison_ptr is None else poison_ptr + n_keys,
                 n_anchors, width, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
             )  # fmt: skip
@@ -326,7 +327,7 @@ def key_tiles(
     SAME: tl.constexpr, EXACT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The key tiles that a tile of anchors visits: all; those whose every pair lies in the anchors'
-    bands, but for tiles that may hold an anchor's pair with itself; the others. Each for ``tile_at``.
+    bands, but for tiles that may hold an anchor's pair with itself; the others.
     """
     is_outside, _, self_ptr, lo_ptr, hi_ptr = sweep_of(
         layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
@@ -348,7 +349,8 @@ def key_tiles(
             self_first, self_last = tl.load(self_ptr + first), tl.load(self_ptr + last)
         s0 = tl.minimum(tl.maximum(self_first // BLOCK_J, f0), f1)
         s1 = tl.minimum(tl.maximum(self_last // BLOCK_J + 1, f0), f1)
-        every, full, edges = _union(lo, hi, hi, hi), _union(f0, s0, s1, f1), (lo, f0, s0, s1, f1, hi)
+        every = _union(lo, hi, hi, hi)
+        full, edges = _union(f0, s0, s1, f1), (lo, f0, s0, s1, f1, hi)
     else:
         end = tl.cdiv(n_keys, BLOCK_J)
         if CONFUSED:

@@ -1,4 +1,4 @@
-"""The Triton kernels of the two banded sweeps, forward, and what all sweeps do with a tile of pairs.
+"""The Triton kernels of the two banded sweeps, forward, and what every sweep does with its pairs.
 
 Tiles of keys outside the bands of a tile of anchors are never visited; those inside every anchor's
 band (*full*) and those across a border (*edge*) go through separate loops.
@@ -188,9 +188,7 @@ def conr_forward_kernel(
 
 
 @triton.jit
-def _sum_of_parts(
-    sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.constexpr
-):  # fmt: skip
+def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.constexpr):
     """A row's sum or its logarithm, and what stands in the third column, in float64."""
     total = tl.load(sums_ptrs, mask=is_part, other=0.0).to(tl.float64)
     extra = tl.zeros((total.shape[0],), tl.float64)
@@ -228,7 +226,7 @@ def conr_finish_kernel(
     B, found = _sum_of_parts(sums_ptr + 3 * stride + parts, stride, is_part, SHIFTED, TINY)
     n = tl.sum(tl.load(n_ptr + parts, mask=is_part, other=0), axis=1).to(tl.float64)
     if SHIFTED:
-        has_negative = B > float("-inf")
+        has_negative = float("-inf") < B
     elif TINY:
         has_negative = found > 0
     else:

@@ -141,16 +141,18 @@ class Case:
         return loss.detach(), features.grad
 
     def run_triton(self, given: dict) -> tuple[Tensor, Tensor]:
-        """Regime "parts": sweeps that keep H_ij of one tile of anchors at a time."""
+        """Regime "parts": sweeps that keep H_ij of one tile of pairs at a time."""
         pairs = call.DENSE_PAIRS if "dense" in self.regime else -1
-        workspace = (0, 1) if self.regime == "parts" else (4, launch_sweeps.WORKSPACE)
+        workspace, programs = (1, 1) if self.regime == "parts" else (2**25, 528)
         chunks = 0 if self.regime == "dense-split" else launch_dense.DENSE_CHUNKS
         with (
             mock.patch.object(call, "DENSE_PAIRS", pairs),
             mock.patch.object(launch_dense, "DENSE_CHUNKS", chunks),
             mock.patch.object(launch_dense, "DENSE_PART", 1 if chunks == 0 else 4),
-            mock.patch.object(launch_sweeps, "WIDE_FEATURES", workspace[0]),
-            mock.patch.object(launch_sweeps, "WORKSPACE", workspace[1]),
+            mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
+            mock.patch.object(launch_sweeps, "WORKSPACE", workspace),
+            mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
+            mock.patch.object(launch_sweeps, "PROGRAMS", 3),
             guarded_allocations(),
         ):
             return self.run("triton", self.dtype, given)
@@ -342,7 +344,10 @@ def test_the_choice_of_sweep_is_made_from_the_bands(collapsed: bool) -> None:
     given = case.inputs()
     given["p"] = torch.zeros_like(given["y"]) if collapsed else given["y"] + 50
     settings = Settings(100.0, 0.2, 0.01, PRESETS["paper"])
-    with mock.patch.object(call, "DENSE_PAIRS", -1):
+    with (
+        mock.patch.object(call, "DENSE_PAIRS", -1),
+        mock.patch.object(launch_sweeps, "PROGRAMS", 1),
+    ):
         arguments = (given["x"], given["y"], given["p"], given["w"], None, 0, settings)
         _, _, layout = triton_backend.forward(*arguments)
     assert layout[0] == collapsed

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend import configs as triton_configs
-from conr_kernels.triton_backend.sweeps import conr_forward_positives_kernel
+from conr_kernels.triton_backend.sweeps import conr_forward_kernel
 
 from .. import device
 from ..rows import TABLE, Stage
@@ -37,7 +37,7 @@ GAIN = 0.97
 
 def kernel_seconds(run: Callable[[], object], kind: str, repeats: int = 5) -> float:
     """Median over steps of the time of all launches of one kind; of all where none has its name."""
-    launcher = type(conr_forward_positives_kernel)
+    launcher = type(conr_forward_kernel)
     plain = launcher.run
     found: list[tuple[str | None, device.Stopwatch]] = []
 
