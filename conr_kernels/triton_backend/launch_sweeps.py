@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .call import ROW_PAD, WIDE_PAD, Call, padded, tiles
 
-#: Programs that the forward kernels are split into, about, and the most that share a tile of
-#: anchors.
-PROGRAMS = 4096
-SLOTS = 16
+#: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
+#: most that share a forward pass's tile of anchors.
+PROGRAMS = 1056
+SLOTS = 8
 #: Numbers of H_ij that are kept at a time: as many as the features', times this, but not fewer
 #: than WORKSPACE; programs that then multiply them by the keys' features, about.
 WIDE_FEATURES = 4
@@ -191,7 +191,7 @@ def _backward_wide(
     row_tiles = min(max(numbers // (part * chosen.BLOCK_I * chosen.BLOCK_J), 1), 2**16)
     row_tiles = tiles(n_tiles_j, tiles(n_tiles_j, row_tiles))
     row_size = row_tiles * chosen.BLOCK_J
-    n_slots = min(tiles(2 * WIDE_PROGRAMS, part), row_tiles)
+    n_slots = min(tiles(PROGRAMS, part), row_tiles)
     H = x.new_empty((part * chosen.BLOCK_I, row_size))
     H_scale = None
     if is_rescaled:
