@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conr_kernels.reference import pair_distance
 from conr_kernels.variants import PRESETS, Settings, Variant
 
 #: The presets, and variants with which any two of the flags meet.
@@ -181,3 +182,36 @@ def structured_cases(seed: int = 0, **changed: Sequence[Any]) -> list[Case]:
     ``changed``: other values than those of ``FACTORS``.
     """
     return _structured_cases(seed, tuple((name, tuple(of)) for name, of in changed.items()))
+
+
+#: Components and distances for which ``ties_beyond_the_reach`` exist.
+VECTOR_TIES = ((3, "mae"), (5, "mae"), (2, "rmse"), (3, "rmse"))
+
+
+def ties_beyond_the_reach(n_components: int, distance: str) -> tuple[Tensor, float]:
+    """Labels [160, L] and a window ``h``: 64 rows at 0, 64 whose distance to them rounds to h
+    although their first component is above ``L·h`` (mae) or ``√L·h`` (rmse), and 32 far away.
+    """
+    y = torch.zeros(160, n_components)
+    for k in range(1, 1000):
+        h = torch.tensor(k / 16 + 1 / 10).item()
+        reach = torch.tensor(h * (n_components if distance == "mae" else n_components**0.5))
+        y[64:128, 0] = reach.nextafter(torch.tensor(torch.inf))
+        if pair_distance(y[:1], y[64:65], distance) <= h:
+            y[128:] = 1e4
+            return y, h
+    raise AssertionError("no window has such ties")
+
+
+def tie_cases(n_components: int, distance: str) -> Iterator[Case]:
+    """Such ties of labels, and of predictions."""
+    ties, h = ties_beyond_the_reach(n_components, distance)
+    x = torch.randn(160, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    constant = torch.zeros_like(ties)
+    # Rows i and i + 80 have one label.
+    pairs = 1e4 * torch.arange(160)[:, None].remainder(80).expand_as(ties).contiguous()
+    for variant in ("paper", "released-depth"):
+        settings = Settings(h, 0.2, 0.1, VARIANTS[variant], distance)
+        choice = dict(variant=variant, n_components=n_components, distance=distance)
+        yield Case(choice | dict(ties="labels"), x, ties, constant, None, settings)
+        yield Case(choice | dict(ties="predictions"), x, pairs, ties, None, settings)

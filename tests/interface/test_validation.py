@@ -120,7 +120,7 @@ VALUE_ERRORS = [
     *(
         (
             dict(push_scale=-0.5, variant=variant),
-            f"push_scale must be ≥ 0 unless pushing is 'exponential', got -0.5 with pushing={pushing!r}",
+            f"push_scale must be ≥ 0 unless … 'exponential', got -0.5 with pushing={pushing!r}",
         )
         for variant, pushing in (
             ("paper", "linear"),
