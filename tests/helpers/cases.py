@@ -170,18 +170,23 @@ def make_case(choice: dict[str, Any], seed: int) -> Case:
 
 
 @functools.cache
-def _structured_cases(seed: int, changed: tuple[tuple[str, Sequence[Any]], ...]) -> list[Case]:
+def _structured_cases(
+    seed: int, empty_kinds: tuple[Any, ...], changed: tuple[tuple[str, tuple[Any, ...]], ...]
+) -> list[Case]:
     factors = FACTORS | dict(changed)
-    choices = [*cover(factors, seed), *cover(factors | dict(kind=EMPTY_KINDS), seed, only="kind")]
+    choices = [*cover(factors, seed), *cover(factors | dict(kind=empty_kinds), seed, only="kind")]
     return [make_case(choice, seed + k) for k, choice in enumerate(choices)]
 
 
-def structured_cases(seed: int = 0, **changed: Sequence[Any]) -> list[Case]:
+def structured_cases(
+    seed: int = 0, empty_kinds: Sequence[Any] = EMPTY_KINDS, **changed: Sequence[Any]
+) -> list[Case]:
     """Batches of ``KINDS`` in which any two settings meet, and of ``EMPTY_KINDS`` with any setting.
 
     ``changed``: other values than those of ``FACTORS``.
     """
-    return _structured_cases(seed, tuple((name, tuple(of)) for name, of in changed.items()))
+    values = tuple((name, tuple(of)) for name, of in changed.items())
+    return _structured_cases(seed, tuple(empty_kinds), values)
 
 
 #: Components and distances for which ``ties_beyond_the_reach`` exist.
