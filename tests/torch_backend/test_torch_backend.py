@@ -14,8 +14,8 @@ from conr_kernels.torch_backend import sweeps as torch_sweeps
 from conr_kernels.torch_backend import tiles as torch_tiles
 from conr_kernels.variants import PRESETS, Settings
 from tests.helpers.cases import VECTOR_TIES, structured_cases, tie_cases
-from tests.helpers.distributed_checks import tiny_distances
 from tests.helpers.oracle import assert_as_good_as_eager, fused
+from tests.helpers.ranks.rows import tiny_distances
 
 
 @pytest.fixture(params=["one tile", "bands", "all pairs", "small tiles"])
