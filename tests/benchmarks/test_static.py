@@ -370,12 +370,30 @@ def _copy_rows(x_ptr, gradient_ptr, n_rows, WIDE: triton.language.constexpr):
     triton.language.store(gradient_ptr + (row * 1984).to(triton.language.int64) + columns, x)
 
 
+@triton.jit
+def _copy_tiles(x_ptr, gradient_ptr, n_rows, stride_n, WIDE: triton.language.constexpr):
+    rows = triton.language.program_id(0) * 16 + triton.language.arange(0, 16)
+    if WIDE:
+        rows = rows.to(triton.language.int64)
+    columns = triton.language.arange(0, 64)
+    mask = (rows < n_rows)[:, None]
+    offsets = rows[:, None] * stride_n
+    x = triton.language.load(x_ptr + (offsets + columns[None, :]), mask=mask)
+    offsets = offsets.to(triton.language.int64)
+    triton.language.store(gradient_ptr + (offsets + columns[None, :]), x, mask=mask)
+
+
 @pytest.mark.parametrize("is_wide", [False, True])
-def test_the_check_of_addresses_finds_32_bit_products(is_wide: bool) -> None:
-    """Both as they are, and widened when it is too late."""
+@pytest.mark.parametrize(
+    ("kernel", "sizes"),
+    [(_copy_rows, dict(n_rows=4)), (_copy_tiles, dict(n_rows=4, stride_n=1984))],
+    ids=["a row", "a tile"],
+)
+def test_the_check_of_addresses_finds_32_bit_products(kernel, sizes, is_wide: bool) -> None:
+    """Both as they are, and widened when it is too late; of a stride in all rows of a tile too."""
     x = torch.empty(4, 1984, device="meta")
-    arguments = dict(x_ptr=x, gradient_ptr=x, n_rows=4, WIDE=is_wide)
-    launch = compiled.Launch(_copy_rows, (4,), arguments, {})
+    arguments = dict(x_ptr=x, gradient_ptr=x, **sizes, WIDE=is_wide)
+    launch = compiled.Launch(kernel, (4,), arguments, {})
     unsafe, advances = check_row_offsets(ttir_of(launch), MATRICES)
     assert len(unsafe) == (0 if is_wide else 2) and bool(advances)
 

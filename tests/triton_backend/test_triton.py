@@ -39,6 +39,7 @@ def test_interpreted_kernels_agree_with_the_float64_reference() -> None:
             "-m",
             "pytest",
             "tests/helpers/triton_interpreted.py",
+            "tests/helpers/triton_structured.py",
             "-q",
             "--tb=short",
             "-p",
