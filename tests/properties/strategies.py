@@ -1,0 +1,145 @@
+"""Batches that hypothesis draws: each is a ``Case`` of a few numbers, which fit in one line of
+JSON, and its tensors follow from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conr_kernels.variants import LOGS, NEGATIVES, PRESETS, PUSHINGS, Settings, Variant
+from tests.helpers.bounds import label_distance
+
+#: A case in JSON, as a failing test prints it: the only one that is drawn.
+ONLY_CASE = "CONR_CASE"
+
+
+class Batch(NamedTuple):
+    """What a backend is given, and the upstream gradient g of the row losses [N]."""
+
+    x: Tensor
+    y: Tensor
+    p: Tensor
+    w: Tensor | None
+    g: Tensor
+    settings: Settings
+    is_dense: bool
+
+    def asks(self, **changes: float) -> Batch:
+        """The same rows with other settings."""
+        return self._replace(settings=replace(self.settings, **changes))
+
+    @property
+    def weights(self) -> Tensor:
+        """``w_i``, 1 where none are given."""
+        return torch.ones_like(self.g) if self.w is None else self.w
+
+    def take(self, rows: Tensor | slice) -> Batch:
+        x, y, p, w, g = (t if t is None else t[rows] for t in self[:5])
+        return self._replace(x=x, y=y, p=p, w=w, g=g)
+
+    def sets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``d_ij``, ``[j ∈ P_i]``, ``[j ∈ M_i]`` [N, N], as section 1 of the definition has them."""
+        h, distance = self.settings.window, self.settings.distance
+        d_ij = label_distance(self.y, distance)
+        negative = d_ij > h
+        if self.settings.variant.negatives == "confused":
+            negative = negative & (label_distance(self.p, distance) <= h)
+        return d_ij.double(), (d_ij <= h).fill_diagonal_(False), negative
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of N rows in D columns with labels of L components.
+
+    Attributes:
+        step, places: labels are ``step`` times an integer below ``places``.
+        reach: predictions are at most so many steps from the labels.
+        window: in steps; halves fall between the distances.
+        weights: ``"none"``, ``"random"``, or ``"zeros"``: about half of them.
+        zero_rows: every so many rows is zero; 0 for none.
+        is_dense: the path of the backends that have a dense one and bands (CUDA, Triton).
+    """
+
+    seed: int
+    N: int
+    D: int
+    L: int
+    step: float
+    places: int
+    reach: int
+    window: float
+    temperature: float
+    push_scale: float
+    variant: str
+    distance: str
+    weights: str
+    zero_rows: int
+    is_wide: bool
+    is_dense: bool
+
+    def __repr__(self) -> str:
+        return json.dumps(asdict(self))
+
+    def batch(self) -> Batch:
+        g = torch.Generator().manual_seed(self.seed)
+        dtype = torch.float64 if self.is_wide else torch.float32
+        x = torch.randn(self.N, self.D, generator=g) * 2 ** torch.randn(self.N, 1, generator=g)
+        if self.zero_rows:
+            x[:: self.zero_rows] = 0
+        shape = (self.N, self.L)
+        y = torch.randint(0, self.places, shape, generator=g)
+        p = y + torch.randint(-self.reach, self.reach + 1, shape, generator=g)
+        w = 2 * torch.rand(self.N, generator=g)
+        if self.weights == "zeros":
+            w[torch.rand(self.N, generator=g) < 0.5] = 0
+        upstream = torch.randn(self.N, generator=g).to(dtype)
+        w = None if self.weights == "none" else w.to(dtype)
+        variant = PRESETS.get(self.variant) or Variant.from_code(self.variant)
+        settings = Settings(
+            self.window * self.step, self.temperature, self.push_scale, variant, self.distance
+        )
+        y, p = y * self.step, p * self.step
+        return Batch(x.to(dtype), y, p, w, upstream, settings, self.is_dense)
+
+
+def _free_variants() -> st.SearchStrategy[str]:
+    flags = st.booleans()
+    variants = st.tuples(
+        st.sampled_from(LOGS), st.sampled_from(PUSHINGS), st.sampled_from(NEGATIVES),
+        flags, flags, flags,
+    ).filter(lambda fields: fields[0] == "inside" or not fields[4])  # fmt: skip
+    return variants.map(lambda fields: Variant(*fields).code)
+
+
+def cases(max_rows: int, **fixed) -> st.SearchStrategy[Case]:
+    """Cases of at most so many rows, in which the ``fixed`` fields have these values or strategies."""
+    if ONLY_CASE in os.environ:
+        return st.just(Case(**json.loads(os.environ[ONLY_CASE])))
+    fields = dict(
+        seed=st.integers(0, 2**31 - 1),
+        N=st.integers(1, max_rows),
+        D=st.integers(1, 17),
+        L=st.integers(1, 3),
+        step=st.sampled_from((0.25, 0.1, 1.0)),
+        places=st.sampled_from((3, 8, 1, 40)),
+        reach=st.sampled_from((3, 0, 30)),
+        window=st.sampled_from((1.0, 0.0, 0.5, 2.0, 2.5, 9.0)),
+        temperature=st.sampled_from((0.2, 0.07, 0.02, 1.0)),
+        push_scale=st.sampled_from((0.01, 0.2, 1.0, 0.0)),
+        variant=st.sampled_from(tuple(PRESETS)) | _free_variants(),
+        distance=st.sampled_from(("mae", "rmse")),
+        weights=st.sampled_from(("random", "none", "zeros")),
+        zero_rows=st.sampled_from((0, 3)),
+        is_wide=st.booleans(),
+        is_dense=st.booleans(),
+    )
+    for name, value in fixed.items():
+        fields[name] = value if isinstance(value, st.SearchStrategy) else st.just(value)
+    return st.builds(Case, **fields)
