@@ -6,52 +6,19 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
+from conr_kernels.triton_backend.availability import interpreted
 from conr_kernels.variants import LOGS, NEGATIVES, PRESETS, PUSHINGS, Settings, Variant
-from tests.helpers.bounds import label_distance
+from tests.helpers.backends import Batch
 
+#: The interpreter takes a tenth of a second for a few rows.
+ROWS = st.integers(5, 9) if interpreted() else st.integers(1, 24) | st.integers(1, 60)
 #: A case in JSON, as a failing test prints it: the only one that is drawn.
 ONLY_CASE = "CONR_CASE"
-
-
-class Batch(NamedTuple):
-    """What a backend is given, and the upstream gradient g of the row losses [N]."""
-
-    x: Tensor
-    y: Tensor
-    p: Tensor
-    w: Tensor | None
-    g: Tensor
-    settings: Settings
-    is_dense: bool
-
-    def asks(self, **changes: float) -> Batch:
-        """The same rows with other settings."""
-        return self._replace(settings=replace(self.settings, **changes))
-
-    @property
-    def weights(self) -> Tensor:
-        """``w_i``, 1 where none are given."""
-        return torch.ones_like(self.g) if self.w is None else self.w
-
-    def take(self, rows: Tensor | slice) -> Batch:
-        x, y, p, w, g = (t if t is None else t[rows] for t in self[:5])
-        return self._replace(x=x, y=y, p=p, w=w, g=g)
-
-    def sets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``d_ij``, ``[j ∈ P_i]``, ``[j ∈ M_i]`` [N, N], as section 1 of the definition has them."""
-        h, distance = self.settings.window, self.settings.distance
-        d_ij = label_distance(self.y, distance)
-        negative = d_ij > h
-        if self.settings.variant.negatives == "confused":
-            negative = negative & (label_distance(self.p, distance) <= h)
-        return d_ij.double(), (d_ij <= h).fill_diagonal_(False), negative
 
 
 @dataclass(frozen=True)
@@ -118,13 +85,13 @@ def _free_variants() -> st.SearchStrategy[str]:
     return variants.map(lambda fields: Variant(*fields).code)
 
 
-def cases(max_rows: int, **fixed) -> st.SearchStrategy[Case]:
-    """Cases of at most so many rows, in which the ``fixed`` fields have these values or strategies."""
+def cases(**fixed: float) -> st.SearchStrategy[Case]:
+    """Cases in which the ``fixed`` fields have these values."""
     if ONLY_CASE in os.environ:
         return st.just(Case(**json.loads(os.environ[ONLY_CASE])))
     fields = dict(
         seed=st.integers(0, 2**31 - 1),
-        N=st.integers(1, max_rows),
+        N=ROWS,
         D=st.integers(1, 17),
         L=st.integers(1, 3),
         step=st.sampled_from((0.25, 0.1, 1.0)),
@@ -140,6 +107,5 @@ def cases(max_rows: int, **fixed) -> st.SearchStrategy[Case]:
         is_wide=st.booleans(),
         is_dense=st.booleans(),
     )
-    for name, value in fixed.items():
-        fields[name] = value if isinstance(value, st.SearchStrategy) else st.just(value)
+    fields |= {name: st.just(value) for name, value in fixed.items()}
     return st.builds(Case, **fields)

@@ -13,25 +13,22 @@ from hypothesis import given, note
 from torch import Tensor
 
 from conr_kernels.triton_backend.availability import interpreted
+from tests.helpers.backends import NAMES, Backend, Batch, running
 from tests.helpers.bounds import gradient_bound, largest_rate, row_bound, unit
-from tests.properties.backends import MAX_ROWS, NAMES, Backend, make_backend
-from tests.properties.strategies import ONLY_CASE, Batch, Case, cases
+from tests.properties.strategies import ONLY_CASE, Case, cases
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def backend(request, tmp_path_factory) -> Iterator[Backend]:
-    """A backend in its regime; fresh tensors hold NaN until they are written."""
-    with pytest.MonkeyPatch.context() as patch:
-        torch.use_deterministic_algorithms(True)
-        yield make_backend(request.param, patch, tmp_path_factory.mktemp("backend"))
-        torch.use_deterministic_algorithms(False)
+    with running(request.param, tmp_path_factory.mktemp("backend")) as backend:
+        yield backend
 
 
 def for_all(**fixed) -> Callable:
     """Draws the test's case; a failure prints the line that runs this case again."""
 
     def decorate(test: Callable[[Backend, Case], None]) -> Callable:
-        @given(case=cases(MAX_ROWS, **fixed))
+        @given(case=cases(**fixed))
         @functools.wraps(test)
         def checked(backend: Backend, case: Case) -> None:
             test_id = os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)")

@@ -1,24 +1,62 @@
-"""The backends that run here, each in its regimes, as the properties call them."""
+"""The backends that run here, each in its regimes, and the batch that they are called with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+import torch
 from torch import Tensor
 
 from conr_kernels import conr_loss, cuda_backend
 from conr_kernels.cuda_backend import backend as cuda
 from conr_kernels.triton_backend.availability import interpreted
+from conr_kernels.variants import Settings
 from tests.helpers import cuda_shim
+from tests.helpers.bounds import label_distance
 from tests.helpers.regimes import REGIMES, force
-from tests.properties.strategies import Batch
 
 #: Triton's kernels run in a process whose Triton is interpreted from the start, and there alone.
 NAMES = ("triton",) if interpreted() else (*REGIMES, "cuda")
-MAX_ROWS = 9 if interpreted() else 60
+
+
+class Batch(NamedTuple):
+    """What a backend is given, and the upstream gradient g of the row losses [N]."""
+
+    x: Tensor
+    y: Tensor
+    p: Tensor
+    w: Tensor | None
+    g: Tensor
+    settings: Settings
+    is_dense: bool
+
+    def asks(self, **changes: float) -> Batch:
+        """The same rows with other settings."""
+        return self._replace(settings=replace(self.settings, **changes))
+
+    @property
+    def weights(self) -> Tensor:
+        """``w_i``, 1 where none are given."""
+        return torch.ones_like(self.g) if self.w is None else self.w
+
+    def take(self, rows: Tensor | slice) -> Batch:
+        x, y, p, w, g = (t if t is None else t[rows] for t in self[:5])
+        return self._replace(x=x, y=y, p=p, w=w, g=g)
+
+    def sets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``d_ij``, ``[j ∈ P_i]``, ``[j ∈ M_i]`` [N, N]: the definition, pair by pair."""
+        h, distance = self.settings.window, self.settings.distance
+        d_ij = label_distance(self.y, distance)
+        negative = d_ij > h
+        if self.settings.variant.negatives == "confused":
+            negative = negative & (label_distance(self.p, distance) <= h)
+        return d_ij.double(), (d_ij <= h).fill_diagonal_(False), negative
 
 
 class Backend(NamedTuple):
@@ -56,8 +94,22 @@ class Backend(NamedTuple):
         )  # fmt: skip
 
 
-def make_backend(name: str, patch: pytest.MonkeyPatch, folder: Path) -> Backend:
-    """The named backend, forced into its regime as long as the patch holds."""
+@contextmanager
+def running(name: str, folder: Path) -> Iterator[Backend]:
+    """The named backend, forced into its regime; fresh tensors hold NaN until they are written.
+
+    Skips the test where the CUDA source cannot be compiled, into ``folder``, for the host.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        backend = _make(name, patch, folder)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield backend
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def _make(name: str, patch: pytest.MonkeyPatch, folder: Path) -> Backend:
     if name == "triton":
         from conr_kernels.triton_backend import call
 
@@ -67,9 +119,15 @@ def make_backend(name: str, patch: pytest.MonkeyPatch, folder: Path) -> Backend:
         return Backend(force(patch, name))
     if (reason := cuda_shim.missing_tool()) is not None:
         pytest.skip(reason)
-    shim = cuda_shim.Shim(cuda_shim.compile_shim(folder))
+    shim = cuda_shim.Shim(_loaded_shim() or cuda_shim.compile_shim(folder))
     patch.setattr(cuda_backend, "unavailable", lambda device, dtype: None)
     patch.setattr(cuda, "_operators", lambda: shim)
     patch.setattr(cuda, "DENSE_PAIRS", cuda.DENSE_PAIRS)
     patch.setattr(cuda, "DENSE_SHARE", 2.0)
     return Backend(name, cuda)
+
+
+def _loaded_shim() -> Path | None:
+    """A process can register the operators once."""
+    paths = map(Path, torch.ops.loaded_libraries)
+    return next((path for path in paths if path.name == "libconr_shim.so"), None)
