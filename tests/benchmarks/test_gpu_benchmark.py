@@ -255,7 +255,8 @@ os.environ["CONR_REHEARSE"] = "1"
 from benchmarks.gpu import rows
 from benchmarks.gpu.stages import checks
 plain = subprocess.Popen
-codes = {{"planted-fault": {of_fault!r}, "kernels": {of_kernels!r}}}
+codes = dict.fromkeys(("triton-kernels", "cuda-kernels"), {of_kernels!r})
+codes["planted-fault"] = {of_fault!r}
 def start(command, **options):
     (name,) = set(codes) & set(command)
     return plain([sys.executable, "-c", codes[name]], **options)
@@ -407,17 +408,16 @@ def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
         assert {launch.options["num_warps"] for launch in launches} == {tiles[1][3]}
 
 
-def test_the_proposed_table_is_the_shipped_one_with_the_faster_entries_first():
+def test_a_proposed_entry_has_the_form_of_the_shipped_ones(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks.gpu import device
     from benchmarks.gpu.stages import tune
-    from conr_kernels.triton_backend import configs as triton_configs
+    from conr_kernels.triton_backend.configs import TABLE
 
-    proposals = tune.Proposals()
-    proposals.add("backward", "bfloat16", 128, (64, 128, 0, 4, 3), "faster")
-    proposals.add("forward", "float32", 0, (64, 32, 16, 4, 3), "faster")
-    names: dict[str, dict] = {}
-    exec(proposals.text(90), names)
-    shipped = triton_configs.TABLE["bfloat16"]["backward"]
-    assert names["_HALVES"]["backward"] == [(90, 128, (64, 128, None, 4, 3)), *shipped]
-    assert names["_FLOAT32"]["forward"][0] == (90, 0, (64, 32, 16, 4, 3))
-    assert names["_FLOAT64"] == triton_configs.TABLE["float64"]
+    monkeypatch.setattr(device, "architecture", lambda: (9, 0))
+    line = tune.entry("backward", "bfloat16", 128, (64, 128, 0, 4, 2))
+    assert line.startswith("bfloat16, backward: (") and "128, (64, 128, None, 4, 2))," in line
+    proposed = eval(line.split(": ")[1].rstrip(","))
+    for shipped in TABLE["bfloat16"]["backward"]:
+        assert len(shipped) == len(proposed) and len(shipped[2]) == len(proposed[2])
+    assert "0, (64, 32, 16, 4, 3))" in tune.entry("forward", "float32", 0, (64, 32, 16, 4, 3))

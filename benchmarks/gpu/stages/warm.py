@@ -179,8 +179,9 @@ def compile_all(
     return n_done, problems
 
 
-def warm(stage: Stage, architecture: int) -> int:
-    start = time.monotonic()
+def warm(stage: Stage) -> int:
+    start, (major, minor) = time.monotonic(), device.architecture()
+    architecture = 10 * major + minor
     wanted = calls()
     work = distinct([wanted[0], wanted[-1]] if device.REHEARSAL else wanted, architecture)
     if device.REHEARSAL:
