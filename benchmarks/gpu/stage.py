@@ -16,25 +16,15 @@ from .rows import Stage
 REHEARSAL_PAIRS = 400
 
 
-#: The module of each stage and the function that is it; ``speed``'s, of its own name, otherwise.
-STAGES = {
-    "warm": ("warm", "warm"),
-    "train": ("train", "train"),
-    "tune": ("tune", "tune"),
-    "counters": ("counters", "counters"),
-    "build": ("checks", "build"),
-    "sanitizer": ("checks", "sanitize"),
-    "triton-kernels": ("checks", "triton_kernels"),
-    "cuda-kernels": ("checks", "cuda_kernels"),
-    "planted-fault": ("checks", "plant_fault"),
-}
+MODULES = {name: name for name in ("warm", "train", "tune", "counters")}
+CHECKS = ("build", "sanitizer", "triton-kernels", "cuda-kernels", "planted-fault")
+MODULES |= dict.fromkeys(CHECKS, "checks")
 
 
 def run(stage: Stage) -> int:
     """Imports what this stage needs and no more: under compute-sanitizer that takes long."""
-    module, function = STAGES.get(stage.name, ("speed", stage.name))
-    room = importlib.import_module(f"benchmarks.gpu.stages.{module}")
-    return getattr(room, function)(stage)
+    module = f"benchmarks.gpu.stages.{MODULES.get(stage.name, 'speed')}"
+    return getattr(importlib.import_module(module), stage.name.replace("-", "_"))(stage)
 
 
 def main() -> int:

@@ -89,15 +89,6 @@ ITEMS = [
 ]
 
 
-def kind_of(kernel: str) -> str | None:
-    """The kind of the table's entry that a kernel is launched with."""
-    if "feature_gradient" in kernel:
-        return "dense backward"
-    if any(part in kernel for part in ("dense", "gram", "pair_gradient")):
-        return "dense"
-    return next((kind for kind in ("wide", "forward", "backward") if kind in kernel), None)
-
-
 @contextlib.contextmanager
 def precision(how: str) -> Iterator[None]:
     saved = torch.get_float32_matmul_precision()

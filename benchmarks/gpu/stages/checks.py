@@ -84,7 +84,7 @@ def _every_regime(backend: str) -> int:
     return 0
 
 
-def plant_fault(stage: Stage) -> int:
+def planted_fault(stage: Stage) -> int:
     """A store just behind its buffer, which nothing but a sanitizer notices."""
     if device.REHEARSAL:
         return FAULT
@@ -97,7 +97,7 @@ def plant_fault(stage: Stage) -> int:
     return 0
 
 
-def sanitize(stage: Stage) -> int:
+def sanitizer(stage: Stage) -> int:
     """compute-sanitizer over every regime, after it has caught a fault that is there on purpose."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     prefix = [tool, "--error-exitcode", str(FAULT), "--tool"]
