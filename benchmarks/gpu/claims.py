@@ -246,9 +246,9 @@ def decided(rows: Rows, is_rehearsal: bool = False) -> list[dict[str, object]]:
 
 
 def table(found: list[dict[str, object]]) -> str:
-    lines = [f"{'':9}{'claim':<51}{'required':<15}{'measured':<26}verdict"]
+    lines = [f"{'':9}{'claim':<51}{'required':<15}{'measured':<34}verdict"]
     lines += [
-        f"{row['subject']:<9}{row['claim']:<51}{row['required']:<15}{row['measured']:<26}"
+        f"{row['subject']:<9}{row['claim']:<51}{row['required']:<15}{row['measured']:<34}"
         f"{row['verdict']}"
         for row in found
     ]
