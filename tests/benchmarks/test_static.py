@@ -18,9 +18,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from triton.runtime.jit import JITFunction
 
-from benchmarks import compiled, loops, rank, shipped, static, tiles
-from benchmarks.machine import MachineCode
-from benchmarks.shipped import CHUNKED, DENSE, LONG, SWEEPS, Call
+from benchmarks.static import compiled, loops, rank, shipped, table, tiles
+from benchmarks.static.machine import MachineCode
+from benchmarks.static.shipped import CHUNKED, DENSE, LONG, SWEEPS, Call
 from conr_kernels.triton_backend import call as call_module
 from conr_kernels.triton_backend import dense, gradient, layout, sweeps, wide
 from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D, TABLE
@@ -150,7 +150,7 @@ def test_every_configuration_is_compiled() -> None:
 
 @pytest.fixture(scope="module")
 def committed() -> list[dict[str, str]]:
-    with static.TABLE.open(newline="") as file:
+    with table.TABLE.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -159,7 +159,7 @@ def test_the_committed_table_has_every_shipped_kernel(committed) -> None:
     expected = []
     for call, index, arch in shipped.distinct():
         launch = launches_of(call, arch)[index]
-        expected.append({k: str(v) for k, v in static.identity(launch, call, arch).items()})
+        expected.append({k: str(v) for k, v in table.identity(launch, call, arch).items()})
     assert [{k: row[k] for k in expected[0]} for row in committed] == expected
 
 
@@ -184,7 +184,7 @@ def test_the_committed_rows_regenerate(committed, key) -> None:
         and launches_of(call, arch)[index].name == name
     )
     row = committed[shipped.distinct().index(job)]
-    assert {k: str(v) for k, v in static.row_of(*job).items()} == row
+    assert {k: str(v) for k, v in table.row_of(*job).items()} == row
 
 
 #: Two numbers of a thread, in one variant with further keys. What avoids it, one stage or smaller
