@@ -32,5 +32,5 @@ def test_a_skip_without_a_reason_fails_and_one_with_a_reason_prints_it(tmp_path:
     )  # fmt: skip
     for name in ("test_marked", "test_inside"):
         assert f"test_skips.py::{name} is skipped without a reason" in run.stdout
-    assert "2 failed, 2 skipped" in run.stdout
+    assert "1 failed, 2 skipped, 1 error" in run.stdout
     assert "no moon" in run.stdout and "no sun" in run.stdout
