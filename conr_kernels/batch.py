@@ -64,7 +64,9 @@ class Options(NamedTuple):
         validation.check_choice("distance", self.distance, DISTANCES)
         validation.check_choice("reduction", self.reduction, validation.REDUCTIONS)
         validation.check_choice("backend", self.backend, ("auto", *ops.BACKENDS, "reference"))
-        return Settings(*map(float, scalars), resolve_variant(self.variant), self.distance)
+        variant = resolve_variant(self.variant)
+        validation.check_pushing(self.push_scale, variant.pushing)
+        return Settings(*map(float, scalars), variant, self.distance)
 
 
 #: A training run asks for the same settings at every step.
@@ -141,12 +143,10 @@ def row_losses(batch: Batch, keys: Keys | None) -> Tensor:
 
 def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: int) -> Tensor:
     dtype = accumulation_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        if keys is not None:
-            keys = (keys[0].to(dtype), *keys[1:])
-        return reference.row_losses(
-            x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset, batch.settings
-        )
+    if keys is not None:
+        keys = (keys[0].to(dtype), *keys[1:])
+    rows = (x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset)
+    return ops.without_autocast(reference.row_losses, x.device, *rows, batch.settings)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,14 +24,31 @@ def check_variant_combination(log: str, count_self: bool) -> None:
         raise ValueError("count_self=True needs log='inside', got log='outside'")
 
 
+def is_number(value: object) -> bool:
+    """Real numbers of any type, those of numpy included; no tensors."""
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: object) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+
+
+def check_pushing(push_scale: float, pushing: str) -> None:
+    if push_scale < 0 and pushing != "exponential":
+        raise ValueError(
+            f"push_scale must be ≥ 0 with pushing={pushing!r} (only 'exponential' pushing takes a "
+            f"negative one), got {push_scale}"
+        )
+
+
 def check_scalars(window: float, temperature: float, push_scale: float) -> None:
     for name, value in (
         ("window", window),
         ("temperature", temperature),
         ("push_scale", push_scale),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+        check_number(name, value)
     if math.isnan(window) or window < 0:
         raise ValueError(f"window must be ≥ 0, got {window}")
     if not math.isfinite(temperature) or temperature <= 0:
@@ -84,7 +102,9 @@ def check_same_components(name_y: str, y: Tensor, name_p: str, p: Tensor) -> Non
 
 
 def check_weights(w: Any, x: Tensor) -> None:
-    if w is None or (isinstance(w, (int, float)) and not isinstance(w, bool)):
+    if is_number(w) and -math.inf < w < 0:  # what is not finite shows in the loss
+        raise ValueError(f"weights must be ≥ 0, got {w}")
+    if w is None or is_number(w):
         return
     if not isinstance(w, Tensor):
         raise TypeError(f"weights must be a Tensor, a number or None, got {type(w).__name__}")
@@ -150,13 +170,11 @@ def check_density(targets: Any, bin_width: Any, kernel_size: Any, sigma: Any) ->
     n_rows = targets.shape[0] if isinstance(targets, Tensor) else 0
     check_labels("targets", targets, n_rows, "targets")
     for name, value in (("bin_width", bin_width), ("sigma", sigma)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+        check_number(name, value)
         if not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} must be finite and > 0, got {value}")
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
-        raise TypeError(f"kernel_size must be an int, got {type(kernel_size).__name__}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    check_counts(kernel_size=kernel_size)
+    if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and ≥ 1, got {kernel_size}")
 
 
@@ -183,7 +201,7 @@ def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
 
 def check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int):
+        if isinstance(count, bool) or not isinstance(count, (int, numbers.Integral)):
             raise TypeError(f"{name} must be an int, got {type(count).__name__}")
         if count < 1:
             raise ValueError(f"{name} must be ≥ 1, got {count}")

@@ -72,13 +72,15 @@ class _RowLosses(torch.autograd.Function):
         rows, stats, layout = ops.row_losses(
             x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings, backend
         )
-        ctx.save_for_backward(stats, layout, x, batch.y, batch.p, *(keys or (None,) * 3))
+        labels = ops.own_copies(batch.y, batch.p)
+        ctx.save_for_backward(stats, layout, x, *labels, *(keys or (None,) * 3))
         ctx.scalars = (union.offset, *settings.scalars, backend)
         ctx.union = union
         return rows
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        ops.refuse_batched(g)
         stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
         union = ctx.union
         coef_i, coef_j = scale_statistics(stats, g * union.n_ranks), None
