@@ -28,7 +28,8 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     """Which backends work on a device, and why the others do not.
 
     Args:
-        device: where the features would be, also one that is not there; None: the GPU if there is one, else the CPU.
+        device: where the features would be, there or not; None: the GPU if there is one, else the
+            CPU.
 
     Returns:
         ``{"triton": …, "cuda": …, "torch": …, "reference": None}`` in the order in which ``"auto"``

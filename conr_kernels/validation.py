@@ -101,7 +101,7 @@ def check_same_components(name_y: str, y: Tensor, name_p: str, p: Tensor) -> Non
         )
 
 
-def check_weights(w: Any, x: Tensor) -> None:
+def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
     if is_number(w) and -math.inf < w < 0:  # what is not finite shows in the loss
         raise ValueError(f"weights must be ≥ 0, got {w}")
     if w is None or is_number(w):
@@ -113,7 +113,7 @@ def check_weights(w: Any, x: Tensor) -> None:
     check_dense("weights", w)
     if w.dim() != 0 and w.shape not in ((x.shape[0],), (x.shape[0], 1)):
         raise ValueError(
-            f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in features "
+            f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in {rows_of} "
             f"{tuple(x.shape)}, got {tuple(w.shape)}"
         )
 
@@ -130,11 +130,8 @@ def check_devices(tensors: dict[str, Any]) -> None:
 
 
 def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
-    if not isinstance(keys, (tuple, list)) or len(keys) != 3:
-        got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
-        raise TypeError(f"keys must be a tuple (features, targets, predictions), got {got}")
-    key_x, key_y, key_p = keys
-    check_features("keys[0] (features)", key_x)
+    check_key_labels(keys, y)
+    key_x = keys[0]
     if key_x.shape[1] != x.shape[1]:
         raise ValueError(
             f"keys[0] (features) must have D = {x.shape[1]} as features {tuple(x.shape)}, "
@@ -144,6 +141,17 @@ def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
         raise TypeError(
             f"keys[0] (features) must have features' dtype {x.dtype}, got {key_x.dtype}"
         )
+
+
+def check_key_labels(keys: Any, y: Tensor) -> None:
+    """Keys (features, targets, predictions) whose labels are like y's."""
+    if not isinstance(keys, (tuple, list)) or len(keys) != 3:
+        got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
+        raise TypeError(
+            f"keys must be a MemoryBank or a tuple (features, targets, predictions), got {got}"
+        )
+    key_x, key_y, key_p = keys
+    check_features("keys[0] (features)", key_x)
     check_labels("keys[1] (targets)", key_y, key_x.shape[0], "keys[0]")
     check_labels("keys[2] (predictions)", key_p, key_x.shape[0], "keys[0]")
     check_same_components("targets", y, "keys[1] (targets)", key_y)
@@ -162,6 +170,35 @@ def check_tensors(features: Any, targets: Any, predictions: Any, weights: Any, k
         check_keys(keys, features, targets)
         named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
     check_devices(named)
+
+
+def check_statistics(targets: Any, predictions: Any, keys: Any, mask: Any, weights: Any) -> None:
+    check_rows("targets", dict(targets=targets))
+    n_rows, shape = targets.shape[0], f"targets {tuple(targets.shape)}"
+    check_labels("targets", targets, n_rows, shape)
+    check_labels("predictions", predictions, n_rows, shape)
+    check_same_components("targets", targets, "predictions", predictions)
+    named = dict(targets=targets, predictions=predictions, weights=weights)
+    check_weights(weights, targets, "targets")
+    if mask is not None:
+        check_mask(mask, n_rows, shape)
+        named["mask"] = mask
+    if keys is not None:
+        check_key_labels(keys, targets)
+        named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
+    check_devices(named)
+
+
+def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
+    check_dense("mask", mask)
+    if mask.shape not in ((n_rows,), (n_rows, 1)):
+        raise ValueError(
+            f"mask must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
+            f"got {tuple(mask.shape)}"
+        )
 
 
 def check_density(targets: Any, bin_width: Any, kernel_size: Any, sigma: Any) -> None:

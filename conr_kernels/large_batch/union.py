@@ -8,6 +8,7 @@ the ranks share the forward pass (shared.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from .. import ops
 from ..batch import Batch, reference_losses
 from ..core.rows import no_statistics, scale_statistics
+from ..variants import Settings
 from .agreement import agree, way
 from .ranks import Union
 from .shared import SharedRowLosses
@@ -38,6 +40,26 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
         return rows
     total = _Total.apply(rows.sum(), union)
     return total if batch.reduction == "sum" else total / max(union.n_rows, 1)
+
+
+def gather_labels(group: Any, rows: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Labels and predictions of all ranks' rows and keys, and the sum over the ranks.
+
+    ``rows``: with y, p and keys of labels and predictions; or the error that came instead.
+    """
+    prepared = rows
+    if not isinstance(rows, Exception):
+        nothing = rows.y[:, :0]
+        settings = Settings(rows.window, 1.0, 0.0, rows.variant, rows.distance)
+        keys = None if rows.keys is None else (rows.keys[0][:, :0], *rows.keys)
+        prepared = Batch(nothing, rows.y, rows.p, rows.w, keys, settings, "statistics", "torch")
+    batch, union = agree(group, prepared)
+    y, p = union.gather_columns((batch.y, batch.p), tuple(union.own_keys(batch)[1:]))
+
+    def total(own: Tensor) -> Tensor:
+        return union.gather(own[None], [1] * union.n_ranks).sum(0)
+
+    return y, p, total
 
 
 def _row_losses(batch: Batch, union: Union) -> Tensor:
