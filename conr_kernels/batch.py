@@ -97,11 +97,11 @@ def prepare(
         keys = keys.keys(getattr(features, "dtype", None))
     validation.check_tensors(features, targets, predictions, weights, keys)
     plan = make_plan(options.backend, features.device, features.dtype)
-    y, p = label_columns(targets), label_columns(predictions)
+    y, p = _labels(targets), _labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys
-        keys = (key_x.detach(), label_columns(key_y).to(y.dtype), label_columns(key_p).to(p.dtype))
-    w = weight_rows(weights, features, accumulation_dtype(features))
+        keys = (key_x.detach(), _labels(key_y).to(y.dtype), _labels(key_p).to(p.dtype))
+    w = _weights(weights, features)
     return Batch(features, y, p, w, keys, settings, options.reduction, plan.backend)
 
 
@@ -155,17 +155,17 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def label_columns(y: Tensor) -> Tensor:
+def _labels(y: Tensor) -> Tensor:
     """Labels as a contiguous [N, L] in the dtype in which they are compared."""
     is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
     y = y.detach().to(torch.float64 if is_wide else torch.float32)
     return (y[:, None] if y.dim() == 1 else y).contiguous()
 
 
-def weight_rows(w: Tensor | float | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Weights [N] of the rows x, or None for 1."""
+def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
     if w is None:
         return None
+    dtype = accumulation_dtype(x)
     if not isinstance(w, Tensor):
         return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
     w = w.detach().to(device=x.device, dtype=dtype)

@@ -125,7 +125,7 @@ def row_losses(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
-    if _is_plain(x):
+    if is_plain(x):
         function = _EagerForward.apply
     elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         function = _TransformedForward.apply
@@ -144,7 +144,7 @@ def reduced_loss(
     backend: str,
 ) -> Tensor | None:
     """The mean or sum of ``ℓ_i``, where one pass can give it with its gradient; else None."""
-    is_served = backend == "torch" and reduction != "none" and _is_plain(x)
+    is_served = backend == "torch" and reduction != "none" and is_plain(x)
     if not is_served or not torch.is_grad_enabled() or not x.requires_grad:
         return None
     if not backend_module(backend).finds_gradient(x.shape[0]):
@@ -152,7 +152,7 @@ def reduced_loss(
     return _EagerReduced.apply(x, y, p, w, settings, reduction == "mean", backend)
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """A plain tensor in plain eager mode: no compiler, function transform, subclass or tracer."""
     return (
         not torch.compiler.is_compiling()

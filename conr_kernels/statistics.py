@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .batch import Keys, label_columns, weight_rows
+from .batch import Keys, _labels, _weights
 from .core.counts import pair_counts
 from .variants import DISTANCES, Variant, resolve_variant
 
@@ -73,13 +73,14 @@ def conr_statistics(
 
         floor = (1/N) Σ_i A_i (n_i/c_i) log n_i        [times w_i with weighted_rows]
 
-    with ``c_i = n_i`` [+ 1 with ``count_self``]. As ``ℓ_i ≥ (n_i/c_i) log n_i`` while no ``S_ij`` is
+    with ``c_i = n_i`` [+ 1 with ``count_self``]. As ``ℓ_i ≥ (n_i/c_i) log n_i`` while no ``S_ij``
+    is
     negative, no features bring the mean loss below it: what can be learnt is the excess. O(N)
     memory, no synchronisation on a GPU; O(N log N) time for one component, N² comparisons for more.
 
     Args:
         targets, predictions, window, distance, variant, keys, group: as in ``conr_loss``. With a
-            ``group`` the sets are the union's, of this process's rows, and the floor is the union's.
+            ``group`` the counts are of this process's rows in the union; the floor is the union's.
         mask: bool [N] or [N, 1], True for the rows that take part; None for all of them.
         weights: density weights, used by the floor of variants with ``weighted_rows``.
 
@@ -124,14 +125,14 @@ def _prepare(
     if isinstance(keys, torch.nn.Module):  # a MemoryBank
         keys = keys.keys()
     validation.check_statistics(targets, predictions, keys, mask, weights)
-    y, p = label_columns(targets), label_columns(predictions)
+    y, p = _labels(targets), _labels(predictions)
     takes_part = torch.ones(len(y), dtype=torch.bool, device=y.device)
     if mask is not None:
         takes_part = mask.reshape(-1)
         y, p = (t.masked_fill(~takes_part[:, None], torch.nan) for t in (y, p))
     if keys is not None:
-        keys = (label_columns(keys[1]).to(y.dtype), label_columns(keys[2]).to(p.dtype))
-    w = weight_rows(weights, y, y.dtype) if variant.weighted_rows else None
+        keys = (_labels(keys[1]).to(y.dtype), _labels(keys[2]).to(p.dtype))
+    w = _weights(weights, y) if variant.weighted_rows else None
     return Rows(y, p, w, takes_part, keys, float(window), distance, variant)
 
 

@@ -148,7 +148,7 @@ def check_key_labels(keys: Any, y: Tensor) -> None:
     if not isinstance(keys, (tuple, list)) or len(keys) != 3:
         got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
         raise TypeError(
-            f"keys must be a MemoryBank or a tuple (features, targets, predictions), got {got}"
+            f"keys must be a tuple (features, targets, predictions) or a MemoryBank, got {got}"
         )
     key_x, key_y, key_p = keys
     check_features("keys[0] (features)", key_x)
@@ -234,6 +234,12 @@ def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
                 f"{name} must have N = {n_rows} rows as {n_rows_of} has, got shapes "
                 f"{tuple(t.shape)} and {tuple(named[n_rows_of].shape)}"
             )
+
+
+def check_group(group: Any) -> None:
+    """A process group is known by its use: only names are checked."""
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"group must be a process group, 'world' or None, got {group!r}")
 
 
 def check_counts(**counts: Any) -> None:

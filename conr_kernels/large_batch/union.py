@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
+from .. import notices, ops
 from ..batch import Batch, reference_losses
 from ..core.rows import no_statistics, scale_statistics
 from ..variants import Settings
@@ -39,6 +39,7 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
     if batch.reduction == "none":
         return rows
     total = _Total.apply(rows.sum(), union)
+    notices.look_for_anchors(batch, total, union.n_rows)
     return total if batch.reduction == "sum" else total / max(union.n_rows, 1)
 
 

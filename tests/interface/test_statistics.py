@@ -12,7 +12,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def grid(n: int, n_components: int, seed: int, device: str = "cpu"):
-    """Labels and predictions on a decimal grid: many differences tie with a window of 0.1 or 0.2."""
+    """Labels and predictions on a decimal grid, where differences tie with windows."""
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 12, (n, n_components), generator=g) / 10
     p = y + torch.randint(-4, 5, (n, n_components), generator=g) / 10
