@@ -122,11 +122,10 @@ def try_prepare(
 
 def loss(batch: Batch) -> Tensor:
     """The batch's loss, reduced as it asks for."""
-    if batch.keys is None:
-        x, y, p, w, _, settings, reduction, backend = batch
-        reduced = ops.reduced_loss(x, y, p, w, settings, reduction, backend)
-        if reduced is not None:
-            return reduced
+    x, y, p, w, keys, settings, reduction, backend = batch
+    reduced = ops.reduced_loss(x, y, p, w, keys, settings, reduction, backend)
+    if reduced is not None:
+        return reduced
     rows = row_losses(batch, batch.all_keys())
     if batch.reduction == "none":
         return rows

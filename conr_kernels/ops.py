@@ -139,17 +139,21 @@ def reduced_loss(
     y: Tensor,
     p: Tensor,
     w: Tensor | None,
+    further: Keys | None,
     settings: Settings,
     reduction: str,
     backend: str,
 ) -> Tensor | None:
-    """The mean or sum of ``ℓ_i``, where one pass can give it with its gradient; else None."""
+    """The mean or sum of ``ℓ_i``, where one pass can give it with its gradient; else None.
+
+    ``further``: keys beside the batch's own rows.
+    """
     is_served = backend == "torch" and reduction != "none" and is_plain(x)
     if not is_served or not torch.is_grad_enabled() or not x.requires_grad:
         return None
-    if not backend_module(backend).finds_gradient(x.shape[0]):
+    if not backend_module(backend).finds_gradient(y, further, settings):
         return None
-    return _EagerReduced.apply(x, y, p, w, settings, reduction == "mean", backend)
+    return _EagerReduced.apply(x, y, p, w, further, settings, reduction == "mean", backend)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -178,7 +182,7 @@ class _EagerReduced(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         refuse_batched(g)
         x, gradient = ctx.saved_tensors
-        return once(_scale, x, gradient, g), *(None,) * 6
+        return once(_scale, x, gradient, g), *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
