@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, validation
+from .core.labels import accumulation_dtype, as_labels, as_weights
 from .plan import make_plan
 from .variants import DISTANCES, Settings, Variant, resolve_variant
 
@@ -69,7 +70,9 @@ class Options(NamedTuple):
         validation.check_choice("distance", self.distance, DISTANCES)
         validation.check_choice("reduction", self.reduction, validation.REDUCTIONS)
         validation.check_choice("backend", self.backend, ("auto", *ops.BACKENDS, "reference"))
-        return Settings(*map(float, scalars), resolve_variant(self.variant), self.distance)
+        variant = resolve_variant(self.variant)
+        validation.check_push_scale(self.push_scale, variant.pushing)
+        return Settings(*map(float, scalars), variant, self.distance)
 
 
 #: A training run asks for the same settings at every step.
@@ -97,13 +100,15 @@ def prepare(
 ) -> Batch:
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     settings = _settings(options)
+    if isinstance(keys, torch.nn.Module):  # a MemoryBank
+        keys = keys.keys(getattr(features, "dtype", None))
     validation.check_tensors(features, targets, predictions, weights, keys, mask)
     plan = make_plan(options.backend, features.device, features.dtype)
-    y, p = _labels(targets), _labels(predictions)
+    y, p = as_labels(targets), as_labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys
-        keys = (key_x.detach(), _labels(key_y).to(y.dtype), _labels(key_p).to(p.dtype))
-    w = _weights(weights, features)
+        keys = (key_x.detach(), as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
+    w = as_weights(weights, features)
     mask = None if mask is None else mask.detach().reshape(-1)
     return Batch(features, y, p, w, keys, settings, options.reduction, plan.backend, mask)
 
@@ -128,11 +133,10 @@ def loss(batch: Batch) -> Tensor:
     """The batch's loss, reduced as it asks for."""
     if batch.mask is not None:
         return _loss_of_present(batch)
-    if batch.keys is None:
-        x, y, p, w, _, settings, reduction, backend, *_ = batch
-        reduced = ops.reduced_loss(x, y, p, w, settings, reduction, backend)
-        if reduced is not None:
-            return reduced
+    x, y, p, w, keys, settings, reduction, backend, *_ = batch
+    reduced = ops.reduced_loss(x, y, p, w, keys, settings, reduction, backend)
+    if reduced is not None:
+        return reduced
     rows = row_losses(batch, batch.all_keys())
     if batch.reduction == "none":
         return rows
@@ -212,37 +216,8 @@ def row_losses(batch: Batch, keys: Keys | None) -> Tensor:
 
 def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: int) -> Tensor:
     dtype = accumulation_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        if keys is not None:
-            keys = (keys[0].to(dtype), *keys[1:])
-        return reference.row_losses(
-            x.to(dtype).contiguous(),
-            batch.y,
-            batch.p,
-            batch.w,
-            keys,
-            self_offset,
-            batch.settings,
-            0 if batch.n_absent is None else batch.n_absent,
-        )
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _labels(y: Tensor) -> Tensor:
-    """Labels as a contiguous [N, L] in the dtype in which they are compared."""
-    is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
-    y = y.detach().to(torch.float64 if is_wide else torch.float32)
-    return (y[:, None] if y.dim() == 1 else y).contiguous()
-
-
-def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
-    if w is None:
-        return None
-    dtype = accumulation_dtype(x)
-    if not isinstance(w, Tensor):
-        return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
-    w = w.detach().to(device=x.device, dtype=dtype)
-    return w.reshape(-1).expand(x.shape[0]).contiguous()
+    if keys is not None:
+        keys = (keys[0].to(dtype), *keys[1:])
+    n_absent = 0 if batch.n_absent is None else batch.n_absent
+    rows = (x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset)
+    return ops.without_autocast(reference.row_losses, x.device, *rows, batch.settings, n_absent)

@@ -141,7 +141,7 @@ _HEAVY = {
     "forward": [(None, 0, (64, 32, 64, 4, 3)), (None, None, (64, 32, None, 4, 2))],
     "backward": [(None, 256, (64, 32, None, 8, 2)), (None, None, (64, 32, None, 4, 2))],
     "wide": [(80, None, (64, 32, 32, 4, 3)), (None, None, (64, 32, 64, 4, 3))],
-    "product": [(None, None, (64, 32, 64, 4, 3))],
+    "product": [(None, None, (64, 32, 128, 4, 3))],
 }
 TABLE = {
     HEAVY: _HEAVY,

@@ -174,6 +174,11 @@ def _backward(call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa
         )  # fmt: skip
 
 
+def _even(n: int, most: int) -> int:
+    """The size of equal parts of n, of ``most`` at most."""
+    return tiles(n, tiles(n, max(most, 1)))
+
+
 def _backward_wide(
     call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa: float
 ) -> None:
@@ -184,12 +189,11 @@ def _backward_wide(
     is_rescaled = x.dtype == torch.float16
     columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
     n_tiles_j = padded(call.K) // chosen.BLOCK_J
-    # No number of the device's is known here: a row may meet every key. Rows enough to fill a GPU
-    # go together, as many keys at a time as the workspace holds.
-    numbers = max(WIDE_FEATURES * x.numel(), WORKSPACE)
-    part = tiles(n_tiles, tiles(n_tiles * (call.D_pad // columns), WIDE_PROGRAMS))
-    row_tiles = min(max(numbers // (part * chosen.BLOCK_I * chosen.BLOCK_J), 1), 2**16)
-    row_tiles = tiles(n_tiles_j, tiles(n_tiles_j, row_tiles))
+    # A row may meet every key, and no number of the device's is known here: as many rows at a time
+    # as the workspace holds with all keys, but enough to fill a GPU, and what keys then fit.
+    most = max(WIDE_FEATURES * x.numel(), WORKSPACE) // (chosen.BLOCK_I * chosen.BLOCK_J)
+    part = _even(n_tiles, max(most // n_tiles_j, tiles(WIDE_PROGRAMS, call.D_pad // columns)))
+    row_tiles = _even(n_tiles_j, min(most // part, 2**16))
     row_size = row_tiles * chosen.BLOCK_J
     n_slots = min(tiles(PROGRAMS, part), row_tiles)
     H = x.new_empty((part * chosen.BLOCK_I, row_size))
