@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..variants import Settings
 from .availability import interpreted
-from .configs import HEAVY, TABLE, Config, bucket, config
+from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
 
 #: Up to this many pairs the kernels without a sort serve.
 DENSE_PAIRS = 1024 * 1024
@@ -69,10 +69,12 @@ class Call:
         return torch.cuda.device(self.x.device) if self.x.is_cuda else contextlib.nullcontext()
 
     def config(self, kind: str) -> Config:
-        is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
-        is_heavy = is_heavy and self.x.dtype.itemsize == 2
-        row = HEAVY if is_heavy and kind in TABLE[HEAVY] else self.arithmetic
-        return config(kind, architecture(self.x.device), self.D_bucket, row)
+        rows, key = [], (kind, architecture(self.x.device), self.D_bucket)
+        if self.x.dtype.itemsize == 2:
+            is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
+            rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]
+        row = next((row for row in rows if entry(*key, row)), self.arithmetic)
+        return config(*key, row)
 
     def options(self, chosen: Config) -> dict[str, Any]:
         """Launch options; squares of differences must not be fused into the sum that follows."""

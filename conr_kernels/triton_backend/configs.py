@@ -143,8 +143,12 @@ _HEAVY = {
     "wide": [(80, None, (64, 32, 32, 4, 3)), (None, None, (64, 32, 64, 4, 3))],
     "product": [(None, None, (64, 32, 128, 4, 3))],
 }
+#: 16-bit features with large exponents: two exponentials a pair.
+SHIFTED = "16-bit shifted"
+_SHIFTED = {"backward": [(90, 128, (64, 64, None, 4, 3))]}
 TABLE = {
     HEAVY: _HEAVY,
+    SHIFTED: _SHIFTED,
     "float16": _FLOAT16,
     "bfloat16": _HALVES,
     "float32": _FLOAT32,
@@ -153,12 +157,25 @@ TABLE = {
 }
 
 
+Entry = tuple[int, int, int | None, int, int]
+
+
 @functools.cache
-def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
-    """The configuration of a kernel: ``architecture`` 80, 90 or 100, the largest not above the
+def entry(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Entry | None:
+    """The first that matches; ``architecture`` 80, 90 or 100, the largest not above the
     device's.
     """
-    for on, width, (block_i, block_j, block_d, num_warps, num_stages) in TABLE[arithmetic][kind]:
+    for on, width, found in TABLE[arithmetic].get(kind, ()):
         if on in (None, architecture) and width in (None, D_bucket):
-            return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)
-    raise KeyError((kind, architecture, D_bucket, arithmetic))
+            return found
+    return None
+
+
+@functools.cache
+def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
+    """The configuration of a kernel."""
+    found = entry(kind, architecture, D_bucket, arithmetic)
+    if found is None:
+        raise KeyError((kind, architecture, D_bucket, arithmetic))
+    block_i, block_j, block_d, num_warps, num_stages = found
+    return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)

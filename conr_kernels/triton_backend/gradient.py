@@ -72,6 +72,7 @@ def _add_tile(
     UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """``G + Σ_j H_ij q_j`` over a tile of pairs."""
     j0 = tile_j.to(tl.int64) * BLOCK_J
     q_j_ptr += j0 * D_PAD
     q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, D_PAD, UPCAST)

@@ -95,6 +95,7 @@ def _add_tile(
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The sums with those of a tile of pairs added."""
     total, top, extra, n = sums
     j0 = tile_j.to(tl.int64) * BLOCK_J
     q_j_ptr += j0 * D_PAD
@@ -128,10 +129,10 @@ def conr_forward_kernel(
     """Parts of a row's sums in the caller's order: of the n_slots programs that share a tile of
     anchors, each takes an equal part of its key tiles.
 
-    sums [2 sweeps, 3, n_slots, N]: ``Σ_P exp(s_ij)`` or ``Σ_M φ_ij exp(s_ij)``, shifted by ``top``
-    where exponents are large; ``top``; of the positives ``Σ_P s_ij``, of the negatives in units of
-    log 2 their number, where φ·exp(s) may underflow (TINY), so that a positive sum is no proof of
-    one. n [n_slots, N]: positives.
+    sums [2 sweeps, 3, n_slots, N]: ``Σ_P exp(s_ij)`` or ``Σ_M φ_ij exp(s_ij)``, where exponents are
+    large divided by ``exp2(top)``; ``top``; ``Σ_P s_ij/log 2`` (INSIDE) or the number of negatives
+    (TINY: φ·exp(s) may underflow, so that a sum of 0 is no proof that there is none). n [n_slots,
+    N]: positives.
     """
     pid = tl.program_id(0)
     tile, slot = pid // n_slots, pid % n_slots
