@@ -111,7 +111,7 @@ def _add_tile(
         extra += fold(is_in.to(extra.dtype))
     if INSIDE and not NEGATIVES:
         extra += fold(s_ij * phi_ij)
-    if L > 1 and not NEGATIVES:
+    if EDGE and L > 1 and not NEGATIVES:
         n += fold(is_in.to(tl.int32))
     total, top = add_exponentials(total, top, t_ij, phi_ij, is_in, SHIFTED, EDGE or NEGATIVES)
     return total, top, extra, n
