@@ -147,3 +147,15 @@ def test_count_self_lowers_the_floor():
         conr_statistics(y, p, variant=Variant("inside", count_self=c)).floor for c in (False, True)
     )
     torch.testing.assert_close(counted, plain * 2 / 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_nothing_is_synchronised_on_a_gpu():
+    y, p = grid(500, 1, 0, "cuda")
+    mask = y[:, 0] > 0.2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = conr_statistics(y, p, window=0.2, mask=mask, weights=2.0, variant="released-age")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.n_positives[mask], by_pairs(y[mask], p[mask], 0.2)[0])
