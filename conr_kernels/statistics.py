@@ -10,6 +10,7 @@ from torch import Tensor
 from . import validation
 from .batch import Keys, _labels, _weights
 from .core.counts import pair_counts
+from .large_batch.union import gather_labels
 from .variants import DISTANCES, Variant, resolve_variant
 
 _library = torch.library.Library("conr_kernels", "FRAGMENT")
@@ -95,8 +96,9 @@ def conr_statistics(
         rows = _prepare(*arguments)
         y_j, p_j = (rows.y, rows.p) if rows.keys is None else _with_keys(rows)
         return _count(rows, y_j, p_j, lambda sums: sums)
+    validation.check_group(group)
     if torch.compiler.is_compiling():
-        from .large_batch import tracing
+        from . import tracing
 
         return tracing.union_statistics(group, arguments)
     return union_statistics(group, arguments)
@@ -155,8 +157,6 @@ def _count(rows: Rows, y_j: Tensor, p_j: Tensor, total: Any) -> ConRStatistics:
 
 def union_statistics(group: Any, arguments: tuple[Any, ...]) -> ConRStatistics:
     """The statistics of this rank's rows among those of all ranks of the group."""
-    from .large_batch.union import gather_labels
-
     try:
         rows: Rows | Exception = _prepare(*arguments)
     except Exception as error:
