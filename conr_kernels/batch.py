@@ -5,12 +5,14 @@ reference.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, reference, validation
+from .core.labels import accumulation_dtype, as_labels, as_weights
 from .plan import make_plan
 from .variants import DISTANCES, Settings, Variant, resolve_variant
 
@@ -21,7 +23,9 @@ class Batch(NamedTuple):
     """Features x [N, D] as given; y, p [N, L] in the dtype in which labels are compared; w [N] or
     None.
 
-    ``keys`` are the caller's further rows [K, …] in the same form, or None.
+    ``keys`` are the caller's further rows [K, …] in the same form, or None. ``mask``, bool [N]: the
+    rows that take part, None for all; ``n_absent``, a scalar: how many keys do not, which are far
+    from all others by then (``without_absent``).
     """
 
     x: Tensor
@@ -32,6 +36,8 @@ class Batch(NamedTuple):
     settings: Settings
     reduction: str
     backend: str
+    mask: Tensor | None = None
+    n_absent: Tensor | None = None
 
     def all_keys(self) -> Keys | None:
         """The batch's rows and then the further keys; None where there are none of these."""
@@ -65,7 +71,7 @@ class Options(NamedTuple):
         validation.check_choice("reduction", self.reduction, validation.REDUCTIONS)
         validation.check_choice("backend", self.backend, ("auto", *ops.BACKENDS, "reference"))
         variant = resolve_variant(self.variant)
-        validation.check_pushing(self.push_scale, variant.pushing)
+        validation.check_push_scale(self.push_scale, variant.pushing)
         return Settings(*map(float, scalars), variant, self.distance)
 
 
@@ -89,20 +95,22 @@ def prepare(
     predictions: Tensor,
     weights: Tensor | float | None,
     keys: Keys | None,
+    mask: Tensor | None,
     options: Options,
 ) -> Batch:
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     settings = _settings(options)
     if isinstance(keys, torch.nn.Module):  # a MemoryBank
         keys = keys.keys(getattr(features, "dtype", None))
-    validation.check_tensors(features, targets, predictions, weights, keys)
+    validation.check_tensors(features, targets, predictions, weights, keys, mask)
     plan = make_plan(options.backend, features.device, features.dtype)
-    y, p = _labels(targets), _labels(predictions)
+    y, p = as_labels(targets), as_labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys
-        keys = (key_x.detach(), _labels(key_y).to(y.dtype), _labels(key_p).to(p.dtype))
-    w = _weights(weights, features)
-    return Batch(features, y, p, w, keys, settings, options.reduction, plan.backend)
+        keys = (key_x.detach(), as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
+    w = as_weights(weights, features)
+    mask = None if mask is None else mask.detach().reshape(-1)
+    return Batch(features, y, p, w, keys, settings, options.reduction, plan.backend, mask)
 
 
 def try_prepare(
@@ -111,18 +119,21 @@ def try_prepare(
     predictions: Tensor,
     weights: Tensor | float | None,
     keys: Keys | None,
+    mask: Tensor | None,
     options: Options,
 ) -> Batch | Exception:
     """The batch, or the error that came instead of it: what the ranks of a group agree on."""
     try:
-        return prepare(features, targets, predictions, weights, keys, options)
+        return prepare(features, targets, predictions, weights, keys, mask, options)
     except Exception as error:
         return error
 
 
 def loss(batch: Batch) -> Tensor:
     """The batch's loss, reduced as it asks for."""
-    x, y, p, w, keys, settings, reduction, backend = batch
+    if batch.mask is not None:
+        return _loss_of_present(batch)
+    x, y, p, w, keys, settings, reduction, backend, *_ = batch
     reduced = ops.reduced_loss(x, y, p, w, keys, settings, reduction, backend)
     if reduced is not None:
         return reduced
@@ -132,12 +143,73 @@ def loss(batch: Batch) -> Tensor:
     return rows.mean() if batch.reduction == "mean" and rows.shape[0] > 0 else rows.sum()
 
 
+def _loss_of_present(batch: Batch) -> Tensor:
+    """The loss of a batch with a mask."""
+    reach, n_present = extent(batch)
+    batch = without_absent(batch, reach, batch.x.shape[0] - n_present)
+    rows = row_losses(batch, batch.all_keys())
+    if batch.reduction == "none":
+        return rows
+    return rows.sum() / n_present.clamp(min=1) if batch.reduction == "mean" else rows.sum()
+
+
+def extent(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The largest magnitude of a label or prediction that takes part, NaN where one is NaN
+    (float64); and how many rows take part. Scalars on the batch's device.
+    """
+    labels = [batch.y, batch.p]
+    if batch.mask is not None:
+        labels = [t.masked_fill(~batch.mask[:, None], 0.0) for t in labels]
+    if batch.keys is not None:
+        labels += batch.keys[1:]
+    nothing = batch.y.new_zeros(1)
+    largest = torch.cat([nothing, *(t.abs().reshape(-1) for t in labels)]).amax()
+    n_present = nothing.new_tensor(len(batch.x)) if batch.mask is None else batch.mask.sum()
+    return largest.double(), n_present
+
+
+def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0) -> Batch:
+    """The batch with its absent rows where no other row's window reaches them.
+
+    No backend knows of a mask. An absent row gets features of 0, and one number for its label and
+    its prediction: farther than the window from all labels and predictions that take part, the
+    largest of which is ``reach``, and mostly from the other absent rows'. Label and prediction
+    being one number, two absent rows are no negative pair, so that none is an anchor; where two
+    collide by rounding they are idle positives of one another.
+
+    Args:
+        n_absent: absent rows of all keys; ``first``: the number of rows of other ranks before.
+    """
+    variant, h = batch.settings.variant, batch.settings.window
+    mask = torch.ones_like(batch.y[:, 0], dtype=torch.bool) if batch.mask is None else batch.mask
+    step = 2 * min(h, 1e30) + 1e-6 * (reach + 1)
+    places = torch.arange(first + 1, first + 1 + len(mask), device=mask.device)
+    # One number in both dtypes of labels, within the range of the narrower.
+    far = (3 * reach + step * places + 1).clamp(max=1e38).float()[:, None]
+    is_present, p, settings = mask[:, None], batch.p, batch.settings
+    if variant.negatives == "all":  # as if all predictions were alike: 0, or NaN
+        p, variant = p * 0, replace(variant, negatives="confused")
+        settings = replace(settings, variant=variant)
+    keys = batch.keys
+    if keys is not None and settings is not batch.settings:
+        keys = (*keys[:2], keys[2] * 0)
+    return batch._replace(
+        x=torch.where(is_present, batch.x, 0.0),
+        y=torch.where(is_present, batch.y, far.to(batch.y.dtype)),
+        p=torch.where(is_present, p, far.to(p.dtype)),
+        w=None if batch.w is None else torch.where(mask, batch.w, 0.0),
+        keys=keys,
+        settings=settings,
+        n_absent=n_absent if variant.unit_terms else None,
+    )
+
+
 def row_losses(batch: Batch, keys: Keys | None) -> Tensor:
     """``ℓ_i`` [N] of the batch against the keys, of which its own rows are the first."""
     if batch.backend == "reference":
         return reference_losses(batch, batch.x, keys, 0)
     rows, _, _ = ops.row_losses(
-        batch.x, batch.y, batch.p, batch.w, keys, 0, batch.settings, batch.backend
+        batch.x, batch.y, batch.p, batch.w, keys, 0, batch.settings, batch.backend, batch.n_absent
     )
     return rows
 
@@ -146,26 +218,6 @@ def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: in
     dtype = accumulation_dtype(x)
     if keys is not None:
         keys = (keys[0].to(dtype), *keys[1:])
+    n_absent = 0 if batch.n_absent is None else batch.n_absent
     rows = (x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset)
-    return ops.without_autocast(reference.row_losses, x.device, *rows, batch.settings)
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _labels(y: Tensor) -> Tensor:
-    """Labels as a contiguous [N, L] in the dtype in which they are compared."""
-    is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
-    y = y.detach().to(torch.float64 if is_wide else torch.float32)
-    return (y[:, None] if y.dim() == 1 else y).contiguous()
-
-
-def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
-    if w is None:
-        return None
-    dtype = accumulation_dtype(x)
-    if not isinstance(w, Tensor):
-        return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
-    w = w.detach().to(device=x.device, dtype=dtype)
-    return w.reshape(-1).expand(x.shape[0]).contiguous()
+    return ops.without_autocast(reference.row_losses, x.device, *rows, batch.settings, n_absent)

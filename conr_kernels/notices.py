@@ -67,11 +67,16 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
     if loss.detach().any() or max(len(batch.x), n_union or 0) < 2:
         return
     reason = f"no row of the union's {n_union} has both a positive and a negative"
+    y_i, p_i = batch.y, batch.p
+    if batch.mask is not None:
+        y_i, p_i = y_i[batch.mask], p_i[batch.mask]
     if n_union is None:
-        _, y, p = batch.all_keys() or (None, batch.y, batch.p)
+        y_j, p_j = y_i, p_i
+        if batch.keys is not None:
+            y_j, p_j = torch.cat([y_i, batch.keys[1]]), torch.cat([p_i, batch.keys[2]])
         of_pairs = (batch.settings.window, batch.settings.distance)
         negatives = batch.settings.variant.negatives
-        n_i, m_i = pair_counts(batch.y, batch.p, y, p, *of_pairs, negatives)
+        n_i, m_i = pair_counts(y_i, p_i, y_j, p_j, *of_pairs, negatives)
         if ((n_i > 0) & (m_i > 0)).any():
             return  # weights of 0, say
         reason = "no row has both a positive and a negative"
@@ -80,10 +85,10 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
         elif not m_i.any():
             apart = "" if negatives == "all" else " and predictions within it"
             reason = f"no row has a negative: no two rows have labels farther apart{apart}"
-    low, high = batch.y.aminmax() if len(batch.y) else (torch.nan, torch.nan)
+    low, high = y_i.aminmax() if len(y_i) else (torch.nan, torch.nan)
     tell_once(
         "anchors",
-        f"the ConR loss of a batch of {len(batch.x)} rows is 0 and trains nothing: {reason} "
+        f"the ConR loss of a batch of {len(y_i)} rows is 0 and trains nothing: {reason} "
         f"(window={batch.settings.window:g}, labels from {low:g} to {high:g}). suggest_window "
         "shows the shares of positives and negatives over windows; told once a process",
     )

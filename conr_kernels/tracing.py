@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from . import statistics
 from .ops import backend_module
 
 
@@ -18,9 +17,3 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
 def constant(value: float) -> float:
     """A number that tracing may have made symbolic, as a constant with a guard."""
     return guard_scalar(value)
-
-
-union_statistics = torch.compiler.disable(
-    statistics.union_statistics,
-    reason="group= exchanges sizes between processes before it computes",
-)

@@ -34,14 +34,6 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
 
 
-def check_pushing(push_scale: float, pushing: str) -> None:
-    if push_scale < 0 and pushing != "exponential":
-        raise ValueError(
-            f"push_scale must be ≥ 0 with pushing={pushing!r} (only 'exponential' pushing takes a "
-            f"negative one), got {push_scale}"
-        )
-
-
 def check_scalars(window: float, temperature: float, push_scale: float) -> None:
     for name, value in (
         ("window", window),
@@ -55,6 +47,15 @@ def check_scalars(window: float, temperature: float, push_scale: float) -> None:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
     if not math.isfinite(push_scale):
         raise ValueError(f"push_scale must be finite, got {push_scale}")
+
+
+def check_push_scale(push_scale: float, pushing: str) -> None:
+    """A negative one would subtract from ``Z_i``, except in an exponent."""
+    if push_scale < 0 and pushing != "exponential":
+        raise ValueError(
+            "push_scale must be ≥ 0 unless pushing is 'exponential', "
+            f"got {push_scale} with pushing={pushing!r}"
+        )
 
 
 def check_dense(name: str, t: Tensor) -> None:
@@ -158,7 +159,34 @@ def check_key_labels(keys: Any, y: Tensor) -> None:
     check_same_components("targets", y, "keys[2] (predictions)", key_p)
 
 
-def check_tensors(features: Any, targets: Any, predictions: Any, weights: Any, keys: Any) -> None:
+def check_bool(mask: Any) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
+    check_dense("mask", mask)
+
+
+def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
+    check_bool(mask)
+    if mask.shape not in ((n_rows,), (n_rows, 1)):
+        raise ValueError(
+            f"mask must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
+            f"got {tuple(mask.shape)}"
+        )
+
+
+def check_pixel_mask(mask: Any, **maps: Tensor) -> None:
+    check_bool(mask)
+    for name, t in maps.items():
+        if mask.shape != t.shape:
+            raise ValueError(
+                f"mask must have the shape of {name} {tuple(t.shape)}, got {tuple(mask.shape)}"
+            )
+
+
+def check_tensors(
+    features: Any, targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any = None
+) -> None:
     check_features("features", features)
     n_rows = features.shape[0]
     check_labels("targets", targets, n_rows, f"features {tuple(features.shape)}")
@@ -169,6 +197,9 @@ def check_tensors(features: Any, targets: Any, predictions: Any, weights: Any, k
     if keys is not None:
         check_keys(keys, features, targets)
         named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
+    if mask is not None:
+        check_mask(mask, n_rows, f"features {tuple(features.shape)}")
+        named["mask"] = mask
     check_devices(named)
 
 
@@ -187,18 +218,6 @@ def check_statistics(targets: Any, predictions: Any, keys: Any, mask: Any, weigh
         check_key_labels(keys, targets)
         named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
     check_devices(named)
-
-
-def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
-    check_dense("mask", mask)
-    if mask.shape not in ((n_rows,), (n_rows, 1)):
-        raise ValueError(
-            f"mask must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
-            f"got {tuple(mask.shape)}"
-        )
 
 
 def check_density(bin_width: Any, kernel_size: Any, sigma: Any) -> None:

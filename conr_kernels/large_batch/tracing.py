@@ -4,6 +4,6 @@ import torch
 
 from . import union
 
-union_loss = torch.compiler.disable(
-    union.union_loss, reason="group= exchanges sizes between processes before it computes"
-)
+REASON = "group= exchanges sizes between processes before it computes"
+union_loss = torch.compiler.disable(union.union_loss, reason=REASON)
+union_statistics = torch.compiler.disable(union.union_statistics, reason=REASON)

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import notices, ops
-from ..batch import Batch, reference_losses
+from ..batch import Batch, reference_losses, without_absent
 from ..core.rows import no_statistics, scale_statistics
+from ..core.sets import ConRStatistics, Rows, checked_rows, count
 from ..variants import Settings
 from .agreement import agree, way
 from .ranks import Union
@@ -35,12 +36,19 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
         RuntimeError, ValueError: as ``agree``.
     """
     batch, union = agree(group, prepared)
+    n_present: Tensor | int = union.n_rows
+    if union.has_mask:
+        reach, n_present = union.extent(batch)
+        batch = without_absent(batch, reach, union.n_rows - n_present, union.offset)
+        n_present = n_present.clamp(min=1)
     rows = _row_losses(batch, union)
     if batch.reduction == "none":
         return rows
     total = _Total.apply(rows.sum(), union)
     notices.look_for_anchors(batch, total, union.n_rows)
-    return total if batch.reduction == "sum" else total / max(union.n_rows, 1)
+    if batch.reduction == "sum":
+        return total
+    return total / (n_present if union.has_mask else max(union.n_rows, 1))
 
 
 def gather_labels(group: Any, rows: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
@@ -61,6 +69,16 @@ def gather_labels(group: Any, rows: Any) -> tuple[Tensor, Tensor, Callable[[Tens
         return union.gather(own[None], [1] * union.n_ranks).sum(0)
 
     return y, p, total
+
+
+def union_statistics(group: Any, arguments: tuple[Any, ...]) -> ConRStatistics:
+    """The statistics of this rank's rows among those of all ranks of the group."""
+    try:
+        rows: Rows | Exception = checked_rows(*arguments)
+    except Exception as error:
+        rows = error
+    y_j, p_j, total = gather_labels(group, rows)
+    return count(rows, y_j, p_j, total)
 
 
 def _row_losses(batch: Batch, union: Union) -> Tensor:
@@ -93,7 +111,15 @@ class _RowLosses(torch.autograd.Function):
         else:
             keys = union.gather_keys(batch, union.gather(x, union.sizes))
         rows, stats, layout = ops.row_losses(
-            x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings, backend
+            x.detach(),
+            batch.y,
+            batch.p,
+            batch.w,
+            keys,
+            union.offset,
+            settings,
+            backend,
+            batch.n_absent,
         )
         labels = ops.own_copies(batch.y, batch.p)
         ctx.save_for_backward(stats, layout, x, *labels, *(keys or (None,) * 3))

@@ -51,9 +51,9 @@ def test_opcheck_of_both_operators(
     scalars = (0, *settings.scalars, backend)
     for features in (x, x.clone().requires_grad_()):
         torch.library.opcheck(
-            torch.ops.conr_kernels.forward.default, (features, y, p, w, *keys, *scalars)
+            torch.ops.conr_kernels.forward.default, (features, y, p, w, *keys, None, *scalars)
         )
-    _, stats, layout = torch.ops.conr_kernels.forward(x, y, p, w, *keys, *scalars)
+    _, stats, layout = torch.ops.conr_kernels.forward(x, y, p, w, *keys, None, *scalars)
     coef_j = None
     if n_keys:
         coef_j = torch.cat([stats, stats.new_zeros(n_keys, stats.shape[1])])
@@ -136,7 +136,7 @@ def test_inductor() -> None:
 def test_compiled_group_says_why_it_is_not_traced() -> None:
     torch._dynamo.reset()
     x, y, p = make_rows(5)
-    loss = ConRLoss(group="a group")
+    loss = ConRLoss(group="world")
     step = torch.compile(lambda: loss(x, y, p), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="exchanges sizes between processes"):
         step()

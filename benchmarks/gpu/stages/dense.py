@@ -18,8 +18,8 @@ from torch import Tensor
 
 from conr_kernels.triton_backend import call
 
-from ..batches import Batch
-from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW
+from ...batches import Batch
+from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW
 
 ROW_PAD = 128
 #: √(log₂e/τ), the factor of both unit rows of a product.
@@ -44,6 +44,10 @@ CANDIDATES = {
 }
 #: What has been chosen, by kind and padded D.
 chosen: dict[tuple[str, int], tuple[int, ...]] = {}
+
+
+def kinds(width: int) -> tuple[str, str]:
+    return ("forward", "pairs" if width > REGISTER_D else "backward")
 
 
 def candidates(kind: str, width: int) -> list[tuple[int, ...]]:

@@ -9,26 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conr_kernels import reference
-from conr_kernels.variants import Settings, resolve_variant
-
-from ..batches import Batch, make_batch
-from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
-from . import device
-from .rows import Stage
+from ...batches import Batch, make_batch
+from ...measure import exact_row_losses
+from ...providers import Provider, eager_losses, package_losses
+from .. import device
+from ..rows import Stage
 
 #: Kinds of predictions by their names in the rows.
 REGIMES = {"7 years off": "agedb", "converged": "converged", "collapsed": "constant"}
 OFF, COLLAPSED = "7 years off", "collapsed"
 BF16, F32 = torch.bfloat16, torch.float32
 PRODUCT = "q @ q.T"
-#: Rows of which the loss and the whole gradient are compared with float64, at any N.
-SAMPLED = 64
 #: Largest errors by dtype and provider: of the losses; of the gradient of the sampled rows, and of
 #: the others, relative to the largest entry of each. Comparators round their scores to 16 bits.
 LIMITS = {BF16: (3e-3, 2e-2), F32: (5e-6, 5e-5)}
 COMPARATOR_LIMITS = {BF16: (2e-2, 5e-2), F32: (1e-2, 1e-2)}
-GIB = 2**30
 
 
 class Size(NamedTuple):
@@ -58,12 +53,6 @@ def dense_losses(batch: Batch, reduction: str) -> Tensor:
     return dense_losses(batch, reduction)
 
 
-def flex_losses(batch: Batch, reduction: str) -> Tensor:
-    from .flex import flex_losses
-
-    return flex_losses(batch, reduction)
-
-
 @functools.cache
 def _compiled_eager() -> Callable[[Batch, str], Tensor]:
     def losses(x: Tensor, y: Tensor, p: Tensor, w: Tensor, reduction: str) -> Tensor:
@@ -85,7 +74,6 @@ PROVIDERS = {
         Provider("eager", eager_losses, 40, 2**15),
         Provider("compiled eager", compiled_eager_losses, 40, 2**15),
         Provider("dense fused", dense_losses, 0, 2**18),
-        Provider("FlexAttention", flex_losses, 0, 2**16),
     )
 }
 
@@ -110,11 +98,8 @@ def _truth(size: Size) -> tuple[Tensor, Tensor, Tensor]:
     """
     batch = size.batch()
     x = batch.x.detach().double().requires_grad_()
-    y, p, w = batch.y[:, None], batch.p[:, None], batch.w.double()
-    S = min(SAMPLED, len(x))
-    settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
-    losses = reference.row_losses(x[:S], y[:S], p[:S], w[:S], (x, y, p), 0, settings)
-    g = torch.linspace(0.5, 1.5, S, dtype=torch.float64, device=x.device)
+    losses = exact_row_losses(x, batch)
+    g = torch.linspace(0.5, 1.5, len(losses), dtype=torch.float64, device=x.device)
     (gradient,) = torch.autograd.grad((losses * g).sum(), x)
     return g, losses.detach(), gradient
 
@@ -124,12 +109,10 @@ def is_correct(stage: Stage, size: Size, name: str, batch: Batch) -> bool:
     g, exact_losses, exact_gradient = _truth(size)
     S = len(g)
     losses = provider(name).row_losses(batch)
-    errors = [_error(losses[:S], exact_losses)]
-    if losses.requires_grad:  # but FlexAttention in a rehearsal
-        (gradient,) = torch.autograd.grad((losses[:S] * g.to(losses.dtype)).sum(), batch.x)
-        errors.append(_error(gradient[:S], exact_gradient[:S]))
-        if len(gradient) > S:
-            errors.append(_error(gradient[S:], exact_gradient[S:]))
+    (gradient,) = torch.autograd.grad((losses[:S] * g.to(losses.dtype)).sum(), batch.x)
+    errors = [_error(losses[:S], exact_losses), _error(gradient[:S], exact_gradient[:S])]
+    if len(gradient) > S:
+        errors.append(_error(gradient[S:], exact_gradient[S:]))
     is_ours = name in ("triton", "cuda")
     limits = LIMITS[size.dtype] if is_ours else COMPARATOR_LIMITS[size.dtype]
     is_right = all(
@@ -137,7 +120,7 @@ def is_correct(stage: Stage, size: Size, name: str, batch: Batch) -> bool:
     )
     row = dict(provider=name, mode="forward+backward", **size.row())
     stage.add("loss error", errors[0], **row)
-    stage.add("gradient error", max(errors[1:], default=0.0), **row)
+    stage.add("gradient error", max(errors[1:]), **row)
     if not is_right:
         stage.add("wrong", 1, **row, note=f"errors {errors}, limits {limits}: not timed")
     return is_right

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .providers import F32, Size
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+from conr_kernels.triton_backend import call, configs
+from conr_kernels.triton_backend.configs import Config
+
+from .providers import BF16, F32, Size
 
 Tile = tuple[int, int, int, int, int]
 #: BLOCK_I, BLOCK_J, BLOCK_D (0: the bucket), num_warps, num_stages; by kind, and by whether
@@ -18,7 +27,7 @@ CANDIDATES: dict[tuple[str, bool], list[Tile]] = {
     ],
     ("backward", True): [
         (128, 64, 0, 8, 2), (128, 64, 0, 8, 3), (128, 128, 0, 8, 2), (64, 64, 0, 4, 2),
-        (64, 64, 0, 4, 3), (64, 64, 0, 8, 2), (64, 128, 0, 8, 2), (128, 32, 0, 8, 3),
+        (64, 64, 0, 4, 3), (64, 128, 0, 4, 2), (64, 128, 0, 8, 2), (128, 32, 0, 8, 3),
     ],
     ("wide", True): [
         (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2), (128, 64, 64, 8, 3),
@@ -78,3 +87,46 @@ ITEMS = [
     ("forward", Size(16_384, 64, F32), "highest"),
     ("backward", Size(16_384, 64, F32), "highest"),
 ]
+
+
+@contextlib.contextmanager
+def precision(how: str) -> Iterator[None]:
+    saved = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(how)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(saved)
+
+
+@contextlib.contextmanager
+def tried(kind: str, tile: Tile, bucket: int) -> Iterator[None]:
+    """The backend takes this tile for kernels of the kind."""
+    plain = call.config
+    block_i, block_j, block_d, num_warps, num_stages = tile
+    config = Config(block_i, block_j, block_d or bucket, num_warps, num_stages)
+
+    def lookup(name: str, *key: object) -> Config:
+        return config if name == kind else plain(name, *key)
+
+    with mock.patch.object(call, "config", lookup):
+        yield
+
+
+def item_candidates(kind: str, size: Size, how: str) -> tuple[list[Tile], int]:
+    with precision(how):
+        arithmetic = call.arithmetic(size.dtype)
+    bucket = configs.bucket(size.D, arithmetic)
+    name = "forward chunks" if kind == "forward" and bucket == 0 else kind
+    tiles = CANDIDATES[name, size.dtype == BF16]
+    if kind.startswith("dense"):
+        # The two kinds hand each other sums over tiles of one width.
+        width = configs.config(kind, 90, bucket, arithmetic).BLOCK_J
+        tiles = [tile for tile in tiles if tile[1] == width]
+    return tiles, bucket
+
+
+def warm_call(kind: str, size: Size, how: str, tile: Tile, bucket: int) -> tuple:
+    """The call as warm takes it."""
+    call = dict(N=size.N, D=size.D, dtype=size.dtype, precision=how, tried=(kind, tile, bucket))
+    return tuple(call.items())
