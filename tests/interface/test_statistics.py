@@ -159,3 +159,8 @@ def test_nothing_is_synchronised_on_a_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found.n_positives[mask], by_pairs(y[mask], p[mask], 0.2)[0])
+
+
+def test_a_group_by_another_name_is_refused():
+    with pytest.raises(ValueError, match="group must be a process group, 'world' or None"):
+        conr_statistics(torch.ones(4), torch.ones(4), group="worlds")
