@@ -33,7 +33,7 @@ def test_counts_are_those_of_all_pairs(monkeypatch, device, n, n_components, dis
     monkeypatch.setattr(counts, "BLOCK_PAIRS", 300)
     for seed, window in enumerate((0.0, 0.1, 0.2, 0.5, float("inf"))):
         y, p = grid(n, n_components, seed, device)
-        if seed % 2:
+        if seed in (1, 4):
             y[::5], p[::7] = torch.nan, torch.nan
         y_j, p_j = (
             torch.cat(t) for t in zip((y, p), grid(50, n_components, 9, device), strict=True)
