@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import cost, data, plan, report, traces
+from . import cost, data, methods, plan, report, traces
 from .execute import execute
 from .rows import Store, environment
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few data sets, methods and seeds")
     parser.add_argument("--stages", nargs="*", default=plan.STAGES, choices=plan.STAGES)
     parser.add_argument("--data", nargs="*", help="of the data sets, only these")
+    parser.add_argument("--methods", nargs="*", choices=methods.NAMES, help="only these")
     parser.add_argument("--seeds", type=int, help="seeds of the table (10; quick: 3)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, help="folder of the rows, the summary and pictures")
@@ -37,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     output = options.output or (QUICK_RESULTS if options.quick else RESULTS)
     size = plan.QUICK if options.quick else plan.FULL
-    size = size.with_seeds(options.seeds) if options.seeds else size
     size = size.only(options.data) if options.data else size
+    size = replace(size, methods=tuple(options.methods)) if options.methods else size
+    size = replace(size, seeds=tuple(range(options.seeds))) if options.seeds else size
     missing = [
         name for name in {*size.data, *size.studied, *size.large_data} if not data.available(name)
     ]
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         runs = plan.runs(stage, size, plan.tuned(output / "tune.csv"))
         left = [run for run in runs if run not in store.done]
-        for run in tqdm(left, desc=stage, unit="run", disable=not left):
+        for run in tqdm(left, desc=stage, unit="run", mininterval=2):
             work = traces.trace if stage == "traces" else execute
             store.append(run, work(run, size, options.device, common))
     print(report.write(output))

@@ -40,9 +40,6 @@ class Size:
     n_large_seeds: int
     n_large_rows: int
 
-    def with_seeds(self, n: int) -> Size:
-        return replace(self, seeds=tuple(range(n)))
-
     def only(self, names: Collection[str]) -> Size:
         kept = {
             name: tuple(t for t in getattr(self, name) if t in names)
