@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import methods
-from .rows import Run, read
+from .rows import Row, Run, read
 from .splits import PROTOCOLS
 
 STAGES = ("tune", "table", "ablations", "sweeps", "protocols", "traces", "large", "cost")
@@ -73,9 +73,13 @@ class Tuned:
 
 
 def tuned(path: Path) -> Tuned:
+    return choose(read(path) if path.exists() else ())
+
+
+def choose(rows: Iterable[Row]) -> Tuned:
     """The settings with the smallest mean bMAE of the validation sets; test errors are not read."""
     errors: dict[tuple, list[float]] = defaultdict(list)
-    for row in read(path) if path.exists() else ():
+    for row in rows:
         if row.stage == "tune" and row.metric == "validation bMAE":
             added = "ConR" if row.conr else row.method
             setting = (row.conr_weight, row.window) if row.conr else row.weight

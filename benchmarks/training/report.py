@@ -1,5 +1,299 @@
-"""Tables."""
+"""``python -m benchmarks.training.report [FOLDER]``: the rows' summary, pictures and README."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.report import bytes_text, seconds_text
+
+from . import pictures, plan
+from .compare import Difference, by_run, mean, paired
+from .cost import MEMORY_BUDGET
+from .rows import LAST, Row, read
+
+Rows = dict[str, list[Row]]
+ERRORS = (("MAE", "all"), ("MAE", "many"), ("MAE", "median"), ("MAE", "few"), ("bMAE", "all"))
+START, END = "<!-- figures -->", "<!-- end of figures -->"
 
 
-def write(output) -> str:
-    return ""
+def load(folder: Path) -> Rows:
+    """The rows of every stage, none for a stage that was not run."""
+    paths = {stage: folder / f"{stage}.csv" for stage in plan.STAGES}
+    return {s: list(read(path)) if path.exists() else [] for s, path in paths.items()}
+
+
+def write(folder: Path) -> str:
+    """Writes ``summary.md`` and the pictures; returns the table of ConR's effect."""
+    found = load(folder)
+    sections = [make(found) for make in SECTIONS]
+    (folder / "summary.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+    pictures.draw(found, folder)
+    return effect(found)
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def marked(difference: Difference) -> str:
+    """A difference, bold where its interval leaves out 0."""
+    return f"**{difference}**" if difference.is_clear else str(difference)
+
+
+def effect(found: Rows) -> str:
+    """ConR's effect on the plain L1 loss, one line per data set."""
+    few, balanced = (by_run(found["table"], *t) for t in (("MAE", "few"), ("bMAE", "all")))
+    many = by_run(found["table"], "MAE", "many")
+    lines = []
+    for name in dict.fromkeys(key[0] for key in few):
+        a, b = ((name, "natural", "vanilla", conr, 64) for conr in ("", "paper"))
+        if b not in few:
+            continue
+        line = [name, str(paired(few[a], few[b]).n)]
+        for errors in (few, balanced, many):
+            if a not in errors:
+                line += ["–", "–"]
+                continue
+            line += [f"{mean(errors[a]):.3g} → {mean(errors[b]):.3g}"]
+            line += [marked(paired(errors[a], errors[b], relative=True)) + " %"]
+        lines.append(line)
+    if not lines:
+        return ""
+    head = ["L1 → L1 + ConR", "seeds", "few MAE", "change", "bMAE", "change", "many MAE", "change"]
+    return table(head, lines)
+
+
+def _effect(found: Rows) -> str:
+    return "# Does ConR help?\n\n" + NOTE + "\n\n" + effect(found)
+
+
+NOTE = (
+    "Test errors, mean over seeds; changes are paired by seed, with a 95 % t interval, bold where "
+    "it leaves out 0. A negative change is an improvement. The test rows are the same for all "
+    "seeds; a seed draws validation and training rows, initial weights, batches and views."
+)
+
+
+def _settings(found: Rows) -> str:
+    if not found["tune"]:
+        return ""
+    names = sorted({row.method for row in found["tune"]} - {"vanilla"})
+    chosen = plan.choose(found["tune"])
+    lines = []
+    for name in dict.fromkeys(row.data for row in found["tune"]):
+        weight, window = chosen.conr.get(name, (float("nan"), float("nan")))
+        added = [
+            f"{chosen.weights[name, t]:g}" if (name, t) in chosen.weights else "–" for t in names
+        ]
+        lines.append([name, f"{weight:g}", f"{window:g}", *added])
+    head = ["data", "β of ConR", "window / the data's", *names]
+    text = "Chosen by bMAE on validation sets, mean over seeds that no table has."
+    return f"## Settings\n\n{text}\n\n{table(head, lines)}"
+
+
+def _methods(found: Rows) -> str:
+    parts = []
+    errors = {key: by_run(found["table"], *key) for key in ERRORS}
+    for name in dict.fromkeys(row.data for row in found["table"]):
+        lines = []
+        for method in dict.fromkeys(row.method for row in found["table"]):
+            a, b = ((name, "natural", method, conr, 64) for conr in ("", "paper"))
+            for key in (a, b):
+                if key not in errors["bMAE", "all"]:
+                    continue
+                label = method + (" + ConR" if key[3] else "")
+                line = [label, str(len(errors["bMAE", "all"][key]))]
+                for metric in ERRORS:
+                    values = errors[metric].get(key)
+                    line.append(f"{mean(values):.3g}" if values else "–")
+                for metric in (("MAE", "few"), ("bMAE", "all")):
+                    base, own = errors[metric].get(a), errors[metric].get(key)
+                    is_pair = key[3] and base and own
+                    line.append(marked(paired(base, own)) if is_pair else "")
+                lines.append(line)
+        heads = [f"{metric} {shot}" if metric == "MAE" else metric for metric, shot in ERRORS]
+        head = ["method", "seeds", *heads, "ConR: few", "ConR: bMAE"]
+        parts.append(f"### {name}\n\n{table(head, lines)}")
+    return "## All methods\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _variants(found: Rows) -> str:
+    """Ablations, sweeps and protocols: each against the paper's loss, or against no ConR."""
+    parts = []
+    for stage, describe in (("ablations", lambda row: row.conr), ("sweeps", _setting)):
+        parts += _against_first(found, stage, describe)
+    return "\n\n".join(parts)
+
+
+def _setting(row: Row) -> str:
+    return f"β {row.conr_weight:g}, window × {row.window:g}, push × {row.push:g}"
+
+
+def _against_first(found: Rows, stage: str, describe: Callable[[Row], str]) -> list[str]:
+    parts = []
+    for name in dict.fromkeys(row.data for row in found[stage]):
+        values: dict[str, dict[str, dict[int, float]]] = {}
+        for row in found[stage]:
+            metric = {("MAE", "few"): "few", ("bMAE", "all"): "bMAE"}.get((row.metric, row.shot))
+            if row.data == name and metric:
+                per_seed = values.setdefault(describe(row), {}).setdefault(metric, {})
+                per_seed[row.seed] = row.value
+        first = next(iter(values.values()))
+        lines = []
+        for label, errors in values.items():
+            line = [label]
+            for metric in ("few", "bMAE"):
+                line += [f"{mean(errors[metric]):.3g}"]
+                line += ["" if errors is first else marked(paired(first[metric], errors[metric]))]
+            lines.append(line)
+        head = [name, "few MAE", "change", "bMAE", "change"]
+        parts.append(f"## {stage.capitalize()}, {name}\n\n{table(head, lines)}")
+    return parts
+
+
+def _protocols(found: Rows) -> str:
+    lines = []
+    few, zero = (by_run(found["protocols"], "MAE", shot) for shot in ("few", "zero"))
+    balanced = by_run(found["protocols"], "bMAE", "all")
+    for name, protocol, method, conr, batch in balanced:
+        if conr:
+            continue
+        a, b = ((name, protocol, method, t, batch) for t in ("", "paper"))
+        line = [f"{name}, {protocol}"]
+        for errors in (few, zero, balanced):
+            is_there = a in errors and b in errors
+            line += [f"{mean(errors[a]):.3g} → {mean(errors[b]):.3g}"] if is_there else ["–"]
+            line += [marked(paired(errors[a], errors[b]))] if is_there else [""]
+        lines.append(line)
+    head = ["L1 → L1 + ConR", "few MAE", "change", "zero MAE", "change", "bMAE", "change"]
+    text = "Zero: test rows in bins without a training row."
+    return f"## Label protocols\n\n{text}\n\n{table(head, lines)}" if lines else ""
+
+
+def _large(found: Rows) -> str:
+    few, balanced = (by_run(found["large"], *t) for t in (("MAE", "few"), ("bMAE", "all")))
+    lines = []
+    for name, protocol, method, conr, batch in sorted(few):
+        if conr:
+            continue
+        a, b = ((name, protocol, method, t, batch) for t in ("", "paper"))
+        line = [f"{name}, {batch:,}", str(len(few[a]))]
+        for errors in (few, balanced):
+            line += [f"{mean(errors[a]):.3g} → {mean(errors[b]):.3g}"]
+            line += [marked(paired(errors[a], errors[b]))]
+        lines.append(line)
+    head = ["L1 → L1 + ConR, batch", "seeds", "few MAE", "change", "bMAE", "change"]
+    text = "The same number of epochs at every batch; the learning rate grows with its root, to 4×."
+    return f"## Large batches: errors\n\n{text}\n\n{table(head, lines)}" if lines else ""
+
+
+Cost = dict[tuple[str, int, str, str, str], dict[str, float]]
+
+
+def costs(found: Rows) -> Cost:
+    """``(data, batch, method, conr, backend)`` → metric → value."""
+    values: Cost = {}
+    for row in found["cost"]:
+        key = (row.data, row.batch, row.method, row.conr, row.backend)
+        values.setdefault(key, {})[row.metric] = row.value
+    return values
+
+
+def _cost(found: Rows) -> str:
+    values = costs(found)
+    if not values:
+        return ""
+    studied = next(iter(values))[0]
+    lines = []
+    for (name, _, method, conr, backend), cost in values.items():
+        if name == studied:
+            kind = {"": "", "auto": " + ConR, fused", "reference": " + ConR, eager"}
+            label = method + kind[backend if conr else ""]
+            lines.append([label, *_cost_text(cost)])
+    head = [f"{studied}, batch 64", "seconds per epoch", "peak memory of a step"]
+    parts = [f"## Cost of each method\n\n{table(head, lines)}"]
+
+    lines, claims = [], []
+    for (name, batch, _, conr, _), base in values.items():
+        if name == studied or conr:
+            continue
+        line = [f"{name}, {batch:,}", *_cost_text(base)]
+        for backend in ("auto", "reference", "gradient_cache"):
+            cost = values.get((name, batch, "vanilla", "paper", backend))
+            line += (
+                _cost_text(cost)
+                if cost
+                else ["does not fit" if _is_large(backend, batch) else "", ""]
+            )
+        lines.append(line)
+        claims += _claims(name, batch, base, values)
+    head = ["data, batch"]
+    for label in ("L1", "+ ConR fused", "+ ConR eager", "+ ConR, gradient_cache"):
+        head += [label, ""]
+    text = (
+        "Seconds per epoch and peak memory of a step. Eager does not fit: its pair matrices would "
+        f"take more than {bytes_text(MEMORY_BUDGET)}."
+    )
+    parts.append(f"## Cost over the batch\n\n{text}\n\n{table(head, lines)}")
+    return "\n\n".join(parts + (["\n".join(claims)] if claims else []))
+
+
+def _is_large(backend: str, batch: int) -> bool:
+    return backend == "reference" and batch > 64
+
+
+def _cost_text(cost: dict[str, float]) -> list[str]:
+    return [seconds_text(cost["epoch seconds"]), bytes_text(cost["peak bytes"])]
+
+
+def _claims(name: str, batch: int, base: dict[str, float], values: Cost) -> list[str]:
+    """Whether fused ConR costs at most eager's epoch, and from 1,024 on a third of its share."""
+    both = [values.get((name, batch, "vanilla", "paper", t)) for t in ("auto", "reference")]
+    if None in both:
+        return []
+    fused, eager = (cost["epoch seconds"] for cost in both)
+    shares = [(seconds - base["epoch seconds"]) / seconds for seconds in (fused, eager)]
+    is_met = fused <= eager
+    text = f"an epoch takes {fused / eager:.2f} of eager's"
+    if batch >= 1024:
+        extra = (fused - base["epoch seconds"]) / max(eager - base["epoch seconds"], 1e-12)
+        is_met = is_met and extra <= 1 / 3
+        text += f", ConR in it {extra:.2f} of eager's"
+    text += f"; ConR's share of the epoch {shares[0]:.0%}, eager's {shares[1]:.0%}"
+    return [f"- {'met' if is_met else 'MISSED'}: {name}, batch {batch:,}: {text}"]
+
+
+def _duration(found: Rows) -> str:
+    lines = []
+    for stage, rows in found.items():
+        seconds = [row.value for row in rows if row.metric == LAST]
+        if seconds:
+            lines.append([stage, str(len(seconds)), seconds_text(sum(seconds))])
+    devices = sorted({(row.device, row.torch) for rows in found.values() for row in rows})
+    text = "; ".join(f"{device}, torch {version}" for device, version in devices)
+    text = f"One thread, {text}. Training alone (of cost: one epoch per case)."
+    return f"## Duration\n\n{text}\n\n{table(['stage', 'runs', 'in all'], lines)}" if lines else ""
+
+
+SECTIONS = (
+    _effect, _settings, _methods, _variants, _protocols, _large, _cost, _duration,
+)  # fmt: skip
+
+
+def fill(readme: Path, text: str) -> None:
+    """Puts the table between the marks of a README."""
+    old = readme.read_text(encoding="utf-8")
+    head, rest = old.split(START)
+    _, tail = rest.split(END)
+    readme.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
+    shown = write(folder)
+    print(shown)
+    if len(sys.argv) <= 1:
+        fill(Path(__file__).parent / "README.md", shown)
