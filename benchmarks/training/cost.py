@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
+import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from conr_kernels import gradient_cache
@@ -24,9 +23,9 @@ from .splits import split
 from .train import Budget, objective, prepare, train, two_views
 
 #: Eager's pair matrices need about this much per pair; more than the budget is not run.
-EAGER_PAIR_BYTES, MEMORY_BUDGET = 26, 2 * 2**30
-#: Seconds of a turn of one case, and turns of each.
-TURN_S, N_TURNS = 0.3, 5
+EAGER_PAIR_BYTES, MEMORY_BUDGET = 29, 2 * 2**30
+#: Seconds of a turn of one case, turns of each, and the step that is a turn of its own.
+TURN_S, N_TURNS, LONG_STEP_S = 0.2, 5, 1.0
 CACHE_CHUNK = 1024
 BATCHES = tuple(2**k for k in range(6, 15))
 
@@ -35,12 +34,13 @@ def measure(store: Store, size: Size, device: str, common: Mapping[str, str]) ->
     """Appends the rows of every case that is not there; cases of a group are timed in turns."""
     groups = [[run for run in group if run not in store.done] for group in cases(size)]
     for group in tqdm([group for group in groups if group], desc="cost", unit="group"):
-        seconds = epoch_seconds(group, size, device)
-        for run in group:
+        steps, counts = zip(*(step_of(run, size, device) for run in group), strict=True)
+        medians = step_seconds(list(steps), device)
+        for run, step, count, seconds in zip(group, steps, counts, medians, strict=True):
             fields = asdict(run) | common
-            rows = [Row(**fields, metric="epoch seconds", value=seconds[run])]
-            rows.append(Row(**fields, metric="peak bytes", value=peak_bytes(run, size, device)))
-            store.append(run, [*rows, Row(**fields, metric=LAST, value=seconds[run])])
+            found = {"epoch seconds": count * seconds, "peak bytes": peak_bytes(step, device)}
+            found[LAST] = count * seconds
+            store.append(run, [Row(**fields, metric=t, value=v) for t, v in found.items()])
 
 
 def cases(size: Size) -> list[list[Run]]:
@@ -115,64 +115,45 @@ def cached_backward(net, parts, views, rows, task) -> None:
     gradient_cache(model, views, loss, chunk_size=CACHE_CHUNK)
 
 
-def epoch_seconds(group: list[Run], size: Size, device: str) -> dict[Run, float]:
-    """Median step times the steps of an epoch, in rotating turns: the machine's pace meets all."""
-    made = {run: step_of(run, size, device) for run in group}
-    found: dict[Run, list[float]] = {run: [] for run in group}
+def step_seconds(steps: list[Callable[[], object]], device: str) -> list[float]:
+    """Median times, measured in rotating turns: a change of the machine's pace meets all."""
+    found: list[list[float]] = [[] for _ in steps]
     for turn in range(N_TURNS):
-        k = turn % len(group)
-        for run in group[k:] + group[:k]:
-            step, _ = made[run]
-            first = seconds_of(step, device)
-            if turn == 0 and first > 10 * TURN_S:  # a long step needs no warm-up
-                found[run].append(first)
-            repeats = min(max(int(TURN_S / first), 1), 100)
-            if first <= 10 * TURN_S or turn < 2:
-                found[run] += [seconds_of(step, device) for _ in range(repeats)]
-    return {run: statistics.median(times) * made[run][1] for run, times in found.items()}
+        for k in range(len(steps)):
+            k = (k + turn) % len(steps)
+            first = seconds_of(steps[k], device)
+            if first > LONG_STEP_S:  # needs no warm-up
+                found[k].append(first)
+            else:
+                repeats = min(max(int(TURN_S / max(first, 1e-9)), 1), 100)
+                found[k] += [seconds_of(steps[k], device) for _ in range(repeats)]
+    return [statistics.median(times) for times in found]
 
 
 def seconds_of(step: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
+    """On the CPU its own seconds, which other users of the machine hardly lengthen."""
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     step()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def peak_bytes(run: Run, size: Size, device: str) -> float:
-    """Peak extra memory of a step: on the CPU the growth of the resident set, in a fresh process,
-    from Linux's high-water mark; elsewhere (no ``/proc``) not a number."""
+def peak_bytes(step: Callable[[], object], device: str) -> int:
+    """Peak of what a step allocates for tensors, above what there was before it."""
     if device != "cpu":
-        step, _ = step_of(run, size, device)
-        step()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    if sys.platform != "linux":
-        return float("nan")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.training.cost"])
-    with context.Pool(1) as pool:
-        return pool.apply(_growth, (run, size))
-
-
-def _growth(run: Run, size: Size) -> int:
-    torch.set_num_threads(1)
-    step_of(replace(run, batch=64), size, "cpu")[0]()
-    step, _ = step_of(run, size, "cpu")
-    gc.collect()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = _resident("VmRSS")
-    step()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        (line,) = [t for t in file if t.startswith(field + ":")]
-    return int(line.split()[1]) * 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [t for t in profiler.profiler.kineto_results.events() if t.name() == "[memory]"]
+    return max(
+        itertools.accumulate(t.nbytes() for t in sorted(events, key=lambda t: t.start_ns())),
+        default=0,
+    )

@@ -74,13 +74,13 @@ def effect(rows: list[Row]) -> Figure:
 
 
 def bins(rows: list[Row]) -> Figure:
-    """Training rows per bin with their shots, above the error of each bin."""
+    """Training rows per bin with their shots, the error of each bin, and what ConR changes."""
     datasets = list(dict.fromkeys(row.data for row in rows))
     figure, panels = plt.subplots(
-        2, len(datasets), figsize=(5.5 * len(datasets), 6), layout="constrained", squeeze=False,
+        3, len(datasets), figsize=(5.5 * len(datasets), 8), layout="constrained", squeeze=False,
         sharex="col",
     )  # fmt: skip
-    for (top, bottom), name in zip(panels.T, datasets, strict=True):
+    for (top, middle, bottom), name in zip(panels.T, datasets, strict=True):
         of_data = [row for row in rows if row.data == name]
         counts = {r.at: r.value for r in of_data if r.metric == "training rows" and not r.conr}
         width = min(b - a for a, b in zip(list(counts), list(counts)[1:], strict=False))
@@ -88,13 +88,20 @@ def bins(rows: list[Row]) -> Figure:
             at = [x for x, n in counts.items() if shot_of(n) == shot]
             top.bar(at, [counts[x] for x in at], width, color=color, label=f"{shot}-shot")
         top.set_yscale("symlog", linthresh=1)
-        _style(top, f"{name}: training rows per bin", "")
-        top.legend(frameon=False)
+        errors = {}
         for conr, color in (("", WITHOUT), ("paper", WITH)):
-            at, values = _mean_by_place(of_data, "bin MAE", conr)
-            bottom.plot(at, values, color=color, marker="o", markersize=3, label=NAMES[conr])
-        _style(bottom, "mean test error per bin", "label")
-        bottom.legend(frameon=False)
+            at, errors[conr] = _mean_by_place(of_data, "bin MAE", conr)
+            middle.plot(at, errors[conr], color=color, marker="o", markersize=3, label=NAMES[conr])
+        change = [b - a for a, b in zip(errors[""], errors["paper"], strict=True)]
+        bottom.bar(at, change, width, color=WITH)
+        for axes, title in (
+            (top, f"{name}: training rows per bin"),
+            (middle, "mean test error per bin"),
+            (bottom, "its change with ConR (below 0: better)"),
+        ):
+            _style(axes, title, "label" if axes is bottom else "")
+        top.legend(frameon=False)
+        middle.legend(frameon=False)
     return figure
 
 
@@ -151,10 +158,7 @@ def training(rows: list[Row]) -> Figure:
 
 def large(rows: list[Row]) -> Figure:
     """Few-shot error and seconds per epoch over the batch."""
-    rows = [row for row in rows if row.batch > 64 or row.stage == "large" or row.stage == "cost"]
-    datasets = list(dict.fromkeys(row.data for row in rows if row.stage == "large"))
-    if not datasets:
-        datasets = list(dict.fromkeys(row.data for row in rows if row.batch > 64))
+    datasets = list(dict.fromkeys(row.data for row in rows if row.batch > 64))
     figure, panels = plt.subplots(
         2, len(datasets), figsize=(5 * len(datasets), 7), layout="constrained", squeeze=False
     )
@@ -172,7 +176,8 @@ def large(rows: list[Row]) -> Figure:
     for (top, bottom), name in zip(panels.T, datasets, strict=True):
         for conr, color in (("", WITHOUT), ("paper", WITH)):
             points = sorted((k[4], mean(v)) for k, v in errors.items() if k[::3] == (name, conr))
-            top.plot(*zip(*points, strict=True), "o-", color=color, label=NAMES[conr])
+            if points:
+                top.plot(*zip(*points, strict=True), "o-", color=color, label=NAMES[conr])
         for backend, (label, color, style) in labels.items():
             points = sorted(times.get((name, backend), {}).items())
             if points:
@@ -180,13 +185,13 @@ def large(rows: list[Row]) -> Figure:
                     *zip(*points, strict=True), style, marker="o", markersize=4, color=color,
                     label=label,
                 )  # fmt: skip
-        top.set_xscale("log", base=2)
-        bottom.set_xscale("log", base=2)
-        bottom.set_yscale("log")
         _style(top, f"{name}: few-shot MAE", "")
         _style(bottom, "seconds per epoch", "rows in a batch, each viewed twice")
-        top.legend(frameon=False)
-        bottom.legend(frameon=False)
+        for axes in (top, bottom):
+            axes.set_xscale("log", base=2)
+            if axes.has_data():
+                axes.legend(frameon=False)
+        bottom.set_yscale("log")
     return figure
 
 

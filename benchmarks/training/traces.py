@@ -20,7 +20,7 @@ from .splits import Split
 from .train import Net, predictions, prepare, train
 
 #: Values of y at which the collapse penalty is taken, and the rows of the feature map.
-N_VALUES, N_POINTS = 60, 400
+N_VALUES, N_POINTS = 40, 250
 
 
 class Watcher:
