@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"not run, their packages are not installed: {', '.join(missing)}", file=sys.stderr)
     size = size.only([name for name in data.NAMES if name not in missing])
     if not size.data:
-        print("nothing to run: pip install --no-deps -r benchmarks/training/requirements.txt")
+        print("nothing to run: pip install --no-deps -r benchmarks/training/requirements-full.txt")
         return 1
     common = environment(options.device)
     print(f"ConR in training on {common['device']}, torch {common['torch']}; rows in {output}")

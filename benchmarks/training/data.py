@@ -88,7 +88,7 @@ def package_folder(package: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise FileNotFoundError(
             f"the package {package} is not installed: "
-            "pip install --no-deps -r benchmarks/training/requirements.txt"
+            "pip install --no-deps -r benchmarks/training/requirements-full.txt"
         )
     return Path(found.submodule_search_locations[0])
 
