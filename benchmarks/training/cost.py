@@ -25,7 +25,7 @@ from .train import Budget, objective, prepare, train, two_views
 #: Eager's pair matrices need about this much per pair; more than the budget is not run.
 EAGER_PAIR_BYTES, MEMORY_BUDGET = 29, 2 * 2**30
 #: Seconds of a turn of one case, turns of each, and the step that is a turn of its own.
-TURN_S, N_TURNS, LONG_STEP_S = 0.2, 5, 1.0
+TURN_S, N_TURNS, LONG_STEP_S = 0.2, 4, 1.0
 CACHE_CHUNK = 1024
 BATCHES = tuple(2**k for k in range(6, 15))
 

@@ -14,8 +14,9 @@ from .rows import LAST, Row, Run
 from .splits import Split, split
 from .train import LEARNING_RATE, Budget, Net, predictions, train
 
-#: Epochs of the large-batch study; the learning rate grows with the root of the batch, to 4-fold.
-LARGE_EPOCHS, LARGEST_RATE_FACTOR = 6, 4.0
+#: Of the large-batch study: epochs, but at least so many steps, and the most by which the learning
+#: rate grows with the root of the batch.
+LARGE_EPOCHS, LEAST_STEPS, LARGEST_RATE_FACTOR = 6, 60, 4.0
 
 
 def parts_of(run: Run, window: float, backend: str = "auto") -> list[Method]:
@@ -36,7 +37,7 @@ def budget_of(run: Run, size: Size, n_train: int) -> Budget:
     if run.stage != "large":
         return Budget(run.batch, size.n_steps)
     factor = min(math.sqrt(run.batch / 64), LARGEST_RATE_FACTOR)
-    n_steps = LARGE_EPOCHS * max(1, n_train // run.batch)
+    n_steps = max(LARGE_EPOCHS * (n_train // run.batch), LEAST_STEPS)
     return Budget(run.batch, n_steps, factor * LEARNING_RATE)
 
 
