@@ -186,7 +186,7 @@ def _large(found: Rows) -> str:
             line += [marked(paired(errors[a], errors[b]))]
         lines.append(line)
     head = ["L1 → L1 + ConR, batch", "seeds", "few MAE", "change", "bMAE", "change"]
-    text = "6 epochs, but at least 60 steps, at every batch; the learning rate grows with its root, to 4×."
+    text = "6 epochs, but at least 60 steps; the learning rate grows with the batch's root, to 4×."
     return f"## Large batches: errors\n\n{text}\n\n{table(head, lines)}" if lines else ""
 
 
