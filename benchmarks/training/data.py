@@ -1,6 +1,6 @@
 """Tables of real data that wheels on PyPI ship, read as files of the installed package.
 
-No package is imported, so none of their dependencies is needed: see ``requirements.txt``.
+No package is imported, so none of their dependencies is needed: see ``requirements-full.txt``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -46,14 +47,17 @@ def effect(rows: list[Row]) -> Figure:
     """What ConR changes in the few-shot error and in the bMAE of each method, with intervals."""
     datasets = list(dict.fromkeys(row.data for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
+    n_columns = len(datasets) if len(datasets) <= 4 else 3
+    n_lines = math.ceil(len(datasets) / n_columns)
     figure, panels = plt.subplots(
-        1, len(datasets), figsize=(2.9 * len(datasets) + 1, 0.42 * len(methods) + 1.8),
-        layout="constrained", sharey=True, squeeze=False,
+        n_lines, n_columns, layout="constrained", sharey=True, squeeze=False,
+        figsize=(3 * n_columns + 1.2, n_lines * (0.34 * len(methods) + 1.2) + 0.6),
     )  # fmt: skip
+    panels = panels.flatten()
     kinds = (("MAE", "few", "few-shot MAE", WITH, -0.14), ("bMAE", "all", "bMAE", "#e6a57e", 0.14))
     for metric, shot, label, color, shift in kinds:
         values = by_run(rows, metric, shot)
-        for axes, name in zip(panels[0], datasets, strict=True):
+        for axes, name in zip(panels, datasets, strict=False):
             for place, method in enumerate(methods):
                 a, b = ((name, "natural", method, conr, 64) for conr in ("", "paper"))
                 found = paired(values.get(a, {}), values.get(b, {}), relative=True)
@@ -63,12 +67,12 @@ def effect(rows: list[Row]) -> Figure:
                         found.mean, place + shift, xerr=half, fmt="o", color=color, markersize=5,
                         label=label if place == 0 else None,
                     )  # fmt: skip
-    for axes, name in zip(panels[0], datasets, strict=True):
+    for axes, name in zip(panels, datasets, strict=False):
         axes.axvline(0, color=GREY, linewidth=1)
         axes.set_yticks(range(len(methods)), methods)
         _style(axes, name, "change with ConR, %")
-    panels[0][0].invert_yaxis()
-    panels[0][0].legend(frameon=False, fontsize=9)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=2, loc="upper right")
     figure.suptitle("What ConR changes in the test error (left of 0: better)", x=0.01, ha="left")
     return figure
 
