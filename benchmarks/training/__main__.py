@@ -8,6 +8,7 @@ batch, ``cost`` measures time and memory. Rows that are there already are not me
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import replace
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the rows, the summary and pictures")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of each start and stop
     torch.set_num_threads(1)  # the networks are small: a second thread would mostly wait
 
     output = options.output or (QUICK_RESULTS if options.quick else RESULTS)
