@@ -38,32 +38,52 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
-def marked(difference: Difference) -> str:
+def marked(difference: Difference, unit: str = "") -> str:
     """A difference, bold where its interval leaves out 0."""
-    return f"**{difference}**" if difference.is_clear else str(difference)
+    text = f"{difference}{unit}" if difference.n > 1 else "–"
+    return f"**{text}**" if difference.is_clear else text
+
+
+def changes(
+    rows: list[Row],
+    shown: dict[str, tuple[str, str]],
+    label: Callable[[tuple], str],
+    relative: bool = False,
+) -> str:
+    """Errors of L1 without and with ConR and their change: a line for every data, protocol and
+    batch, two columns for every metric and shot that is shown."""
+    values = {name: by_run(rows, *key) for name, key in shown.items()}
+    lines = []
+    for key in sorted(next(iter(values.values())), key=_order(rows)):
+        a, b = ((*key[:2], "vanilla", conr, key[4]) for conr in ("", "paper"))
+        if key != a or not all(b in t for t in values.values() if a in t):
+            continue
+        line = [label(key), str(max(paired(t[a], t[b]).n for t in values.values() if a in t))]
+        for errors in values.values():
+            if a in errors:
+                change = paired(errors[a], errors[b], relative)
+                line += [f"{mean(errors[a]):.3g} → {mean(errors[b]):.3g}"]
+                line += [marked(change, " %" if relative else "")]
+            else:
+                line += ["–", ""]
+        lines.append(line)
+    columns = [text for name in shown for text in (name, "change")]
+    return table(["L1 → L1 + ConR", "seeds", *columns], lines) if lines else ""
+
+
+def _order(rows: list[Row]) -> Callable[[tuple], tuple]:
+    """Data sets and protocols as they come, batches by size."""
+    places = {name: k for k, name in enumerate(dict.fromkeys((r.data, r.protocol) for r in rows))}
+    return lambda key: (places[key[:2]], key[4])
+
+
+FEW, BALANCED = {"few MAE": ("MAE", "few")}, {"bMAE": ("bMAE", "all")}
 
 
 def effect(found: Rows) -> str:
     """ConR's effect on the plain L1 loss, one line per data set."""
-    few, balanced = (by_run(found["table"], *t) for t in (("MAE", "few"), ("bMAE", "all")))
-    many = by_run(found["table"], "MAE", "many")
-    lines = []
-    for name in dict.fromkeys(key[0] for key in few):
-        a, b = ((name, "natural", "vanilla", conr, 64) for conr in ("", "paper"))
-        if b not in few:
-            continue
-        line = [name, str(paired(few[a], few[b]).n)]
-        for errors in (few, balanced, many):
-            if a not in errors:
-                line += ["–", "–"]
-                continue
-            line += [f"{mean(errors[a]):.3g} → {mean(errors[b]):.3g}"]
-            line += [marked(paired(errors[a], errors[b], relative=True)) + " %"]
-        lines.append(line)
-    if not lines:
-        return ""
-    head = ["L1 → L1 + ConR", "seeds", "few MAE", "change", "bMAE", "change", "many MAE", "change"]
-    return table(head, lines)
+    shown = FEW | BALANCED | {"many MAE": ("MAE", "many")}
+    return changes(found["table"], shown, lambda key: key[0], relative=True)
 
 
 def _effect(found: Rows) -> str:
@@ -155,39 +175,16 @@ def _against_first(found: Rows, stage: str, describe: Callable[[Row], str]) -> l
 
 
 def _protocols(found: Rows) -> str:
-    lines = []
-    few, zero = (by_run(found["protocols"], "MAE", shot) for shot in ("few", "zero"))
-    balanced = by_run(found["protocols"], "bMAE", "all")
-    for name, protocol, method, conr, batch in balanced:
-        if conr:
-            continue
-        a, b = ((name, protocol, method, t, batch) for t in ("", "paper"))
-        line = [f"{name}, {protocol}"]
-        for errors in (few, zero, balanced):
-            is_there = a in errors and b in errors
-            line += [f"{mean(errors[a]):.3g} → {mean(errors[b]):.3g}"] if is_there else ["–"]
-            line += [marked(paired(errors[a], errors[b]))] if is_there else [""]
-        lines.append(line)
-    head = ["L1 → L1 + ConR", "few MAE", "change", "zero MAE", "change", "bMAE", "change"]
+    shown = FEW | {"zero MAE": ("MAE", "zero")} | BALANCED
+    lines = changes(found["protocols"], shown, lambda key: f"{key[0]}, {key[1]}")
     text = "Zero: test rows in bins without a training row."
-    return f"## Label protocols\n\n{text}\n\n{table(head, lines)}" if lines else ""
+    return f"## Label protocols\n\n{text}\n\n{lines}" if lines else ""
 
 
 def _large(found: Rows) -> str:
-    few, balanced = (by_run(found["large"], *t) for t in (("MAE", "few"), ("bMAE", "all")))
-    lines = []
-    for name, protocol, method, conr, batch in sorted(few):
-        if conr:
-            continue
-        a, b = ((name, protocol, method, t, batch) for t in ("", "paper"))
-        line = [f"{name}, {batch:,}", str(len(few[a]))]
-        for errors in (few, balanced):
-            line += [f"{mean(errors[a]):.3g} → {mean(errors[b]):.3g}"]
-            line += [marked(paired(errors[a], errors[b]))]
-        lines.append(line)
-    head = ["L1 → L1 + ConR, batch", "seeds", "few MAE", "change", "bMAE", "change"]
+    lines = changes(found["large"], FEW | BALANCED, lambda key: f"{key[0]}, batch {key[4]:,}")
     text = "6 epochs, but at least 60 steps; the learning rate grows with the batch's root, to 4×."
-    return f"## Large batches: errors\n\n{text}\n\n{table(head, lines)}" if lines else ""
+    return f"## Large batches: errors\n\n{text}\n\n{lines}" if lines else ""
 
 
 Cost = dict[tuple[str, int, str, str, str], dict[str, float]]
