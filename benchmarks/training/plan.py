@@ -167,12 +167,14 @@ def _traces(size: Size, chosen: Tuned) -> Iterator[Run]:
 
 
 def _large(size: Size, chosen: Tuned) -> Iterator[Run]:
-    for seed in range(size.n_large_seeds):
+    """The largest batch comes last and once: it takes minutes."""
+    *usual, largest = size.batches
+    cases = [(seed, batch) for seed in range(size.n_large_seeds) for batch in usual]
+    for seed, batch in (*cases, (0, largest)):
         for name in size.large_data:
-            for batch in size.batches:
-                run = Run("large", name, "vanilla", seed, batch=batch)
-                yield run
-                yield with_conr(run, chosen)
+            run = Run("large", name, "vanilla", seed, batch=batch)
+            yield run
+            yield with_conr(run, chosen)
 
 
 _STAGES = {
