@@ -62,7 +62,7 @@ def finish_rows(
     n: Tensor,
     m: Tensor,
     poison: Tensor,
-    n_keys: int,
+    n_keys: Tensor | int,
     settings: Settings,
     w: Tensor | None = None,
     s_sum: Tensor | None = None,
@@ -83,7 +83,7 @@ def finish_rows(
     E = E.clamp(min=TINY)
     other = B if r is None else B * r
     if variant.unit_terms:
-        other = other + (n_keys - n)
+        other = other + (n_keys - n).clamp_(min=0)  # below 0 of rows that take no part
     Z = E + other
     ratio = other / E
     excess = torch.log1p(ratio)  # log Z − log E, without forming Z − E
@@ -106,7 +106,7 @@ def finish_log_rows(
     n: Tensor,
     m: Tensor,
     poison: Tensor,
-    n_keys: int,
+    n_keys: Tensor | int,
     settings: Settings,
     w: Tensor | None = None,
     s_sum: Tensor | None = None,
@@ -122,7 +122,7 @@ def finish_log_rows(
     log_r, sign_r = r.abs().log(), r.sign()
     log_T, sign_T = log_r + log_B, sign_r.expand_as(log_B)
     if variant.unit_terms:
-        log_T, sign_T = _signed_log_add((n_keys - n).log(), log_T, sign_T)
+        log_T, sign_T = _signed_log_add((n_keys - n).clamp_(min=0).log(), log_T, sign_T)
     x = log_T - log_E
     softplus = torch.logaddexp(x, torch.zeros_like(x))
     excess = torch.where(sign_T < 0, torch.log1p(-x.exp()), softplus)

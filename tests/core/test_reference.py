@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conr_kernels import reference
-from conr_kernels.variants import PRESETS, Settings, Variant
+from conr_kernels.variants import PRESETS, Settings
 from tests.helpers.cases import structured_cases
 
 
@@ -101,6 +101,7 @@ def test_gradient_and_second_derivative_of_every_preset(preset):
     y = torch.tensor([[1.0], [1.0], [2.0], [5.0], [5.0], [9.0], [1.5]])
     p = torch.tensor([[1.0], [5.0], [4.5], [1.2], [5.0], [5.0], [0.5]])
     w = torch.rand(7, dtype=torch.float64)
+    w[2] = 0
     settings = Settings(1.0, 0.2, 0.1, PRESETS[preset])
 
     def loss(x):
@@ -109,18 +110,6 @@ def test_gradient_and_second_derivative_of_every_preset(preset):
     assert (loss(x) != 0).sum() >= 4
     assert torch.autograd.gradcheck(loss, x)
     assert torch.autograd.gradgradcheck(loss, x)
-
-
-@pytest.mark.parametrize("pushing", ["linear", "weight", "distance"])
-def test_a_negative_push_scale_subtracts_from_the_denominator(pushing):
-    torch.manual_seed(2)
-    x = torch.randn(12, 4, dtype=torch.float64)
-    y = torch.randint(0, 4, (12, 1)).float()
-    p = torch.zeros(12, 1)
-    w = torch.rand(12, dtype=torch.float64)
-    settings = Settings(0.5, 0.5, -0.02, Variant(pushing=pushing))
-    expected, _ = pair_loop_losses(x, y, p, w, settings)
-    torch.testing.assert_close(reference.row_losses(x, y, p, w, None, 0, settings), expected)
 
 
 def test_further_keys_equal_the_rows_of_one_batch():
