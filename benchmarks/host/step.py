@@ -19,7 +19,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver

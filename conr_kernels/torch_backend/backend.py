@@ -158,14 +158,20 @@ def shared_backward(
     return G
 
 
-def finds_gradient(n_rows: int) -> bool:
-    """Whether ``loss_with_gradient`` serves that many rows."""
-    return 0 < n_rows <= KEPT_ROWS
+def reduces(x: Tensor, wants_gradient: bool) -> bool:
+    """Whether ``reduced`` serves these rows."""
+    return wants_gradient and 0 < len(x) <= KEPT_ROWS
 
 
-def loss_with_gradient(
-    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, is_mean: bool
-) -> tuple[Tensor, Tensor]:
+def reduced(
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    settings: Settings,
+    is_mean: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, None]:
     """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
 
     Where every row has the same upstream gradient nothing need be kept: a third less host time. The
@@ -186,7 +192,14 @@ def loss_with_gradient(
         stats[:, :3].mul_(1 / len(x))
     G = _one_tile_gradient(*pairs, rows.q, stats, settings)
     loss = loss.mean() if is_mean else loss.sum()
-    return loss, _project(G, rows.q, inverse, settings.temperature)
+    return loss, _project(G, rows.q, inverse, settings.temperature), None
+
+
+def reduced_gradient(
+    x: Tensor, gradient: Tensor, plan: None, upstream: Tensor, is_mean: bool
+) -> Tensor:
+    """The gradient that ``reduced`` found, times the upstream gradient."""
+    return (gradient * upstream).to(x.dtype)
 
 
 def _stored(stats: Tensor, dtype: torch.dtype, settings: Settings, is_shifted: bool) -> Tensor:

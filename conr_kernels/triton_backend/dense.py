@@ -347,6 +347,7 @@ def _row_sum(
 )  # fmt: skip
 def conr_dense_rows_kernel(
     w_ptr,
+    n_absent_ptr,
     sums_ptr,
     loss_ptr,
     stats_ptr,
@@ -366,7 +367,10 @@ def conr_dense_rows_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Losses and statistics of ROWS rows from their sums over at most PARTS parts."""
+    """Losses and statistics of ROWS rows from their sums over at most PARTS parts.
+
+    ``n_absent``: how many keys ``unit_terms`` does not count.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < n_anchors
     parts = tl.arange(0, PARTS)
@@ -379,10 +383,13 @@ def conr_dense_rows_kernel(
     w = tl.full((ROWS,), 1.0, tl.float64)
     if w_ptr is not None:
         w = tl.load(w_ptr + rows, mask=is_row, other=1.0).to(tl.float64)
+    n_counted = n_keys.to(tl.float64)
+    if n_absent_ptr is not None:  # more than there are others for rows that take no part
+        n_counted = tl.maximum(n_counted - tl.load(n_absent_ptr).to(tl.float64), n)
     loss, alpha, beta, gamma, log_alpha, log_gamma = finish_rows(
         _row_sum(sums_ptr, 0, 5, parts, n_parts, rows, n_anchors, SHIFTED),
         _row_sum(sums_ptr, 1, 6, parts, n_parts, rows, n_anchors, SHIFTED),
-        s_sum, n, m != 0, w, n_keys.to(tl.float64), push_scale,
+        s_sum, n, m != 0, w, n_counted, push_scale,
         SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
     )  # fmt: skip
     store_rows(

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..variants import Settings
 from .availability import interpreted
 from .call import arithmetic, largest_total, precision, tiles
-from .configs import bucket
-from .launch import Kernel, Place, bind
+from .launch import Place, bind
 
 #: Up to this many pairs the kernels without a sort serve, where a row of the gradient stays in the
 #: registers; up to KEPT_PAIRS they do for any D, and the forward pass leaves s_ij.
@@ -27,6 +26,8 @@ GRADIENT_PARTS = 8
 #: it splits tiles and D over about PROGRAMS programs, GRAM_PART chunks at least each.
 GRAM_CHUNKS = 32
 GRAM_PART = 4
+#: Largest D whose gradient tile stays in the registers, by the size of a feature.
+REGISTER_D = {2: 256, 4: 128, 8: 64}
 PAD = 16
 
 Keys = tuple[Tensor, Tensor, Tensor]
@@ -52,9 +53,7 @@ class Tile(NamedTuple):
 
 def serves(n_anchors: int, n_keys: int, D: int, dtype: torch.dtype) -> bool:
     n_pairs = n_anchors * n_keys
-    if n_pairs <= min(KEPT_PAIRS, DENSE_PAIRS):
-        return True
-    return n_pairs <= DENSE_PAIRS and bucket(D, arithmetic(dtype)) > 0
+    return n_pairs <= DENSE_PAIRS and (n_pairs <= KEPT_PAIRS or REGISTER_D[dtype.itemsize] >= D)
 
 
 def kept_size(n_anchors: int, n_keys: int) -> int:
@@ -65,8 +64,8 @@ def kept_size(n_anchors: int, n_keys: int) -> int:
 
 def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Tile]:
     """Of the sums and of the gradient; small ones where there are few rows."""
-    kind = arithmetic(dtype)
-    width = bucket(D, kind)
+    is_one_chunk = REGISTER_D[dtype.itemsize] >= D
+    width = max(1 << (D - 1).bit_length(), 16) if is_one_chunk else 0
     if dtype == torch.float64:
         return Tile(16, 16, 32, 4), Tile(16, 16, 32 if is_kept else width, 4)
     block = 16 if n <= 256 else 32 if n <= 512 else 64
@@ -77,9 +76,11 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
         if not is_kept:
             gradient = Tile(64, 64, width, 8 if width == 256 else 4)
         return Tile(block, block, chunk, warps), gradient
-    is_highest = kind.endswith("highest")
+    is_highest = arithmetic(dtype).endswith("highest")
     block_j, chunk = min(block, 32), min(width or 64, 32 if is_highest else 64)
-    gradient = Tile(block, block_j, 32, warps) if is_kept else Tile(64, 32, width, 4)
+    gradient = Tile(block, block_j, 32, warps)
+    if not is_kept:
+        gradient = Tile(32 if is_highest else 64, 32, width, 4)
     return Tile(block, block_j, chunk, warps), gradient
 
 
@@ -149,11 +150,11 @@ class Plan:
             **pairs, **gradient.blocks,
         )  # fmt: skip
         block_d = min(1 << (D - 1).bit_length(), 256)
-        self.finish_rows = 8 if chunks == 1 or D <= block_d else 4
+        self.finish_rows = 8 if chunks == 1 or block_d >= D else 4
         self.finish_programs = tiles(N, self.finish_rows) * tiles(D, block_d)
         self.finish = bind(
             dense_gradient.conr_dense_finish_kernel, {"num_warps": 4},
-            D=D, COLUMNS=self.columns, IS_ONE_CHUNK=D <= block_d, ROWS=self.finish_rows,
+            D=D, COLUMNS=self.columns, IS_ONE_CHUNK=block_d >= D, ROWS=self.finish_rows,
             BLOCK_D=block_d,
         )  # fmt: skip
 
@@ -214,6 +215,7 @@ def sum_rows(
     w: Tensor | None,
     keys: Keys | None,
     self_offset: int,
+    n_absent: Tensor | None,
     kept: Tensor,
     sums: Tensor,
     loss: Tensor,
@@ -236,7 +238,7 @@ def sum_rows(
         plan.D, plan.window, plan.push_scale, plan.scale,
     )  # fmt: skip
     plan.rows(
-        place, tiles(plan.N, plan.rows_block), w, sums, loss, stats,
+        place, tiles(plan.N, plan.rows_block), w, n_absent, sums, loss, stats,
         plan.N, plan.K, plan.n_parts, sums_at, loss_at, stats_at, plan.push_scale,
     )  # fmt: skip
 
@@ -290,10 +292,10 @@ def finish_gradient(
 
 def forward_dense(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
-    keys: Keys | None, self_offset: int, loss: Tensor, stats: Tensor, layout: Tensor,
+    keys: Keys | None, self_offset: int, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
 ) -> None:  # fmt: skip
     kept, sums = layout.view(plan.dtype), x.new_empty(plan.sums_size, dtype=plan.dtype)
-    sum_rows(plan, place, x, y, p, w, keys, self_offset, kept, sums, loss, stats)
+    sum_rows(plan, place, x, y, p, w, keys, self_offset, n_absent, kept, sums, loss, stats)
 
 
 def backward_dense(
@@ -314,7 +316,7 @@ def reduced_dense(
     loss_at = stats_at + plan.stats_size
     sums_at = loss_at + _padded(plan.N)
     at = (sums_at, loss_at, stats_at)
-    sum_rows(plan, place, x, y, p, w, None, 0, work, work, work, work, at)
+    sum_rows(plan, place, x, y, p, w, None, 0, None, work, work, work, work, at)
     if with_gradient:
         # The sums have served: the parts take their place.
         gradient_parts(
