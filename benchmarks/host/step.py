@@ -1,9 +1,9 @@
-"""The host's side of a step: the real code on tensors without storage, before a driver that records.
+"""The host's side of a step: real code on tensors without storage, before a driver that records.
 
 Run as a file, with the checkout to measure first on PYTHONPATH (older layouts serve as well): reads
-``N D turns`` from each line of its input, answers a line of JSON. Everything up to Triton's compiled
-kernel is real; that does nothing, PyTorch's operators and allocations are those of "meta" tensors,
-and the hand-off to autograd's device thread is not there.
+``N D turns`` from each line of its input, answers a line of JSON. Everything up to Triton's
+compiled kernel is real; that does nothing, PyTorch's operators and allocations are those of "meta"
+tensors, and the hand-off to autograd's device thread is not there.
 """
 
 from __future__ import annotations
@@ -78,6 +78,9 @@ def install() -> Recorder:
     gpu = torch.device("cuda", 0)
     # Shapes found in C++, as on a device, where PyTorch has them: not by a compiler's Python.
     torch._meta_registrations._meta_lib_dont_use_me_use_register_meta._destroy()
+    launch = getattr(triton_backend, "launch", None)
+    if launch is not None:
+        launch._is_on_gpu = lambda x: True
     for patch in (
         mock.patch.object(JITFunction, "_do_compile", lambda *args: recorder.compile(*args)),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
@@ -125,9 +128,10 @@ def operators(step: Callable[[], None]) -> tuple[list[str], list[str]]:
         parent = event.cpu_parent
         if name in ("empty", "empty_strided"):
             allocations.append(name)
-        elif (parent is None or not parent.name.startswith("aten::")) and name not in ALLOCATIONS:
-            if name not in VIEWS or _computes(event):
-                outer.append(name)
+        elif parent is not None and parent.name.startswith("aten::"):
+            continue
+        elif name not in ALLOCATIONS and (name not in VIEWS or _computes(event)):
+            outer.append(name)
     return outer, allocations
 
 

@@ -57,10 +57,17 @@ def _squares(x, dtype: tl.constexpr):
 
 @triton.jit
 def _inverse_root(squares):
-    """In float64: it multiplies all of a row's exponents, which reach 200, and is rounded once."""
-    is_zero = squares == 0
-    norm = tl.sqrt(tl.where(is_zero, 1.0, squares).to(tl.float64))
-    return tl.where(is_zero, 0.0, 1.0 / norm)
+    """``1/√squares`` to its last place, 0 of 0: all of a row's exponents, which reach 200, are
+    multiplied by it.
+    """
+    if squares.dtype == tl.float64:
+        is_zero = squares == 0
+        return tl.where(is_zero, 0.0, 1.0 / tl.sqrt(tl.where(is_zero, 1.0, squares)))
+    else:
+        is_zero = squares < 1.1754944e-38  # what the approximation takes for 0
+        root = tl.rsqrt(tl.where(is_zero, 1.0, squares))
+        rest = tl.fma(-squares * root, root, 1.0)
+        return tl.where(is_zero, 0.0, tl.fma(0.5 * root, rest, root))
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_tiles_j", "n_chunks"])
@@ -271,11 +278,11 @@ def conr_dense_sums_kernel(
             gram, squares_i, squares_j = _gram_sum(
                 gram_ptr, tile_i * n_tiles_j + tile_j, n_tiles, n_gram_parts, BLOCK_I, BLOCK_J
             )
-        inverse_i, inverse_j = _inverse_root(squares_i), _inverse_root(squares_j).to(dtype)
-        factor_i = (inverse_i * scale).to(dtype)
+        inverse_i, inverse_j = _inverse_root(squares_i), _inverse_root(squares_j)
+        factor_i = (inverse_i.to(tl.float64) * scale).to(dtype)
         s_ij = (gram * factor_i[:, None]) * inverse_j[None, :]
         if tile_j == 0:
-            tl.store(kept_ptr + rows, inverse_i.to(dtype), mask=is_row)
+            tl.store(kept_ptr + rows, inverse_i, mask=is_row)
             tl.store(factor_ptr + rows, factor_i, mask=is_row)
         if tile_i == 0:
             tl.store(inverse_j_ptr + columns, inverse_j, mask=is_key)
@@ -288,10 +295,12 @@ def conr_dense_sums_kernel(
             y_i, p_i, y_ptr, p_ptr, key_y_ptr, key_p_ptr, rows, columns, n_anchors, n_keys,
             self_offset, h, push_scale * LOG2E, s_ij, WIDE, L, RMSE, PUSHING, CONFUSED,
         )  # fmt: skip
-        weight = tl.where(is_positive, 1.0, 0.0).to(dtype)
+        # Ones made of s_ij: the masks are then found once, in the layout of its tile.
+        one = s_ij * 0 + 1
+        weight = tl.where(is_positive, one, 0.0)
         E, top_E = _add(E, top_E, s_ij, weight, is_positive, SHIFTED)
         B, top_B = _add(B, top_B, t_ij, phi_ij, is_negative, SHIFTED)
-        m += tl.sum(is_negative.to(tl.int32), axis=1).to(dtype)
+        m += tl.sum(tl.where(is_negative, one, 0.0), axis=1)
         if INSIDE:
             s_sum += tl.sum(s_ij * weight, axis=1)
         # A non-finite feature has a non-finite squared norm.

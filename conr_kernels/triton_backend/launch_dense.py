@@ -68,20 +68,19 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
     width = max(1 << (D - 1).bit_length(), 16) if is_one_chunk else 0
     if dtype == torch.float64:
         return Tile(16, 16, 32, 4), Tile(16, 16, 32 if is_kept else width, 4)
-    block = 16 if n <= 256 else 32 if n <= 512 else 64
-    warps = 2 if block < 64 else 4
+    block, warps = (16, 4) if n <= 256 else (32, 4) if n <= 512 else (64, 8)
     if dtype.itemsize == 2:
         chunk = 64 if width in (0, 256) else width
-        gradient = Tile(block, block, min(width or 64, 64 if block == 64 else 32), warps)
-        if not is_kept:
-            gradient = Tile(64, 64, width, 8 if width == 256 else 4)
-        return Tile(block, block, chunk, warps), gradient
+        if is_kept:
+            columns = min(width or 64, 64 if block == 64 else 32)
+            return Tile(block, block, chunk, warps), Tile(block, block, columns, 4)
+        return Tile(128, 64, chunk, 8), Tile(64, 64, width, 8 if width == 256 else 4)
     is_highest = arithmetic(dtype).endswith("highest")
     block_j, chunk = min(block, 32), min(width or 64, 32 if is_highest else 64)
-    gradient = Tile(block, block_j, 32, warps)
+    gradient = Tile(block, block_j, 32, 4)
     if not is_kept:
         gradient = Tile(32 if is_highest else 64, 32, width, 4)
-    return Tile(block, block_j, chunk, warps), gradient
+    return Tile(block, block_j, chunk, 4), gradient
 
 
 class Plan:
@@ -139,7 +138,7 @@ class Plan:
         )
         self.rows_block = 16
         self.rows = bind(
-            dense.conr_dense_rows_kernel, {"num_warps": 2}, **rows,
+            dense.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
             UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
             WEIGHTED_ROWS=variant.weighted_rows, ROWS=self.rows_block,
             PARTS=1 << (self.n_parts - 1).bit_length(),
