@@ -13,8 +13,8 @@ once to a backend module. Every backend module provides
 and, where one call finds the reduced loss and prepares its gradient,
 
 - ``reduces(x, wants_gradient) -> bool``: whether it does so for these rows;
-- ``reduced(x, y, p, w, settings, is_mean, wants_gradient) -> (loss, work, plan)``;
-- ``reduced_gradient(x, work, plan, upstream, is_mean) -> gradient of x``.
+- ``reduced(x, y, p, w, settings, reduction, wants_gradient) -> (loss, work, plan)``;
+- ``reduced_gradient(x, work, plan, upstream) -> gradient of x``.
 
 Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y,
 key_p)`` are all rows that can be positives or negatives, anchor i being key ``self_offset + i``,
@@ -178,7 +178,7 @@ def reduced_loss(
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     if not module.reduces(x, wants_gradient):
         return None
-    call = Reduction(module, y, p, w, settings, reduction == "mean")
+    call = Reduction(module, y, p, w, settings, reduction)
     return _EagerReduced.apply(x, call) if wants_gradient else call.forward(x, False)[0]
 
 
@@ -200,7 +200,7 @@ class Reduction(NamedTuple):
     p: Tensor
     w: Tensor | None
     settings: Settings
-    is_mean: bool
+    reduction: str
 
     def forward(self, x: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor, Any]:
         module, *rows = self
@@ -214,14 +214,13 @@ class _EagerReduced(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: Reduction) -> Tensor:
         loss, work, plan = call.forward(x, True)
         ctx.save_for_backward(x, work)
-        ctx.gradient, ctx.rest = call.module.reduced_gradient, (plan, call.is_mean)
+        ctx.gradient, ctx.plan = call.module.reduced_gradient, plan
         return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
         x, work = ctx.saved_tensors
-        plan, is_mean = ctx.rest
-        return once(ctx.gradient, x, work, plan, g, is_mean), None
+        return once(ctx.gradient, x, work, ctx.plan, g), None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:

@@ -169,7 +169,7 @@ def reduced(
     p: Tensor,
     w: Tensor | None,
     settings: Settings,
-    is_mean: bool,
+    reduction: str,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, None]:
     """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
@@ -188,16 +188,14 @@ def reduced(
     loss, stats = loss.to(norm.dtype), _stored(stats, norm.dtype, settings, is_shifted)
     if not is_shifted and not settings.exponent_is_small:
         stats = collapse_statistics(stats)
-    if is_mean:
+    if reduction == "mean":
         stats[:, :3].mul_(1 / len(x))
     G = _one_tile_gradient(*pairs, rows.q, stats, settings)
-    loss = loss.mean() if is_mean else loss.sum()
+    loss = loss.mean() if reduction == "mean" else loss.sum()
     return loss, _project(G, rows.q, inverse, settings.temperature), None
 
 
-def reduced_gradient(
-    x: Tensor, gradient: Tensor, plan: None, upstream: Tensor, is_mean: bool
-) -> Tensor:
+def reduced_gradient(x: Tensor, gradient: Tensor, plan: None, upstream: Tensor) -> Tensor:
     """The gradient that ``reduced`` found, times the upstream gradient."""
     return (gradient * upstream).to(x.dtype)
 

@@ -67,9 +67,8 @@ def _forward(
         forward_sweeps(Call(x, y, p, keys, self_offset, settings), w, loss, stats, layout)
         return
     x, y, p, keys = _contiguous(x, y, p, keys)
-    plan = few.plan_of(x, y, keys, settings)
-    rows = (x, y, p, w, keys, self_offset, n_absent)
-    few.forward_dense(plan, place_of(x), *rows, loss, stats, layout)
+    plan = few.plan_of(x, y, keys, self_offset, settings, "none")
+    few.forward_dense(plan, place_of(x), x, y, p, w, keys, n_absent, loss, stats, layout)
 
 
 def backward(
@@ -101,9 +100,8 @@ def _backward(
         backward_sweeps(call, coef_i, coef_j, layout, gradient)
         return
     x, y, p, keys = _contiguous(x, y, p, keys)
-    plan = few.plan_of(x, y, keys, settings)
-    rows = (x, y, p, keys, self_offset, coef_i, coef_j)
-    few.backward_dense(plan, place_of(x), *rows, layout, gradient)
+    plan = few.plan_of(x, y, keys, self_offset, settings, "none")
+    few.backward_dense(plan, place_of(x), x, y, p, keys, coef_i, coef_j, layout, gradient)
 
 
 def _contiguous(
@@ -127,39 +125,29 @@ def reduced(
     p: Tensor,
     w: Tensor | None,
     settings: Settings,
-    is_mean: bool,
+    reduction: str,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, few.Plan]:
     """The mean or sum of the row losses, and what ``reduced_gradient`` needs."""
-    return on_device(_reduced, x, y, p, w, settings, is_mean, wants_gradient)
+    return on_device(_reduced, x, y, p, w, settings, reduction, wants_gradient)
 
 
 def _reduced(
-    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, is_mean: bool,
+    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, reduction: str,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, few.Plan]:  # fmt: skip
     x, y, p, _ = _contiguous(x, y, p, None)
     w = None if w is None else w.contiguous()
-    plan = few.plan_of(x, y, None, settings)
-    loss = x.new_empty((), dtype=plan.dtype)
-    work = x.new_empty(few.work_size(plan, wants_gradient), dtype=plan.dtype)
-    factor = 1 / plan.N if is_mean else 1.0
-    few.reduced_dense(plan, place_of(x), x, y, p, w, loss, work, factor, wants_gradient)
-    return loss, work, plan
+    plan = few.plan_of(x, y, None, 0, settings, reduction)
+    loss, workspace = few.reduced_dense(plan, place_of(x), x, y, p, w, wants_gradient)
+    return loss, workspace, plan
 
 
-def reduced_gradient(
-    x: Tensor, work: Tensor, plan: few.Plan, upstream: Tensor, is_mean: bool
-) -> Tensor:
+def reduced_gradient(x: Tensor, workspace: Tensor, plan: few.Plan, upstream: Tensor) -> Tensor:
     """The gradient of the features for an upstream gradient of the reduced loss."""
-    return on_device(_reduced_gradient, x, work, plan, upstream, is_mean)
+    return on_device(_reduced_gradient, x, workspace, plan, upstream)
 
 
-def _reduced_gradient(
-    x: Tensor, work: Tensor, plan: few.Plan, upstream: Tensor, is_mean: bool
-) -> Tensor:
+def _reduced_gradient(x: Tensor, workspace: Tensor, plan: few.Plan, upstream: Tensor) -> Tensor:
     x = x.contiguous()
-    gradient = torch.empty_like(x)
-    factor = 1 / plan.N if is_mean else 1.0
-    few.reduced_gradient(plan, place_of(x), x, work, upstream, gradient, factor)
-    return gradient
+    return few.reduced_gradient(plan, place_of(x), x, workspace, upstream)

@@ -149,10 +149,9 @@ def conr_dense_gradient_kernel(
     offsets = (part.to(tl.int64) * n_anchors + rows)[:, None] * D + columns[None, :]
     tl.store(G_ptr + G_at + offsets, G, mask=mask)
     if N_CHUNKS > 1:
-        if chunk == 0:
-            at = radial_at + part.to(tl.int64) * n_padded
-            tl.store(G_ptr + at + rows, radial, mask=is_row)
-    if out_ptr is not None:
+        at = radial_at + part.to(tl.int64) * n_padded
+        tl.store(G_ptr + at + rows, radial, mask=is_row & (chunk == 0))
+    if out_ptr is not None:  # noqa: SIM102: a constant, then a value of the device
         if pid == 0:
             store_total(loss_ptr + loss_at, out_ptr, n_anchors, factor, 1024)
 
@@ -174,7 +173,6 @@ def conr_dense_finish_kernel(
     inverse_tau: tl.float64,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
-    IS_ONE_CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -198,7 +196,7 @@ def conr_dense_finish_kernel(
     G *= tl.full((), inverse_tau, dtype)
     inverse = tl.load(kept_ptr + rows, mask=is_row, other=0.0)
     q_i = load_chunk(x_ptr, rows, n_anchors, k, D, BLOCK_D, False).to(dtype) * inverse[:, None]
-    if IS_ONE_CHUNK:
+    if N_CHUNKS == 1:
         radial = tl.sum(q_i * G, axis=1)
     else:
         radial = tl.zeros((ROWS,), dtype)

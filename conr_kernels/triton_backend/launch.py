@@ -1,4 +1,4 @@
-"""Launches of Triton kernels: the compiled kernel is looked up by the form of its arguments and run.
+"""Launches of Triton kernels: what is compiled is looked up by the form of its arguments and run.
 
 Triton's own launch binds, specializes and hashes every argument anew, which on the host costs what
 a small batch costs the device. It serves where this module does not know its way: in the
@@ -30,18 +30,28 @@ class Place(NamedTuple):
     stream: int
 
 
+#: A tensor as kernels take it, its address, and what of it they are compiled for.
+Pointer = tuple[Tensor | None, int | None, tuple[torch.dtype, bool] | None]
+
+NOTHING: Pointer = (None, None, None)
+
+
+def pointer(t: Tensor | None) -> Pointer:
+    if t is None:
+        return NOTHING
+    address = t.data_ptr()
+    return t, address, (t.dtype, address % 16 == 0)
+
+
 def place_of(x: Tensor) -> Place | None:
-    """The current stream of the tensor's device; None where Triton's own launch has to serve.
-
-    The device is the current one (``on_device``).
+    """The current stream of the current device, which is the tensor's (``on_device``); None where
+    Triton's own launch has to serve.
     """
-    if not _is_on_gpu(x) or not _is_served() or _is_observed():
+    if not _is_on_gpu(x) or (triton := _triton()) is None or _is_observed(triton.knobs):
         return None
-    from triton.runtime import driver
-
-    active = driver.active
-    device = active.get_current_device()
-    return Place(device, active.get_current_stream(device))
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    return Place(device, driver.get_current_stream(device))
 
 
 def on_device(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
@@ -53,69 +63,78 @@ def on_device(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
 
 
 class Kernel:
-    """A kernel with its constants and launch options, which its form of call decides.
+    """A kernel with its constants and launch options."""
 
-    Called with a place, the number of programs, and the arguments before the constants, in order:
-    pointers (tensors or None), then numbers.
-    """
-
-    def __init__(self, function: Any, options: dict[str, Any], **constants: Any) -> None:
-        self.function = function
-        self.keywords = constants | options
+    def __init__(self, function: Any, options: dict[str, Any], constants: dict[str, Any]) -> None:
         names = function.arg_names
         given = [name for name in names if name not in constants]
-        assert names[: len(given)] == given, f"{function.__name__}: constants are last"
-        self._constants = tuple(constants[name] for name in names[len(given) :])
-        self._n_pointers = sum(name.endswith("_ptr") for name in given)
-        self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        params = getattr(function, "params", ())[self._n_pointers : len(given)]
-        #: Among the numbers: integers, and those whose values Triton compiles in.
-        self._integers = tuple(i for i, p in enumerate(params) if not p.annotation_type)
-        self._specialized = tuple(i for i in self._integers if not params[i].do_not_specialize)
+        if names[: len(given)] != given:
+            raise ValueError(f"{function.__name__} has an argument behind a constant")
+        self.function = function
+        self.keywords = constants | options
+        self.constants = tuple(constants[name] for name in names[len(given) :])
+        self.n_pointers = sum(name.endswith("_ptr") for name in given)
+        #: ``run``, its function and its metadata, by the form of the arguments.
+        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
-    def __call__(self, place: Place | None, n_programs: int, *arguments: Any) -> None:
+    def form_of(self, numbers: tuple[int | float, ...]) -> tuple[Any, ...]:
+        """What Triton compiles another kernel for, of the numbers."""
+        form: list[Any] = []
+        params = getattr(self.function, "params", ())[self.n_pointers :]
+        for parameter, number in zip(params, numbers, strict=False):
+            if isinstance(number, int) and not parameter.annotation_type:
+                form.append(-(2**31) <= number < 2**31)
+                if not parameter.do_not_specialize:
+                    form += number == 1, number % 16 == 0
+        return tuple(form)
+
+    def launch_plainly(
+        self, n_programs: int, tensors: list[Tensor | None], numbers: tuple[int | float, ...]
+    ) -> Any:
+        return self.function[(n_programs,)](*tensors, *numbers, **self.keywords)
+
+    def remember(self, key: tuple[Any, ...], kernel: Any) -> None:
+        if len(self.compiled) >= FORMS:
+            self.compiled.clear()
+        self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata
+
+
+class Launch:
+    """A kernel with all its arguments but the pointers, which come first among them."""
+
+    def __init__(self, kernel: Kernel, n_programs: int, *numbers: int | float) -> None:
+        self.kernel, self.n_programs, self.numbers = kernel, n_programs, numbers
+        self.form = kernel.form_of(numbers)
+        self.rest = numbers + kernel.constants
+
+    def __call__(self, place: Place | None, *pointers: Pointer) -> None:
         if place is None:
-            self._launch_plainly(n_programs, arguments)
+            tensors = [tensor for tensor, _, _ in pointers]
+            self.kernel.launch_plainly(self.n_programs, tensors, self.numbers)
             return
-        pointers, numbers = arguments[: self._n_pointers], arguments[self._n_pointers :]
-        addresses = [None if t is None else t.data_ptr() for t in pointers]
-        key = self.form(place.device, pointers, addresses, numbers)
-        found = self._compiled.get(key)
+        key = (place.device, self.form, *[form for _, _, form in pointers])
+        found = self.kernel.compiled.get(key)
         if found is None:
-            compiled = self._launch_plainly(n_programs, arguments)
-            if compiled is not None:
-                self._remember(key, compiled)
+            tensors = [tensor for tensor, _, _ in pointers]
+            kernel = self.kernel.launch_plainly(self.n_programs, tensors, self.numbers)
+            if kernel is not None:  # a hook may have taken the compilation over
+                self.kernel.remember(key, kernel)
             return
         run, function, metadata = found
         run(
-            n_programs, 1, 1, place.stream, function, metadata, None, None, None,
-            *addresses, *numbers, *self._constants,
+            self.n_programs, 1, 1, place.stream, function, metadata, None, None, None,
+            *[address for _, address, _ in pointers], *self.rest,
         )  # fmt: skip
 
-    def form(
-        self,
-        device: int,
-        pointers: tuple[Tensor | None, ...],
-        addresses: list[int | None],
-        numbers: tuple[int | float, ...],
-    ) -> tuple[Any, ...]:
-        """All that Triton compiles another kernel for, beside constants and options."""
-        key: list[Any] = [device]
-        for t, address in zip(pointers, addresses, strict=True):
-            key.append(None if address is None else (t.dtype, address % 16 == 0))
-        for i in self._integers:
-            key.append(-(2**31) <= numbers[i] < 2**31)
-        for i in self._specialized:
-            key += numbers[i] == 1, numbers[i] % 16 == 0
-        return tuple(key)
 
-    def _launch_plainly(self, n_programs: int, arguments: tuple[Any, ...]) -> Any:
-        return self.function[(n_programs,)](*arguments, **self.keywords)
+@functools.lru_cache(maxsize=256)
+def _kernel(function: Any, options: tuple[tuple, ...], constants: tuple[tuple, ...]) -> Kernel:
+    return Kernel(function, dict(options), dict(constants))
 
-    def _remember(self, key: tuple[Any, ...], compiled: Any) -> None:
-        if len(self._compiled) >= FORMS:
-            self._compiled.clear()
-        self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+
+def bind(function: Any, options: dict[str, Any], **constants: Any) -> Kernel:
+    """The kernel with these constants and options: one object for all the plans that name it."""
+    return _kernel(function, tuple(options.items()), tuple(constants.items()))
 
 
 def _is_on_gpu(x: Tensor) -> bool:
@@ -123,34 +142,22 @@ def _is_on_gpu(x: Tensor) -> bool:
 
 
 @functools.cache
-def _is_served() -> bool:
+def _triton() -> Any:
+    """The module, where its version is known here and it compiles."""
     import triton
 
     lowest, highest = SERVED
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return lowest <= version <= highest and not interpreted()
+    return triton if lowest <= version <= highest and not interpreted() else None
 
 
-def _is_observed() -> bool:
-    """Whether somebody listens to launches, or asked for another compilation of every kernel."""
-    from triton import knobs
-
+def _is_observed(knobs: Any) -> bool:
+    """Whether somebody listens to launches, or asks for another compilation of every kernel."""
     runtime = knobs.runtime
-    if runtime.debug or knobs.compilation.instrumentation_mode:
-        return True
-    return _has_hook(runtime.launch_enter_hook) or _has_hook(runtime.launch_exit_hook)
-
-
-def _has_hook(hook: Any) -> bool:
-    """A hook, a chain with hooks, or none of either."""
-    return hook is not None and bool(getattr(hook, "calls", True))
-
-
-@functools.lru_cache(maxsize=256)
-def _bound(function: Any, options: tuple[tuple, ...], constants: tuple[tuple, ...]) -> Kernel:
-    return Kernel(function, dict(options), **dict(constants))
-
-
-def bind(function: Any, options: dict[str, Any], **constants: Any) -> Kernel:
-    """The kernel with these constants and options: one object for all the plans that name it."""
-    return _bound(function, tuple(options.items()), tuple(constants.items()))
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        runtime.debug
+        or knobs.compilation.instrumentation_mode
+        or (before is not None and (type(before) is not knobs.HookChain or before.calls))
+        or (after is not None and (type(after) is not knobs.HookChain or after.calls))
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..variants import Settings
 from .availability import interpreted
 from .call import arithmetic, largest_total, precision, tiles
-from .launch import Place, bind
+from .launch import NOTHING, Launch, Place, Pointer, bind, pointer
 
 #: Up to this many pairs the kernels without a sort serve, where a row of the gradient stays in the
 #: registers; up to KEPT_PAIRS they do for any D, and the forward pass leaves s_ij.
@@ -26,6 +26,8 @@ GRADIENT_PARTS = 8
 #: it splits tiles and D over about PROGRAMS programs, GRAM_PART chunks at least each.
 GRAM_CHUNKS = 32
 GRAM_PART = 4
+#: Rows that one program finishes.
+ROWS = 16
 #: Largest D whose gradient tile stays in the registers, by the size of a feature.
 REGISTER_D = {2: 256, 4: 128, 8: 64}
 PAD = 16
@@ -83,97 +85,128 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
     return Tile(block, block_j, chunk, 4), gradient
 
 
-class Plan:
-    """What the launches of one form of call have in common."""
+class Form(NamedTuple):
+    """What a plan depends on beside the settings. ``reduction``: of the losses, ``"none"`` where
+    the operators are called.
+    """
 
-    def __init__(
-        self, N: int, K: int, D: int, L: int, dtype: torch.dtype, labels: torch.dtype, s: Settings
-    ) -> None:
+    N: int
+    K: int
+    D: int
+    L: int
+    dtype: torch.dtype
+    labels: torch.dtype
+    self_offset: int
+    reduction: str
+
+
+class Plan:
+    """The launches of one form of call; all but their pointers."""
+
+    def __init__(self, form: Form, s: Settings) -> None:
         from . import dense, dense_gradient
 
+        N, K, D, L, dtype, labels, self_offset, reduction = form
         variant = s.variant
-        self.N, self.K, self.D = N, K, D
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         is_wide = labels == torch.float64 and interpreted()
-        self.window = largest_total(s.window, L, s.distance, "float64" if is_wide else "float32")
-        self.push_scale, self.inverse_tau = s.push_scale, 1 / s.temperature
-        self.scale = math.log2(math.e) / s.temperature
-        self.columns = 3 if s.exponent_is_small else 5
+        window = largest_total(s.window, L, s.distance, "float64" if is_wide else "float32")
+        columns = 3 if s.exponent_is_small else 5
         is_kept, is_inside = N * K <= KEPT_PAIRS, variant.log == "inside"
-        sums, gradient = _tiles(max(N, K), D, dtype, is_kept)
+        of_sums, of_gradient = _tiles(max(N, K), D, dtype, is_kept)
+        tiles_i, tiles_j = tiles(N, of_sums.BLOCK_I), tiles(K, of_sums.BLOCK_J)
+        per_part, n_parts = _cut(tiles_j, tiles_i, SUM_PARTS)
+        n_tiles = tiles(N, of_gradient.BLOCK_I) * tiles(D, of_gradient.BLOCK_D)
+        gradient_tiles_j = tiles(K, of_gradient.BLOCK_J)
+        gradient_per_part, gradient_parts = _cut(gradient_tiles_j, n_tiles, GRADIENT_PARTS)
+        self.gram_size, gram_chunks, gram_parts = _cut_gram(of_sums, tiles_i * tiles_j, per_part, D)
 
-        self.tiles_i, self.tiles_j = tiles(N, sums.BLOCK_I), tiles(K, sums.BLOCK_J)
-        self.per_part, self.n_parts = _cut(self.tiles_j, self.tiles_i, SUM_PARTS)
-        chunks = tiles(D, gradient.BLOCK_D)
-        self.gradient_tiles_j = tiles(K, gradient.BLOCK_J)
-        n_tiles = tiles(N, gradient.BLOCK_I) * chunks
-        self.gradient_per_part, self.gradient_parts = _cut(
-            self.gradient_tiles_j, n_tiles, GRADIENT_PARTS
-        )
-        self.gradient_programs = n_tiles * self.gradient_parts
-        self._cut_gram(sums)
+        self.kept_size, n_padded = kept_size(N, K), _padded(N)
+        n_fields = 7 if columns == 5 else 5 if is_inside else 4
+        self.sums_size = n_fields * n_parts * n_padded
+        G_size = _padded(gradient_parts * N * D)
+        self.gradient_size = G_size + gradient_parts * n_padded
+        # One workspace where the losses are reduced: kept, statistics, losses, then the sums, and
+        # when these have served, the gradient's parts. The operators' have one tensor each.
+        is_reduced = reduction != "none"
+        stats_at = self.kept_size if is_reduced else 0
+        loss_at = stats_at + _padded(N * columns) if is_reduced else 0
+        sums_at = G_at = loss_at + n_padded if is_reduced else 0
+        self.work_size = sums_at + self.sums_size
+        self.work_size_with_gradient = sums_at + max(self.sums_size, self.gradient_size)
+        factor = 1 / max(N, 1) if reduction == "mean" else 1.0
 
-        n_fields = 7 if self.columns == 5 else 5 if is_inside else 4
-        n_padded = _padded(N)
-        self.kept_size = kept_size(N, K)
-        self.sums_size = n_fields * self.n_parts * n_padded
-        self.G_size = _padded(self.gradient_parts * N * D)
-        self.gradient_size = self.G_size + self.gradient_parts * n_padded
-        self.stats_size = _padded(N * self.columns)
-
-        numbers = dict(PRECISION=precision(arithmetic(dtype)))
         # The interpreter multiplies 16-bit tiles wrongly.
-        numbers["UPCAST"] = interpreted() and dtype.itemsize == 2
-        rows = dict(SHIFTED=self.columns == 5, INSIDE=is_inside, PUSHING=variant.pushing)
-        rmse = s.distance == "rmse" and L > 1
+        is_upcast = interpreted() and dtype.itemsize == 2
+        products = dict(PRECISION=precision(arithmetic(dtype)), UPCAST=is_upcast)
+        rows = dict(SHIFTED=columns == 5, INSIDE=is_inside, PUSHING=variant.pushing)
+        is_rmse = s.distance == "rmse" and L > 1
         pairs = dict(
-            D=D, L=L, RMSE=rmse, **rows, CONFUSED=variant.negatives == "confused",
-            KEPT=is_kept, WIDE=is_wide, **numbers,
+            D=D, L=L, RMSE=is_rmse, **rows, CONFUSED=variant.negatives == "confused",
+            KEPT=is_kept, WIDE=is_wide, **products,
         )  # fmt: skip
         # Squares of differences must not be fused into the sum that follows.
-        fusion = {"enable_fp_fusion": False} if rmse else {}
-        self.gram = bind(dense.conr_gram_kernel, sums.options, D=D, **numbers, **sums.blocks)
-        self.sums = bind(
-            dense.conr_dense_sums_kernel, sums.options | fusion, **pairs, **sums.blocks
+        fusion = {"enable_fp_fusion": False} if is_rmse else {}
+        self.gram = Launch(
+            bind(dense.conr_gram_kernel, of_sums.options, D=D, **products, **of_sums.blocks),
+            tiles_i * tiles_j * gram_parts, N, K, tiles_j, gram_chunks, D,
+        )  # fmt: skip
+        self.sums = Launch(
+            bind(
+                dense.conr_dense_sums_kernel, of_sums.options | fusion, **pairs, **of_sums.blocks
+            ),
+            tiles_i * n_parts, N, K, self_offset, tiles_j, per_part, gram_parts, sums_at, D,
+            window, s.push_scale, math.log2(math.e) / s.temperature,
+        )  # fmt: skip
+        self.rows = Launch(
+            bind(
+                dense.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
+                UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
+                WEIGHTED_ROWS=variant.weighted_rows, ROWS=ROWS,
+                PARTS=1 << (n_parts - 1).bit_length(),
+            ),
+            tiles(N, ROWS), N, K, n_parts, sums_at, loss_at, stats_at, s.push_scale,
+        )  # fmt: skip
+        self.total = Launch(
+            bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, loss_at, factor
         )
-        self.rows_block = 16
-        self.rows = bind(
-            dense.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
-            UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
-            WEIGHTED_ROWS=variant.weighted_rows, ROWS=self.rows_block,
-            PARTS=1 << (self.n_parts - 1).bit_length(),
+        self.gradient = Launch(
+            bind(
+                dense_gradient.conr_dense_gradient_kernel, of_gradient.options | fusion,
+                **pairs, **of_gradient.blocks,
+            ),
+            n_tiles * gradient_parts, N, K, self_offset, gradient_tiles_j, gradient_per_part,
+            stats_at, G_at, G_at + G_size, loss_at, window, s.push_scale, factor,
         )  # fmt: skip
-        self.total = bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024)
-        self.gradient = bind(
-            dense_gradient.conr_dense_gradient_kernel, gradient.options | fusion,
-            **pairs, **gradient.blocks,
+        width = min(1 << (D - 1).bit_length(), 256)
+        finish_rows = 8 if width >= D else 4
+        self.finish = Launch(
+            bind(
+                dense_gradient.conr_dense_finish_kernel, {"num_warps": 4}, D=D, COLUMNS=columns,
+                ROWS=finish_rows, BLOCK_D=width,
+            ),
+            tiles(N, finish_rows) * tiles(D, width), N, gradient_parts, stats_at, G_at,
+            G_at + G_size, factor, 1 / s.temperature,
         )  # fmt: skip
-        block_d = min(1 << (D - 1).bit_length(), 256)
-        self.finish_rows = 8 if chunks == 1 or block_d >= D else 4
-        self.finish_programs = tiles(N, self.finish_rows) * tiles(D, block_d)
-        self.finish = bind(
-            dense_gradient.conr_dense_finish_kernel, {"num_warps": 4},
-            D=D, COLUMNS=self.columns, IS_ONE_CHUNK=block_d >= D, ROWS=self.finish_rows,
-            BLOCK_D=block_d,
-        )  # fmt: skip
-
-    def _cut_gram(self, sums: Tile) -> None:
-        n_tiles, chunks = self.tiles_i * self.tiles_j, tiles(self.D, sums.BLOCK_D)
-        self.gram_size, self.gram_chunks, self.gram_parts = 0, chunks, 1
-        if chunks == 1 or self.per_part * chunks <= GRAM_CHUNKS:
-            return
-        n_parts = min(tiles(PROGRAMS, n_tiles), tiles(chunks, GRAM_PART))
-        self.gram_chunks = tiles(chunks, n_parts)
-        self.gram_parts = tiles(chunks, self.gram_chunks)
-        size = sums.BLOCK_I * sums.BLOCK_J + sums.BLOCK_I + sums.BLOCK_J
-        self.gram_size = self.gram_parts * n_tiles * size
 
 
 def _cut(tiles_j: int, tiles_i: int, most: int) -> tuple[int, int]:
     """Tiles of keys a part, and parts, for about PROGRAMS programs."""
-    n_parts = min(max(tiles(PROGRAMS, max(tiles_i, 1)), 1), tiles_j, most)
-    per_part = tiles(tiles_j, max(n_parts, 1))
-    return per_part, tiles(tiles_j, max(per_part, 1))
+    n_parts = min(max(tiles(PROGRAMS, tiles_i), 1), tiles_j, most)
+    per_part = tiles(tiles_j, n_parts)
+    return per_part, tiles(tiles_j, per_part)
+
+
+def _cut_gram(of_sums: Tile, n_tiles: int, per_part: int, D: int) -> tuple[int, int, int]:
+    """Numbers in the partial products (0: there is no launch for them), chunks a part, parts."""
+    chunks = tiles(D, of_sums.BLOCK_D)
+    if chunks == 1 or per_part * chunks <= GRAM_CHUNKS:
+        return 0, chunks, 1
+    n_parts = min(tiles(PROGRAMS, n_tiles), tiles(chunks, GRAM_PART))
+    per_part = tiles(chunks, n_parts)
+    n_parts = tiles(chunks, per_part)
+    block_i, block_j = of_sums.BLOCK_I, of_sums.BLOCK_J
+    return n_parts * n_tiles * (block_i * block_j + block_i + block_j), per_part, n_parts
 
 
 def _padded(n: int) -> int:
@@ -181,160 +214,96 @@ def _padded(n: int) -> int:
 
 
 #: Plans by the identity of their settings, which the entry keeps alive, then by form.
-_plans: dict[int, tuple[Settings, dict[tuple, Plan]]] = {}
+_plans: dict[int, tuple[Settings, dict[tuple[Any, ...], Plan]]] = {}
 PLANS = 64
 
 
-def plan_of(x: Tensor, y: Tensor, keys: Keys | None, s: Settings) -> Plan:
+def plan_of(
+    x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
+) -> Plan:
     entry = _plans.get(id(s))
     if entry is None:
         if len(_plans) >= PLANS:
             _plans.clear()
         entry = _plans[id(s)] = (s, {})
     N, D = x.shape
-    K = N if keys is None else len(keys[0])
+    K = N if keys is None else keys[0].shape[0]
     form = (
-        N, K, D, y.shape[-1] if y.dim() == 2 else 1, x.dtype, y.dtype,
+        N, K, D, 1 if y.ndim == 1 else y.shape[1], x.dtype, y.dtype, self_offset, reduction,
         torch.get_float32_matmul_precision(), KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART,
     )  # fmt: skip
     plan = entry[1].get(form)
     if plan is None:
         if len(entry[1]) >= PLANS:
             entry[1].clear()
-        plan = entry[1][form] = Plan(*form[:6], s)
+        plan = entry[1][form] = Plan(Form(*form[:8]), s)
     return plan
 
 
-def sum_rows(
-    plan: Plan,
-    place: Place | None,
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    keys: Keys | None,
-    self_offset: int,
-    n_absent: Tensor | None,
-    kept: Tensor,
-    sums: Tensor,
-    loss: Tensor,
-    stats: Tensor,
-    at: tuple[int, int, int] = (0, 0, 0),
-) -> None:
-    """Losses and statistics; ``at``: where sums, losses and statistics begin in their tensors."""
-    sums_at, loss_at, stats_at = at
-    key_x, key_y, key_p = keys or (x, y, p)
-    gram = None
-    if plan.gram_size:
-        gram = x.new_empty(plan.gram_size, dtype=plan.dtype)
-        plan.gram(
-            place, plan.tiles_i * plan.tiles_j * plan.gram_parts, x, key_x, gram,
-            plan.N, plan.K, plan.tiles_j, plan.gram_chunks, plan.D,
-        )  # fmt: skip
-    plan.sums(
-        place, plan.tiles_i * plan.n_parts, x, y, p, key_x, key_y, key_p, gram, kept, sums,
-        plan.N, plan.K, self_offset, plan.tiles_j, plan.per_part, plan.gram_parts, sums_at,
-        plan.D, plan.window, plan.push_scale, plan.scale,
-    )  # fmt: skip
-    plan.rows(
-        place, tiles(plan.N, plan.rows_block), w, n_absent, sums, loss, stats,
-        plan.N, plan.K, plan.n_parts, sums_at, loss_at, stats_at, plan.push_scale,
-    )  # fmt: skip
+def _rows(x: Tensor, y: Tensor, p: Tensor, keys: Keys | None) -> list[Pointer]:
+    """Pointers to anchors and keys."""
+    anchors = [pointer(x), pointer(y), pointer(p)]
+    return anchors + (anchors if keys is None else [pointer(t) for t in keys])
 
 
-def gradient_parts(
-    plan: Plan,
-    place: Place | None,
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    keys: Keys | None,
-    self_offset: int,
-    kept: Tensor,
-    coef_i: Tensor,
-    coef_j: Tensor,
-    G: Tensor,
-    loss: Tensor | None = None,
-    out: Tensor | None = None,
-    factor: float = 1.0,
-    at: tuple[int, int, int] = (0, 0, 0),
-) -> None:
-    """``Σ_j H_ij q_j`` in parts, and the total of the losses; ``at``: of coefficients, G, losses."""
-    coef_at, G_at, loss_at = at
-    key_x, key_y, key_p = keys or (x, y, p)
-    plan.gradient(
-        place, plan.gradient_programs, x, y, p, coef_i, key_x, key_y, key_p, coef_j, kept, G,
-        loss, out, plan.N, plan.K, self_offset, plan.gradient_tiles_j, plan.gradient_per_part,
-        coef_at, G_at, G_at + plan.G_size, loss_at, plan.window, plan.push_scale, factor,
-    )  # fmt: skip
-
-
-def finish_gradient(
-    plan: Plan,
-    place: Place | None,
-    x: Tensor,
-    coef: Tensor,
-    kept: Tensor,
-    G: Tensor,
-    upstream: Tensor | None,
-    gradient: Tensor,
-    factor: float = 1.0,
-    at: tuple[int, int] = (0, 0),
-) -> None:
-    """The gradient of x from its parts; ``at``: of coefficients and G."""
-    coef_at, G_at = at
-    plan.finish(
-        place, plan.finish_programs, x, coef, kept, G, upstream, gradient,
-        plan.N, plan.gradient_parts, coef_at, G_at, G_at + plan.G_size, factor, plan.inverse_tau,
-    )  # fmt: skip
+def _gram(plan: Plan, place: Place | None, x: Tensor, rows: list[Pointer]) -> Pointer:
+    if not plan.gram_size:
+        return NOTHING
+    gram = pointer(x.new_empty(plan.gram_size, dtype=plan.dtype))
+    plan.gram(place, rows[0], rows[3], gram)
+    return gram
 
 
 def forward_dense(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
-    keys: Keys | None, self_offset: int, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
+    keys: Keys | None, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
 ) -> None:  # fmt: skip
-    kept, sums = layout.view(plan.dtype), x.new_empty(plan.sums_size, dtype=plan.dtype)
-    sum_rows(plan, place, x, y, p, w, keys, self_offset, n_absent, kept, sums, loss, stats)
+    """Losses, statistics and what the gradient reads."""
+    rows = _rows(x, y, p, keys)
+    sums = pointer(x.new_empty(plan.sums_size, dtype=plan.dtype))
+    gram = _gram(plan, place, x, rows)
+    plan.sums(place, *rows, gram, pointer(layout.view(plan.dtype)), sums)
+    plan.rows(place, pointer(w), pointer(n_absent), sums, pointer(loss), pointer(stats))
 
 
 def backward_dense(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, keys: Keys | None,
-    self_offset: int, coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
+    coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
 ) -> None:  # fmt: skip
-    kept, G = layout.view(plan.dtype), x.new_empty(plan.gradient_size, dtype=plan.dtype)
-    gradient_parts(plan, place, x, y, p, keys, self_offset, kept, coef_i, coef_j, G)
-    finish_gradient(plan, place, x, coef_i, kept, G, None, gradient)
+    """The gradient of x from coefficients in which the upstream gradient is."""
+    of_x, of_y, of_p, *of_keys = _rows(x, y, p, keys)
+    kept, coef = pointer(layout.view(plan.dtype)), pointer(coef_i)
+    G = pointer(x.new_empty(plan.gradient_size, dtype=plan.dtype))
+    plan.gradient(
+        place, of_x, of_y, of_p, coef, *of_keys, pointer(coef_j), kept, G, NOTHING, NOTHING
+    )
+    plan.finish(place, of_x, coef, kept, G, NOTHING, pointer(gradient))
 
 
 def reduced_dense(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
-    loss: Tensor, work: Tensor, factor: float, with_gradient: bool,
-) -> None:  # fmt: skip
-    """``factor·Σ_i ℓ_i`` and, where it is wanted, the gradient's parts, in one workspace."""
-    stats_at = plan.kept_size
-    loss_at = stats_at + plan.stats_size
-    sums_at = loss_at + _padded(plan.N)
-    at = (sums_at, loss_at, stats_at)
-    sum_rows(plan, place, x, y, p, w, None, 0, None, work, work, work, work, at)
-    if with_gradient:
-        # The sums have served: the parts take their place.
-        gradient_parts(
-            plan, place, x, y, p, None, 0, work, work, work, work, work, loss, factor,
-            (stats_at, sums_at, loss_at),
-        )  # fmt: skip
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The reduced loss; and the workspace, in which the gradient's parts are where it is wanted."""
+    size = plan.work_size_with_gradient if wants_gradient else plan.work_size
+    loss, workspace = x.new_empty((), dtype=plan.dtype), x.new_empty(size, dtype=plan.dtype)
+    rows, of_loss, work = _rows(x, y, p, None), pointer(loss), pointer(workspace)
+    of_x, of_y, of_p, *_ = rows
+    plan.sums(place, *rows, _gram(plan, place, x, rows), work, work)
+    plan.rows(place, pointer(w), NOTHING, work, work, work)
+    if wants_gradient:
+        plan.gradient(
+            place, of_x, of_y, of_p, work, of_x, of_y, of_p, work, work, work, work, of_loss
+        )
     else:
-        plan.total(place, 1, work, loss, plan.N, loss_at, factor)
-
-
-def work_size(plan: Plan, with_gradient: bool) -> int:
-    last = max(plan.sums_size, plan.gradient_size if with_gradient else 0)
-    return plan.kept_size + plan.stats_size + _padded(plan.N) + last
+        plan.total(place, work, of_loss)
+    return loss, workspace
 
 
 def reduced_gradient(
-    plan: Plan, place: Place | None, x: Tensor, work: Tensor, upstream: Tensor, gradient: Tensor,
-    factor: float,
-) -> None:  # fmt: skip
-    """``upstream·factor`` times the gradient whose parts ``reduced_dense`` left."""
-    at = (plan.kept_size, plan.kept_size + plan.stats_size + _padded(plan.N))
-    finish_gradient(plan, place, x, work, work, work, upstream, gradient, factor, at)
+    plan: Plan, place: Place | None, x: Tensor, workspace: Tensor, upstream: Tensor
+) -> Tensor:
+    """The gradient of x for an upstream gradient of the reduced loss."""
+    gradient, work = torch.empty_like(x), pointer(workspace)
+    plan.finish(place, pointer(x), work, work, work, pointer(upstream), pointer(gradient))
+    return gradient
