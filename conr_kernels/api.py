@@ -54,7 +54,7 @@ def conr_loss(
         window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the
             paper).
         temperature: ``τ > 0``.
-        push_scale: ``e``, the constant of ``η_j = e·w_j``.
+        push_scale: ``e``, the constant of ``η_j = e·w_j``; ≥ 0 unless pushing is exponential.
         variant: a preset name (``"paper"``, ``"released-age"``, ``"released-depth"``,
             ``"no-pushing"``, ``"no-weight"``, ``"no-similarity"``, ``"contrastive"``) or a
             ``Variant``.

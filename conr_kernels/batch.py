@@ -69,7 +69,9 @@ class Options(NamedTuple):
         validation.check_choice("distance", self.distance, DISTANCES)
         validation.check_choice("reduction", self.reduction, validation.REDUCTIONS)
         validation.check_choice("backend", self.backend, ("auto", *ops.BACKENDS, "reference"))
-        return Settings(*map(float, scalars), resolve_variant(self.variant), self.distance)
+        variant = resolve_variant(self.variant)
+        validation.check_push_scale(self.push_scale, variant.pushing)
+        return Settings(*map(float, scalars), variant, self.distance)
 
 
 #: A training run asks for the same settings at every step.

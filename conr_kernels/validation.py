@@ -39,6 +39,15 @@ def check_scalars(window: float, temperature: float, push_scale: float) -> None:
         raise ValueError(f"push_scale must be finite, got {push_scale}")
 
 
+def check_push_scale(push_scale: float, pushing: str) -> None:
+    """A negative one would subtract from ``Z_i``, except in an exponent."""
+    if push_scale < 0 and pushing != "exponential":
+        raise ValueError(
+            "push_scale must be ≥ 0 unless pushing is 'exponential', "
+            f"got {push_scale} with pushing={pushing!r}"
+        )
+
+
 def check_dense(name: str, t: Tensor) -> None:
     if t.is_nested or t.layout != torch.strided:
         kind = "nested" if t.is_nested else str(t.layout)

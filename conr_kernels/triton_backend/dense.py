@@ -408,16 +408,17 @@ def conr_dense_rows_kernel(
 
 
 @triton.jit
-def store_total(loss_ptr, out_ptr, n_rows, factor, BLOCK: tl.constexpr):
-    """``factor·Σ_i ℓ_i``, added in a fixed order."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, n_rows, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        total += tl.load(loss_ptr + rows, mask=rows < n_rows, other=0.0).to(tl.float64)
-    tl.store(out_ptr, (tl.sum(total, axis=0) * factor).to(out_ptr.dtype.element_ty))
+def store_total(pid, loss_ptr, out_ptr, n_rows, factor, BLOCK: tl.constexpr):
+    """``factor·Σ_i ℓ_i``, added in a fixed order by the first program."""
+    if pid == 0:
+        total = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, n_rows, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            total += tl.load(loss_ptr + rows, mask=rows < n_rows, other=0.0).to(tl.float64)
+        tl.store(out_ptr, (tl.sum(total, axis=0) * factor).to(out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["n_rows", "loss_at"])
 def conr_total_kernel(loss_ptr, out_ptr, n_rows, loss_at, factor: tl.float64, BLOCK: tl.constexpr):
     """The sum of the row losses times a factor; one program."""
-    store_total(loss_ptr + loss_at, out_ptr, n_rows, factor, BLOCK)
+    store_total(tl.program_id(0), loss_ptr + loss_at, out_ptr, n_rows, factor, BLOCK)

@@ -151,9 +151,8 @@ def conr_dense_gradient_kernel(
     if N_CHUNKS > 1:
         at = radial_at + part.to(tl.int64) * n_padded
         tl.store(G_ptr + at + rows, radial, mask=is_row & (chunk == 0))
-    if out_ptr is not None:  # noqa: SIM102: a constant, then a value of the device
-        if pid == 0:
-            store_total(loss_ptr + loss_at, out_ptr, n_anchors, factor, 1024)
+    if out_ptr is not None:
+        store_total(pid, loss_ptr + loss_at, out_ptr, n_anchors, factor, 1024)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_parts", "coef_at", "G_at", "radial_at"])

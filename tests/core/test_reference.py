@@ -7,7 +7,7 @@ import torch
 
 from conr_kernels import reference
 from conr_kernels.variants import PRESETS, Settings
-from tests.helpers.cases import structured_cases
+from tests.helpers.cases import VARIANTS, structured_cases
 
 
 def distance(a, b, kind):
@@ -56,27 +56,20 @@ def pair_loop_losses(x, y, p, w, settings):
     return torch.tensor(losses, dtype=torch.float64), n_pairs
 
 
-@pytest.mark.parametrize(
-    "case", list(structured_cases(70, max_size=33)), ids=lambda case: case.name
-)
-def test_row_losses_equal_the_definition_evaluated_pair_by_pair(case):
-    x, y, p, w = case.inputs
-    # Float64 labels on a binary grid, where it and Python's arithmetic decide alike.
-    y, p = y.double().mul(4).round().div(4), p.double().mul(4).round().div(4)
-    settings = Settings(
-        0.5,
-        max(case.settings.temperature, 0.07),
-        case.settings.push_scale,
-        case.settings.variant,
-        case.settings.distance,
-    )
-    expected, n_pairs = pair_loop_losses(x, y, p, w, settings)
-    torch.testing.assert_close(
-        reference.row_losses(x, y, p, w, None, 0, settings), expected, rtol=1e-10, atol=1e-10
-    )
-    _, positive, negative = reference.masks(y, p, y, p, 0, settings)
-    assert positive.sum(1).tolist() == [n for n, _ in n_pairs]
-    assert negative.sum(1).tolist() == [m for _, m in n_pairs]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_row_losses_equal_the_definition_evaluated_pair_by_pair(variant):
+    for case in structured_cases(n=(17, 33)):
+        if case.choice["variant"] != variant:
+            continue
+        # Float64 labels on a binary grid, where it and Python's arithmetic decide alike.
+        y, p = (t.double().mul(4).round().div(4) for t in (case.y, case.p))
+        w = torch.ones(len(y)) if case.w is None else case.w
+        expected, n_pairs = pair_loop_losses(case.x, y, p, w, case.settings)
+        losses = reference.row_losses(case.x, y, p, case.w, None, 0, case.settings)
+        torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10, msg=str(case))
+        _, positive, negative = reference.masks(y, p, y, p, 0, case.settings)
+        assert positive.sum(1).tolist() == [n for n, _ in n_pairs]
+        assert negative.sum(1).tolist() == [m for _, m in n_pairs]
 
 
 def test_a_batch_computed_by_hand():
@@ -113,12 +106,10 @@ def test_gradient_and_second_derivative_of_every_preset(preset):
 
 
 def test_further_keys_equal_the_rows_of_one_batch():
-    for case in structured_cases(20, seed=500):
+    for case in structured_cases(500, n=(31, 65)):
         x, y, p, w = case.inputs
         whole = reference.row_losses(x, y, p, w, None, 0, case.settings)
-        first, last = len(x) // 3, len(x) - len(x) // 4
-        rows = slice(first, last)
-        part = reference.row_losses(
-            x[rows], y[rows], p[rows], w[rows], (x, y, p), first, case.settings
-        )
-        torch.testing.assert_close(part, whole[rows], rtol=1e-12, atol=1e-12, msg=case.name)
+        rows = slice(len(x) // 3, len(x) - len(x) // 4)
+        of_rows = (x[rows], y[rows], p[rows], None if w is None else w[rows])
+        part = reference.row_losses(*of_rows, (x, y, p), rows.start, case.settings)
+        torch.testing.assert_close(part, whole[rows], rtol=1e-12, atol=1e-12, msg=str(case))

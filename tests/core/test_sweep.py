@@ -5,6 +5,7 @@ import torch
 
 from conr_kernels.core.sweep import banded_sweep, bands
 from conr_kernels.reference import pair_distance
+from tests.helpers.cases import VECTOR_TIES, ties_beyond_the_reach
 
 
 def predicate(sorted_i, sorted_j, h):
@@ -84,3 +85,12 @@ def test_a_sweep_holds_every_pair_in_the_window(distance, n_components):
             assert not ((d_ij <= 0.2) & ~in_band).any()
             if n_components == 1:
                 assert torch.equal(in_band, d_ij <= 0.2)
+
+
+@pytest.mark.parametrize(("n_components", "distance"), VECTOR_TIES)
+def test_a_sweep_holds_ties_whose_components_lie_beyond_the_reach(n_components, distance):
+    """The reach has a margin for the rounding of distances."""
+    y, h = ties_beyond_the_reach(n_components, distance)
+    for keys in (None, y):
+        sweep = banded_sweep("positives", y, keys, h, distance)
+        assert ((sweep.hi - sweep.lo)[:128] == 128).all()
