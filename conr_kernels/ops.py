@@ -162,6 +162,24 @@ def row_losses(
     return torch.ops.conr_kernels.forward(x, *call.operands())
 
 
+#: Types of tensors without a behaviour of their own.
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def reduces(x: Tensor, reduction: str, backend: str) -> bool:
+    """Whether one call of the backend gives the reduced loss of these rows, prepared for its
+    gradient; outside of compilers.
+    """
+    if reduction == "none" or backend == "reference" or not _is_eager(x):
+        return False
+    return backend_module(backend).reduces(x, x.requires_grad and torch.is_grad_enabled())
+
+
+def takes_any_labels(backend: str) -> bool:
+    """Whether ``reduced_loss`` takes labels of any real dtype, [N] or [N, L]."""
+    return backend == "triton"
+
+
 def reduced_loss(
     x: Tensor,
     y: Tensor,
@@ -170,26 +188,26 @@ def reduced_loss(
     settings: Settings,
     reduction: str,
     backend: str,
-) -> Tensor | None:
-    """The mean or sum of ``ℓ_i``, where one pass can give it with its gradient; else None."""
-    if reduction == "none" or backend == "reference" or not _is_plain(x):
-        return None
-    module = backend_module(backend)
-    wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    if not module.reduces(x, wants_gradient):
-        return None
-    call = Reduction(module, y, p, w, settings, reduction)
-    return _EagerReduced.apply(x, call) if wants_gradient else call.forward(x, False)[0]
+) -> Tensor:
+    """The mean or sum of ``ℓ_i``, where ``reduces`` says so."""
+    call = Reduction(backend_module(backend), y, p, w, settings, reduction)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _EagerReduced.apply(x, call)
+    return call.forward(x, False)[0]
 
 
-def _is_plain(x: Tensor) -> bool:
-    """A plain tensor in plain eager mode: no compiler, function transform, subclass or tracer."""
+def _is_eager(x: Tensor) -> bool:
+    """A plain tensor, no function transform and no tracer."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in PLAIN
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """A plain tensor in plain eager mode."""
+    return not torch.compiler.is_compiling() and _is_eager(x)
 
 
 class Reduction(NamedTuple):
