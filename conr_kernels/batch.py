@@ -90,7 +90,7 @@ def _one(settings: Settings) -> Settings:
 
 def _settings(options: Options) -> Settings:
     try:
-        return _one(_check_often(*options))
+        return _check_often(*options)
     except TypeError:  # an option that cannot be looked up, or an illegal one
         return _one(options.check())
 
@@ -157,26 +157,28 @@ def prepare(
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     is_traced = torch.compiler.is_compiling()
     settings = _traced_settings(options) if is_traced else _settings(options)
-    is_alone = keys is None and mask is None and not in_group
-    if is_alone and not is_traced:
-        backend = _checked_backend(features, targets, predictions, weights, options.backend)
-        if ops.reduces(features, options.reduction, backend):
-            rows = (targets, predictions, weights)
-            if not ops.takes_any_labels(backend):
-                rows = (_labels(targets), _labels(predictions), _weights(weights, features))
-            elif weights is not None:
-                rows = (targets, predictions, _weights(weights, features))
-            return Batch(features, *rows, None, settings, options.reduction, backend, reduces=True)
+    if isinstance(keys, torch.nn.Module):  # a MemoryBank
+        keys = keys.keys(getattr(features, "dtype", None))
+    x, reduction = features, options.reduction
+    if keys is None and mask is None and not is_traced:
+        backend = _checked_backend(x, targets, predictions, weights, options.backend)
+        of_call = (settings, reduction, backend)
+        is_raw = not in_group and ops.takes_any_labels(x, backend)
+        if is_raw and ops.reduces(x, targets, None, *of_call):
+            rows = (x, targets, predictions, _weights(weights, x), None)
+            return Batch(*rows, *of_call, reduces=True)
     else:
-        validation.check_tensors(features, targets, predictions, weights, keys, mask)
-        backend = make_plan(options.backend, features.device, features.dtype).backend
+        validation.check_tensors(x, targets, predictions, weights, keys, mask)
+        backend = make_plan(options.backend, x.device, x.dtype).backend
     y, p = _labels(targets), _labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys
         keys = (key_x.detach(), _labels(key_y).to(y.dtype), _labels(key_p).to(p.dtype))
-    w = _weights(weights, features)
+    w = _weights(weights, x)
+    is_reduced = mask is None and not in_group
+    is_reduced = is_reduced and ops.reduces(x, y, keys, settings, reduction, backend)
     mask = None if mask is None else mask.detach().reshape(-1)
-    return Batch(features, y, p, w, keys, settings, options.reduction, backend, mask)
+    return Batch(x, y, p, w, keys, settings, reduction, backend, mask, reduces=is_reduced)
 
 
 def try_prepare(
@@ -200,8 +202,7 @@ def loss(batch: Batch) -> Tensor:
     if batch.mask is not None:
         return _loss_of_present(batch)
     if batch.reduces:
-        x, y, p, w, _, settings, reduction, backend, *_ = batch
-        return ops.reduced_loss(x, y, p, w, settings, reduction, backend)
+        return ops.reduced_loss(*batch[:8])
     rows = row_losses(batch, batch.all_keys())
     if batch.reduction == "none":
         return rows
@@ -281,19 +282,11 @@ def row_losses(batch: Batch, keys: Keys | None) -> Tensor:
 
 def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: int) -> Tensor:
     dtype = accumulation_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        if keys is not None:
-            keys = (keys[0].to(dtype), *keys[1:])
-        return reference.row_losses(
-            x.to(dtype).contiguous(),
-            batch.y,
-            batch.p,
-            batch.w,
-            keys,
-            self_offset,
-            batch.settings,
-            0 if batch.n_absent is None else batch.n_absent,
-        )
+    if keys is not None:
+        keys = (keys[0].to(dtype), *keys[1:])
+    n_absent = 0 if batch.n_absent is None else batch.n_absent
+    rows = (x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset)
+    return ops.without_autocast(reference.row_losses, x.device, *rows, batch.settings, n_absent)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -12,8 +12,9 @@ once to a backend module. Every backend module provides
 
 and, where one call finds the reduced loss and prepares its gradient,
 
-- ``reduces(x, wants_gradient) -> bool``: whether it does so for these rows;
-- ``reduced(x, y, p, w, settings, reduction, wants_gradient) -> (loss, work, plan)``;
+- ``reduces(x, y, further, settings, wants_gradient) -> bool``: whether it does so for these rows
+  and further keys;
+- ``reduced(x, y, p, w, further, settings, reduction, wants_gradient) -> (loss, work, plan)``;
 - ``reduced_gradient(x, work, plan, upstream) -> gradient of x``.
 
 Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y,
@@ -69,7 +70,7 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}_backend", __package__)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # a schedule's temperature is another one at every step
 def _settings(*scalars: Any) -> Settings:
     window, temperature, push_scale, variant, distance = scalars
     return Settings(window, temperature, push_scale, Variant.from_code(variant), distance)
@@ -80,7 +81,7 @@ def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None) -> K
 
 
 def without_autocast(function, device: torch.device, *args):
-    if not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return function(*args)
     with torch.autocast(device.type, enabled=False):
         return function(*args)
@@ -155,7 +156,7 @@ def row_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
     call = Call(y, p, w, keys, self_offset, settings, backend, n_absent)
-    if _is_plain(x):
+    if is_plain(x):
         return _EagerForward.apply(x, call)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _TransformedForward.apply(x, *call.operands())
@@ -166,18 +167,21 @@ def row_losses(
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def reduces(x: Tensor, reduction: str, backend: str) -> bool:
+def reduces(
+    x: Tensor, y: Tensor, further: Keys | None, settings: Settings, reduction: str, backend: str
+) -> bool:
     """Whether one call of the backend gives the reduced loss of these rows, prepared for its
-    gradient; outside of compilers.
+    gradient. ``further``: keys beside the batch's own rows.
     """
-    if reduction == "none" or backend == "reference" or not _is_eager(x):
+    if reduction == "none" or backend == "reference" or not is_plain(x):
         return False
-    return backend_module(backend).reduces(x, x.requires_grad and torch.is_grad_enabled())
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    return backend_module(backend).reduces(x, y, further, settings, wants_gradient)
 
 
-def takes_any_labels(backend: str) -> bool:
+def takes_any_labels(x: Tensor, backend: str) -> bool:
     """Whether ``reduced_loss`` takes labels of any real dtype, [N] or [N, L]."""
-    return backend == "triton"
+    return backend == "triton" and x.device.type != "cpu"
 
 
 def reduced_loss(
@@ -185,29 +189,27 @@ def reduced_loss(
     y: Tensor,
     p: Tensor,
     w: Tensor | None,
+    further: Keys | None,
     settings: Settings,
     reduction: str,
     backend: str,
 ) -> Tensor:
     """The mean or sum of ``ℓ_i``, where ``reduces`` says so."""
-    call = Reduction(backend_module(backend), y, p, w, settings, reduction)
+    call = Reduction(backend_module(backend), y, p, w, further, settings, reduction)
     if x.requires_grad and torch.is_grad_enabled():
         return _EagerReduced.apply(x, call)
     return call.forward(x, False)[0]
 
 
-def _is_eager(x: Tensor) -> bool:
-    """A plain tensor, no function transform and no tracer."""
+def is_plain(x: Tensor) -> bool:
+    """A plain tensor in plain eager mode: no compiler, function transform, subclass or tracer."""
     return (
-        type(x) in PLAIN
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN
+        and not x.is_meta
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
-
-
-def _is_plain(x: Tensor) -> bool:
-    """A plain tensor in plain eager mode."""
-    return not torch.compiler.is_compiling() and _is_eager(x)
 
 
 class Reduction(NamedTuple):
@@ -217,6 +219,7 @@ class Reduction(NamedTuple):
     y: Tensor
     p: Tensor
     w: Tensor | None
+    further: Keys | None
     settings: Settings
     reduction: str
 
@@ -237,6 +240,7 @@ class _EagerReduced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+        refuse_batched(g)
         x, work = ctx.saved_tensors
         return once(ctx.gradient, x, work, ctx.plan, g), None
 
@@ -282,6 +286,7 @@ class _EagerForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+        refuse_batched(g)
         if g is None:
             return None, None
         self_offset, settings, backend = ctx.call
@@ -347,7 +352,14 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, stats, layout = output
     ctx.mark_non_differentiable(stats, layout)
     ctx.set_materialize_grads(False)
+    if ctx.needs_input_grad[0]:
+        y, p = own_copies(y, p)
     ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
+
+
+def own_copies(y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and predictions for the backward pass: the caller may change his own before."""
+    return torch.stack((y, p)).unbind() if y.dtype == p.dtype else (y.clone(), p.clone())
 
 
 def _differentiate(
@@ -376,6 +388,13 @@ def _differentiate_operator(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tenso
 
 def refuse(*_: Any) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+def refuse_batched(g: Tensor | None) -> None:
+    """For the backward pass of a graph made in plain eager mode: what transforms it is vmap."""
+    is_legacy = g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
+    if is_legacy or torch._C._are_functorch_transforms_active():
+        refuse()
 
 
 torch.library.register_autograd(

@@ -24,8 +24,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from conr_kernels import conr_loss
-from conr_kernels.ops import backend_module
+from conr_kernels import conr_loss, ops
 
 #: Microseconds: steps of one turn.
 STEPS = 100
@@ -69,18 +68,29 @@ class Recorder:
         return kernel
 
 
+def _is_plain(x: torch.Tensor) -> bool:
+    """The package's own, for which tensors without storage are no plain ones."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in ops.PLAIN
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def install() -> Recorder:
     """From here on Triton's kernels take meta tensors as an H200's."""
     recorder = Recorder()
     driver.set_active(Driver())
-    triton_backend = backend_module("triton")
+    triton_backend = ops.backend_module("triton")
     plain = triton_backend.unavailable
     gpu = torch.device("cuda", 0)
     # Shapes found in C++, as on a device, where PyTorch has them: not by a compiler's Python.
     torch._meta_registrations._meta_lib_dont_use_me_use_register_meta._destroy()
-    launch = getattr(triton_backend, "launch", None)
-    if launch is not None:
-        launch._is_on_gpu = lambda x: True
+    if hasattr(triton_backend, "launch"):
+        triton_backend.launch._is_on_gpu = lambda x: True
+    if hasattr(ops, "is_plain"):
+        ops.is_plain = _is_plain
     for patch in (
         mock.patch.object(JITFunction, "_do_compile", lambda *args: recorder.compile(*args)),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

@@ -170,7 +170,9 @@ def backward(
     return gradient
 
 
-def reduces(x: Tensor, wants_gradient: bool) -> bool:
+def reduces(
+    x: Tensor, y: Tensor, further: Keys | None, settings: Settings, wants_gradient: bool
+) -> bool:
     """Whether one call gives the reduced loss: its kernels leave row losses."""
     return False
 

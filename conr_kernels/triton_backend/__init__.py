@@ -113,10 +113,12 @@ def _contiguous(
     return x.contiguous(), y.contiguous(), p.contiguous(), keys
 
 
-def reduces(x: Tensor, wants_gradient: bool) -> bool:
+def reduces(
+    x: Tensor, y: Tensor, further: Keys | None, settings: Settings, wants_gradient: bool
+) -> bool:
     """Whether ``reduced`` serves these rows."""
     N, D = x.shape
-    return N > 0 and few.serves(N, N, D, x.dtype)
+    return further is None and N > 0 and few.serves(N, N, D, x.dtype)
 
 
 def reduced(
@@ -124,6 +126,7 @@ def reduced(
     y: Tensor,
     p: Tensor,
     w: Tensor | None,
+    further: None,
     settings: Settings,
     reduction: str,
     wants_gradient: bool,
