@@ -159,11 +159,15 @@ def check_key_labels(keys: Any, y: Tensor) -> None:
     check_same_components("targets", y, "keys[2] (predictions)", key_p)
 
 
-def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
+def check_bool(mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
     check_dense("mask", mask)
+
+
+def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
+    check_bool(mask)
     if mask.shape not in ((n_rows,), (n_rows, 1)):
         raise ValueError(
             f"mask must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
@@ -172,9 +176,7 @@ def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
 
 
 def check_pixel_mask(mask: Any, **maps: Tensor) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
+    check_bool(mask)
     for name, t in maps.items():
         if mask.shape != t.shape:
             raise ValueError(
@@ -216,18 +218,6 @@ def check_statistics(targets: Any, predictions: Any, keys: Any, mask: Any, weigh
         check_key_labels(keys, targets)
         named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
     check_devices(named)
-
-
-def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
-    check_dense("mask", mask)
-    if mask.shape not in ((n_rows,), (n_rows, 1)):
-        raise ValueError(
-            f"mask must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
-            f"got {tuple(mask.shape)}"
-        )
 
 
 def check_density(targets: Any, bin_width: Any, kernel_size: Any, sigma: Any) -> None:
