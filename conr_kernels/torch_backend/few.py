@@ -18,8 +18,8 @@ from .pairs import LN_2, negative_weight, push, similarities
 from .source import Source
 from .tiles import Rows
 
-#: Sorting a key costs as much as its pairs with some 300 anchors; and sorting at all as much as some
-#: 2¹⁸ pairs (measured). Pairs of one tile.
+#: Sorting a key costs as much as its pairs with some 300 anchors; and sorting at all as much as
+#: some 2¹⁸ pairs (measured). Pairs of one tile.
 FEW_ROWS, FEW_PAIRS, TILE_PAIRS = 256, 2**18, 2**17
 
 
