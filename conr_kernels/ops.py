@@ -14,8 +14,9 @@ and, where one call finds the reduced loss and prepares its gradient,
 
 - ``reduces(x, y, further, settings, wants_gradient) -> bool``: whether it does so for these rows
   and further keys;
-- ``reduced(x, y, p, w, further, settings, reduction, wants_gradient) -> (loss, work, plan)``;
-- ``reduced_gradient(x, work, plan, upstream) -> gradient of x``.
+- ``reduced(x, y, p, w, further, settings, reduction, wants_gradient) -> (loss, saved
+  tensors, plan)``;
+- ``reduced_gradient(x, saved, plan, upstream) -> gradient of x``.
 
 Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y,
 key_p)`` are all rows that can be positives or negatives, anchor i being key ``self_offset + i``,
@@ -181,7 +182,7 @@ def reduces(
 
 def takes_any_labels(x: Tensor, backend: str) -> bool:
     """Whether ``reduced_loss`` takes labels of any real dtype, [N] or [N, L]."""
-    return backend == "triton" and x.device.type != "cpu"
+    return backend == "triton" and not x.is_cpu and backend_module(backend).takes_any_labels(x)
 
 
 def reduced_loss(
@@ -223,7 +224,7 @@ class Reduction(NamedTuple):
     settings: Settings
     reduction: str
 
-    def forward(self, x: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor, Any]:
+    def forward(self, x: Tensor, wants_gradient: bool) -> tuple[Tensor, tuple, Any]:
         module, *rows = self
         return without_autocast(module.reduced, x.device, x, *rows, wants_gradient)
 
@@ -233,16 +234,16 @@ class _EagerReduced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Reduction) -> Tensor:
-        loss, work, plan = call.forward(x, True)
-        ctx.save_for_backward(x, work)
+        loss, saved, plan = call.forward(x, True)
+        ctx.save_for_backward(x, *saved)
         ctx.gradient, ctx.plan = call.module.reduced_gradient, plan
         return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
         refuse_batched(g)
-        x, work = ctx.saved_tensors
-        return once(ctx.gradient, x, work, ctx.plan, g), None
+        x, *saved = ctx.saved_tensors
+        return once(ctx.gradient, x, saved, ctx.plan, g), None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:

@@ -183,7 +183,7 @@ def reduced(
     settings: Settings,
     reduction: str,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, None]:
+) -> tuple[Tensor, tuple[Tensor], None]:
     """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
 
     ``further``: keys beside the batch's own rows, or None.
@@ -217,11 +217,12 @@ def reduced(
     if others is not None:
         few.add_products(G, products, stats)
     loss = loss.mean() if reduction == "mean" else loss.sum()
-    return loss, _project(G, rows.q, inverse, settings.temperature), None
+    return loss, (_project(G, rows.q, inverse, settings.temperature),), None
 
 
-def reduced_gradient(x: Tensor, gradient: Tensor, plan: None, upstream: Tensor) -> Tensor:
+def reduced_gradient(x: Tensor, saved: tuple[Tensor], plan: None, upstream: Tensor) -> Tensor:
     """The gradient that ``reduced`` found, times the upstream gradient."""
+    (gradient,) = saved
     return (gradient * upstream).to(x.dtype)
 
 

@@ -8,18 +8,21 @@ outside the label bands.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..variants import Settings
 from . import launch_dense as few
 from .availability import unavailable
-from .call import ROW_PAD, Call, Keys, padded
-from .launch import on_device, place_of
+from .call import ROW_PAD, Call, Keys, padded, tiles
+from .launch import on_device, place_of, run_kernel
 from .launch_sweeps import backward_sweeps, forward_sweeps
 
 __all__ = [
-    "backward", "forward", "layout_size", "reduced", "reduced_gradient", "reduces", "unavailable",
+    "backward", "forward", "layout_size", "reduced", "reduced_gradient", "reduces",
+    "takes_any_labels", "unavailable",
 ]  # fmt: skip
 
 
@@ -117,8 +120,13 @@ def reduces(
     x: Tensor, y: Tensor, further: Keys | None, settings: Settings, wants_gradient: bool
 ) -> bool:
     """Whether ``reduced`` serves these rows."""
+    return further is None and len(x) > 0
+
+
+def takes_any_labels(x: Tensor) -> bool:
+    """Whether ``reduced`` takes labels of any real dtype, [N] or [N, L]: its kernels convert."""
     N, D = x.shape
-    return further is None and N > 0 and few.serves(N, N, D, x.dtype)
+    return few.serves(N, N, D, x.dtype)
 
 
 def reduced(
@@ -130,27 +138,60 @@ def reduced(
     settings: Settings,
     reduction: str,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, few.Plan]:
-    """The mean or sum of the row losses, and what ``reduced_gradient`` needs."""
-    return on_device(_reduced, x, y, p, w, settings, reduction, wants_gradient)
+) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+    """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``."""
+    N, D = x.shape
+    if few.serves(N, N, D, x.dtype):
+        return on_device(_reduced, x, y, p, w, settings, reduction, wants_gradient)
+    rows, stats, layout = forward(x, y, p, w, None, 0, settings)
+    factor = 1 / N if reduction == "mean" else 1.0
+    loss = on_device(_total, rows, factor)
+    return loss, (stats, layout, y, p), (settings, factor)
 
 
 def _reduced(
     x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, reduction: str,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, few.Plan]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, ...], few.Plan]:  # fmt: skip
     x, y, p, _ = _contiguous(x, y, p, None)
     w = None if w is None else w.contiguous()
     plan = few.plan_of(x, y, None, 0, settings, reduction)
     loss, workspace = few.reduced_dense(plan, place_of(x), x, y, p, w, wants_gradient)
-    return loss, workspace, plan
+    return loss, (workspace,), plan
 
 
-def reduced_gradient(x: Tensor, workspace: Tensor, plan: few.Plan, upstream: Tensor) -> Tensor:
+def _total(rows: Tensor, factor: float) -> Tensor:
+    from .dense import conr_total_kernel
+
+    loss = rows.new_empty(())
+    run_kernel(
+        place_of(rows), conr_total_kernel, 1, rows, loss, len(rows), 0, factor,
+        BLOCK=8192, num_warps=16,
+    )  # fmt: skip
+    return loss
+
+
+def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: Tensor) -> Tensor:
     """The gradient of the features for an upstream gradient of the reduced loss."""
-    return on_device(_reduced_gradient, x, workspace, plan, upstream)
+    if len(saved) == 1:
+        return on_device(_reduced_gradient, x, *saved, plan, upstream)
+    stats, layout, y, p = saved
+    settings, factor = plan
+    coef = on_device(_scaled, stats, upstream, factor)
+    return backward(coef, None, layout, x, y, p, None, 0, settings)
 
 
 def _reduced_gradient(x: Tensor, workspace: Tensor, plan: few.Plan, upstream: Tensor) -> Tensor:
     x = x.contiguous()
     return few.reduced_gradient(plan, place_of(x), x, workspace, upstream)
+
+
+def _scaled(stats: Tensor, upstream: Tensor, factor: float) -> Tensor:
+    from .dense import conr_scale_kernel
+
+    coef, (N, columns) = torch.empty_like(stats), stats.shape
+    run_kernel(
+        place_of(stats), conr_scale_kernel, tiles(N, 1024), stats, upstream, coef, N, factor,
+        COLUMNS=columns, ROWS=1024, num_warps=4,
+    )  # fmt: skip
+    return coef

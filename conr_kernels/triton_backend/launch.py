@@ -127,6 +127,46 @@ class Launch:
         )  # fmt: skip
 
 
+#: As ``Kernel.compiled``, for launches whose kernel is named with all its arguments.
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+
+def run_kernel(
+    place: Place | None,
+    function: Any,
+    n_programs: int,
+    *arguments: Tensor | int | float | None,
+    **keywords: Any,
+) -> None:
+    """``function[(n_programs,)](*arguments, **keywords)``, where the keywords are the constants,
+    which are last, and the launch options.
+    """
+    if place is None:
+        function[(n_programs,)](*arguments, **keywords)
+        return
+    addresses = [a.data_ptr() if type(a) is Tensor else a for a in arguments]
+    # Of every integer more is told apart than Triton compiles another kernel for.
+    forms = [
+        (a.dtype, address % 16 == 0) if type(a) is Tensor
+        else (-(2**31) <= a < 2**31, a == 1, a % 16 == 0) if type(a) is int
+        else type(a)
+        for a, address in zip(arguments, addresses, strict=True)
+    ]  # fmt: skip
+    key = (id(function), place.device, *forms, *keywords.items())
+    found = _compiled.get(key)
+    if found is None:
+        kernel = function[(n_programs,)](*arguments, **keywords)
+        if kernel is not None:
+            if len(_compiled) >= 8 * FORMS:
+                _compiled.clear()
+            names = function.arg_names[len(arguments) :]
+            constants = [keywords[name] for name in names]
+            _compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, constants
+        return
+    run, handle, metadata, constants = found
+    run(n_programs, 1, 1, place.stream, handle, metadata, None, None, None, *addresses, *constants)
+
+
 @functools.lru_cache(maxsize=256)
 def _kernel(function: Any, options: tuple[tuple, ...], constants: tuple[tuple, ...]) -> Kernel:
     return Kernel(function, dict(options), dict(constants))
