@@ -120,7 +120,7 @@ def reduces(
     x: Tensor, y: Tensor, further: Keys | None, settings: Settings, wants_gradient: bool
 ) -> bool:
     """Whether ``reduced`` serves these rows."""
-    return further is None and len(x) > 0
+    return further is None and x.shape[0] > 0
 
 
 def takes_any_labels(x: Tensor) -> bool:

@@ -247,8 +247,6 @@ def _rows(x: Tensor, y: Tensor, p: Tensor, keys: Keys | None) -> list[Pointer]:
 
 
 def _gram(plan: Plan, place: Place | None, x: Tensor, rows: list[Pointer]) -> Pointer:
-    if not plan.gram_size:
-        return NOTHING
     gram = pointer(x.new_empty(plan.gram_size, dtype=plan.dtype))
     plan.gram(place, rows[0], rows[3], gram)
     return gram
@@ -261,7 +259,7 @@ def forward_dense(
     """Losses, statistics and what the gradient reads."""
     rows = _rows(x, y, p, keys)
     sums = pointer(x.new_empty(plan.sums_size, dtype=plan.dtype))
-    gram = _gram(plan, place, x, rows)
+    gram = _gram(plan, place, x, rows) if plan.gram_size else NOTHING
     plan.sums(place, *rows, gram, pointer(layout.view(plan.dtype)), sums)
     plan.rows(place, pointer(w), pointer(n_absent), sums, pointer(loss), pointer(stats))
 
@@ -289,7 +287,8 @@ def reduced_dense(
     loss, workspace = x.new_empty((), dtype=plan.dtype), x.new_empty(size, dtype=plan.dtype)
     rows, of_loss, work = _rows(x, y, p, None), pointer(loss), pointer(workspace)
     of_x, of_y, of_p, *_ = rows
-    plan.sums(place, *rows, _gram(plan, place, x, rows), work, work)
+    gram = _gram(plan, place, x, rows) if plan.gram_size else NOTHING
+    plan.sums(place, *rows, gram, work, work)
     plan.rows(place, pointer(w), NOTHING, work, work, work)
     if wants_gradient:
         plan.gradient(
