@@ -281,6 +281,8 @@ class _EagerForward(torch.autograd.Function):
         _, stats, layout = output
         ctx.mark_non_differentiable(stats, layout)
         ctx.set_materialize_grads(False)
+        if ctx.needs_input_grad[0]:
+            y, p = own_copies(y, p)
         ctx.save_for_backward(stats, layout, x, y, p, *(keys or (None,) * 3))
         ctx.call = (self_offset, settings, backend)
         return output

@@ -146,7 +146,8 @@ def reduced(
     rows, stats, layout = forward(x, y, p, w, None, 0, settings)
     factor = 1 / N if reduction == "mean" else 1.0
     loss = on_device(_total, rows, factor)
-    return loss, (stats, layout, y, p), (settings, factor)
+    # The caller may change his own labels before the backward pass.
+    return loss, (stats, layout, torch.stack((y, p))), (settings, factor)
 
 
 def _reduced(
@@ -175,7 +176,7 @@ def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: 
     """The gradient of the features for an upstream gradient of the reduced loss."""
     if len(saved) == 1:
         return on_device(_reduced_gradient, x, *saved, plan, upstream)
-    stats, layout, y, p = saved
+    stats, layout, (y, p) = saved
     settings, factor = plan
     coef = on_device(_scaled, stats, upstream, factor)
     return backward(coef, None, layout, x, y, p, None, 0, settings)
