@@ -143,11 +143,12 @@ def reduced(
     N, D = x.shape
     if few.serves(N, N, D, x.dtype):
         return on_device(_reduced, x, y, p, w, settings, reduction, wants_gradient)
-    rows, stats, layout = forward(x, y, p, w, None, 0, settings)
+    # The caller may change his own labels before the backward pass.
+    pair = torch.stack((y, p))
+    rows, stats, layout = forward(x, *pair, w, None, 0, settings)
     factor = 1 / N if reduction == "mean" else 1.0
     loss = on_device(_total, rows, factor)
-    # The caller may change his own labels before the backward pass.
-    return loss, (stats, layout, torch.stack((y, p))), (settings, factor)
+    return loss, (stats, layout, pair), (settings, factor)
 
 
 def _reduced(
