@@ -176,7 +176,7 @@ def prepare(
         key_x, key_y, key_p = keys
         keys = (key_x.detach(), as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
     w = as_weights(weights, x)
-    is_reduced = mask is None and not in_group
+    is_reduced = mask is None and not in_group and not is_traced
     is_reduced = is_reduced and ops.reduces(x, y, keys, settings, reduction, backend)
     mask = None if mask is None else mask.detach().reshape(-1)
     return Batch(x, y, p, w, keys, settings, reduction, backend, mask, reduces=is_reduced)

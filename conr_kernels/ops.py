@@ -172,9 +172,9 @@ def reduces(
     x: Tensor, y: Tensor, further: Keys | None, settings: Settings, reduction: str, backend: str
 ) -> bool:
     """Whether one call of the backend gives the reduced loss of these rows, prepared for its
-    gradient. ``further``: keys beside the batch's own rows.
+    gradient; in eager mode. ``further``: keys beside the batch's own rows.
     """
-    if reduction == "none" or backend == "reference" or not is_plain(x):
+    if reduction == "none" or backend == "reference" or not is_untransformed(x):
         return False
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     return backend_module(backend).reduces(x, y, further, settings, wants_gradient)
@@ -204,9 +204,13 @@ def reduced_loss(
 
 def is_plain(x: Tensor) -> bool:
     """A plain tensor in plain eager mode: no compiler, function transform, subclass or tracer."""
+    return not torch.compiler.is_compiling() and is_untransformed(x)
+
+
+def is_untransformed(x: Tensor) -> bool:
+    """The same where no compiler is at work."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in PLAIN
+        type(x) in PLAIN
         and not x.is_meta
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0

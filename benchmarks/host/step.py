@@ -68,11 +68,10 @@ class Recorder:
         return kernel
 
 
-def _is_plain(x: torch.Tensor) -> bool:
+def _is_untransformed(x: torch.Tensor) -> bool:
     """The package's own, for which tensors without storage are no plain ones."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in ops.PLAIN
+        type(x) in ops.PLAIN
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
@@ -89,8 +88,8 @@ def install() -> Recorder:
     torch._meta_registrations._meta_lib_dont_use_me_use_register_meta._destroy()
     if hasattr(triton_backend, "launch"):
         triton_backend.launch._is_on_gpu = lambda x: True
-    if hasattr(ops, "is_plain"):
-        ops.is_plain = _is_plain
+    if hasattr(ops, "is_untransformed"):
+        ops.is_untransformed = _is_untransformed
     for patch in (
         mock.patch.object(JITFunction, "_do_compile", lambda *args: recorder.compile(*args)),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

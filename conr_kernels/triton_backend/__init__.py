@@ -17,7 +17,7 @@ from ..variants import Settings
 from . import launch_dense as few
 from .availability import unavailable
 from .call import ROW_PAD, Call, Keys, padded, tiles
-from .launch import on_device, place_of, run_kernel
+from .launch import kernels, on_device, place_of, run_kernel
 from .launch_sweeps import backward_sweeps, forward_sweeps
 
 __all__ = [
@@ -50,7 +50,7 @@ def forward(
     """Row losses [N], row statistics (rows.py), and what ``layout_size`` says for the backward
     pass.
     """
-    N, K = len(x), len(x if keys is None else keys[0])
+    N, K = x.shape[0], (x if keys is None else keys[0]).shape[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     loss = x.new_empty(N, dtype=dtype)
     stats = x.new_empty((N, 3 if settings.exponent_is_small else 5), dtype=dtype)
@@ -66,7 +66,8 @@ def _forward(
     settings: Settings, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
 ) -> None:  # fmt: skip
     w = None if w is None else w.contiguous()
-    if not few.serves(len(x), len(x if keys is None else keys[0]), x.shape[1], x.dtype):
+    (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
+    if not few.serves(N, K, D, x.dtype):
         forward_sweeps(Call(x, y, p, keys, self_offset, settings), w, loss, stats, layout)
         return
     x, y, p, keys = _contiguous(x, y, p, keys)
@@ -87,7 +88,7 @@ def backward(
 ) -> Tensor:
     """Gradient of the features [N, D] from the scaled statistics of anchors and keys."""
     gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if len(x) > 0:
+    if x.shape[0] > 0:
         coef_i = coef_i.contiguous()
         coef_j = coef_i if coef_j is None else coef_j.contiguous()
         on_device(_backward, x, y, p, keys, self_offset, settings, coef_i, coef_j, layout, gradient)
@@ -98,7 +99,8 @@ def _backward(
     x: Tensor, y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, settings: Settings,
     coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
 ) -> None:  # fmt: skip
-    if not few.serves(len(x), len(x if keys is None else keys[0]), x.shape[1], x.dtype):
+    (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
+    if not few.serves(N, K, D, x.dtype):
         call = Call(x, y, p, keys, self_offset, settings)
         backward_sweeps(call, coef_i, coef_j, layout, gradient)
         return
@@ -155,19 +157,16 @@ def _reduced(
     x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, reduction: str,
     wants_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], few.Plan]:  # fmt: skip
-    x, y, p, _ = _contiguous(x, y, p, None)
-    w = None if w is None else w.contiguous()
+    x, y, p = x.contiguous(), y.contiguous(), p.contiguous()
     plan = few.plan_of(x, y, None, 0, settings, reduction)
     loss, workspace = few.reduced_dense(plan, place_of(x), x, y, p, w, wants_gradient)
     return loss, (workspace,), plan
 
 
 def _total(rows: Tensor, factor: float) -> Tensor:
-    from .dense import conr_total_kernel
-
     loss = rows.new_empty(())
     run_kernel(
-        place_of(rows), conr_total_kernel, 1, rows, loss, len(rows), 0, factor,
+        place_of(rows), kernels("dense").conr_total_kernel, 1, rows, loss, rows.shape[0], 0, factor,
         BLOCK=8192, num_warps=16,
     )  # fmt: skip
     return loss
@@ -176,24 +175,17 @@ def _total(rows: Tensor, factor: float) -> Tensor:
 def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: Tensor) -> Tensor:
     """The gradient of the features for an upstream gradient of the reduced loss."""
     if len(saved) == 1:
-        return on_device(_reduced_gradient, x, *saved, plan, upstream)
+        return on_device(few.reduced_gradient, x, *saved, plan, upstream)
     stats, layout, (y, p) = saved
     settings, factor = plan
     coef = on_device(_scaled, stats, upstream, factor)
     return backward(coef, None, layout, x, y, p, None, 0, settings)
 
 
-def _reduced_gradient(x: Tensor, workspace: Tensor, plan: few.Plan, upstream: Tensor) -> Tensor:
-    x = x.contiguous()
-    return few.reduced_gradient(plan, place_of(x), x, workspace, upstream)
-
-
 def _scaled(stats: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    from .dense import conr_scale_kernel
-
     coef, (N, columns) = torch.empty_like(stats), stats.shape
     run_kernel(
-        place_of(stats), conr_scale_kernel, tiles(N, 1024), stats, upstream, coef, N, factor,
-        COLUMNS=columns, ROWS=1024, num_warps=4,
+        place_of(stats), kernels("dense").conr_scale_kernel, tiles(N, 1024),
+        stats, upstream, coef, N, factor, COLUMNS=columns, ROWS=1024, num_warps=4,
     )  # fmt: skip
     return coef

@@ -9,7 +9,9 @@ form of arguments, when it compiles.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,12 @@ from .availability import interpreted
 SERVED = ((3, 6), (3, 9))
 #: Forms of arguments that one kernel remembers; beyond it forgets them all.
 FORMS = 64
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """A module of kernels, which imports Triton."""
+    return importlib.import_module(f".{name}", __package__)
 
 
 class Place(NamedTuple):

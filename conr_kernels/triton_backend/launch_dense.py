@@ -11,7 +11,7 @@ from torch import Tensor
 from ..variants import Settings
 from .availability import interpreted
 from .call import arithmetic, largest_total, precision, tiles
-from .launch import NOTHING, Launch, Place, Pointer, bind, pointer
+from .launch import NOTHING, Launch, Place, Pointer, bind, place_of, pointer
 
 #: Up to this many pairs the kernels without a sort serve, where a row of the gradient stays in the
 #: registers; up to KEPT_PAIRS they do for any D, and the forward pass leaves s_ij.
@@ -230,7 +230,7 @@ def plan_of(
     K = N if keys is None else keys[0].shape[0]
     form = (
         N, K, D, 1 if y.ndim == 1 else y.shape[1], x.dtype, y.dtype, self_offset, reduction,
-        torch.get_float32_matmul_precision(), KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART,
+        x.dtype == torch.float32 and torch.get_float32_matmul_precision(), KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART,
     )  # fmt: skip
     plan = entry[1].get(form)
     if plan is None:
@@ -299,10 +299,9 @@ def reduced_dense(
     return loss, workspace
 
 
-def reduced_gradient(
-    plan: Plan, place: Place | None, x: Tensor, workspace: Tensor, upstream: Tensor
-) -> Tensor:
+def reduced_gradient(x: Tensor, workspace: Tensor, plan: Plan, upstream: Tensor) -> Tensor:
     """The gradient of x for an upstream gradient of the reduced loss."""
+    x, place = x.contiguous(), place_of(x)
     gradient, work = torch.empty_like(x), pointer(workspace)
     plan.finish(place, pointer(x), work, work, work, pointer(upstream), pointer(gradient))
     return gradient
