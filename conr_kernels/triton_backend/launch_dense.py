@@ -230,7 +230,8 @@ def plan_of(
     K = N if keys is None else keys[0].shape[0]
     form = (
         N, K, D, 1 if y.ndim == 1 else y.shape[1], x.dtype, y.dtype, self_offset, reduction,
-        x.dtype == torch.float32 and torch.get_float32_matmul_precision(), KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART,
+        x.dtype == torch.float32 and torch.get_float32_matmul_precision(),
+        KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART,
     )  # fmt: skip
     plan = entry[1].get(form)
     if plan is None:
