@@ -166,8 +166,8 @@ def _reduced(
 def _total(rows: Tensor, factor: float) -> Tensor:
     loss = rows.new_empty(())
     run_kernel(
-        place_of(rows), kernels("dense").conr_total_kernel, 1, rows, loss, rows.shape[0], 0, factor,
-        BLOCK=8192, num_warps=16,
+        place_of(rows), kernels("dense_rows").conr_total_kernel, 1,
+        rows, loss, rows.shape[0], 0, factor, BLOCK=8192, num_warps=16,
     )  # fmt: skip
     return loss
 
@@ -185,7 +185,7 @@ def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: 
 def _scaled(stats: Tensor, upstream: Tensor, factor: float) -> Tensor:
     coef, (N, columns) = torch.empty_like(stats), stats.shape
     run_kernel(
-        place_of(stats), kernels("dense").conr_scale_kernel, tiles(N, 1024),
+        place_of(stats), kernels("dense_rows").conr_scale_kernel, tiles(N, 1024),
         stats, upstream, coef, N, factor, COLUMNS=columns, ROWS=1024, num_warps=4,
     )  # fmt: skip
     return coef

@@ -104,7 +104,7 @@ class Plan:
     """The launches of one form of call; all but their pointers."""
 
     def __init__(self, form: Form, s: Settings) -> None:
-        from . import dense, dense_gradient
+        from . import dense, dense_gradient, dense_rows
 
         N, K, D, L, dtype, labels, self_offset, reduction = form
         variant = s.variant
@@ -160,7 +160,7 @@ class Plan:
         )  # fmt: skip
         self.rows = Launch(
             bind(
-                dense.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
+                dense_rows.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
                 UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
                 WEIGHTED_ROWS=variant.weighted_rows, ROWS=ROWS,
                 PARTS=1 << (n_parts - 1).bit_length(),
@@ -168,7 +168,7 @@ class Plan:
             tiles(N, ROWS), N, K, n_parts, sums_at, loss_at, stats_at, s.push_scale,
         )  # fmt: skip
         self.total = Launch(
-            bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, loss_at, factor
+            bind(dense_rows.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, loss_at, factor
         )
         self.gradient = Launch(
             bind(

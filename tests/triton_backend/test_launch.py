@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from conr_kernels.triton_backend import dense, launch
+from conr_kernels.triton_backend import dense_rows, launch
 from conr_kernels.triton_backend.launch import NOTHING, Kernel, Launch, Place, pointer
 
 
@@ -78,7 +78,7 @@ def device():
         mock.patch.object(JITFunction, "_do_compile", lambda *args: found.compile(*args)),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(launch, "_is_on_gpu", lambda x: True),
-        mock.patch.object(dense.conr_total_kernel, "device_caches", Caches()),
+        mock.patch.object(dense_rows.conr_total_kernel, "device_caches", Caches()),
     ):
         driver.set_active(found)
         yield found
@@ -87,12 +87,12 @@ def device():
 
 class Caches(dict):
     def __missing__(self, device: int):
-        self[device] = dense.conr_total_kernel.create_binder()
+        self[device] = dense_rows.conr_total_kernel.create_binder()
         return self[device]
 
 
 def total(n_rows: int = 8, loss_at: int = 0) -> Launch:
-    kernel = Kernel(dense.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
+    kernel = Kernel(dense_rows.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
     return Launch(kernel, 1, n_rows, loss_at, 1.0)
 
 
@@ -137,7 +137,7 @@ def test_a_launch_by_name_is_run_as_triton_would_run_it(device: Device) -> None:
     for rows in (loss, loss, loss[1:], loss[1:]):
         for n_rows in (7, 7, 16):
             launch.run_kernel(
-                launch.place_of(loss), dense.conr_total_kernel, 1, rows, out, n_rows, 0, 1.0,
+                launch.place_of(loss), dense_rows.conr_total_kernel, 1, rows, out, n_rows, 0, 1.0,
                 BLOCK=1024, num_warps=4,
             )  # fmt: skip
     assert len(device.launched) == 12 and device.plain == 4 and device.compilations == 2
