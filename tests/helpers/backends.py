@@ -111,10 +111,10 @@ def running(name: str, folder: Path) -> Iterator[Backend]:
 
 def _make(name: str, patch: pytest.MonkeyPatch, folder: Path) -> Backend:
     if name == "triton":
-        from conr_kernels.triton_backend import call
+        from conr_kernels.triton_backend import launch_dense
 
-        patch.setattr(call, "DENSE_PAIRS", call.DENSE_PAIRS)
-        return Backend(name, call)
+        patch.setattr(launch_dense, "DENSE_PAIRS", launch_dense.DENSE_PAIRS)
+        return Backend(name, launch_dense)
     if name != "cuda":
         return Backend(force(patch, name))
     if (reason := cuda_shim.missing_tool()) is not None:

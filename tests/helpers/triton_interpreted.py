@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
-from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
+from conr_kernels.triton_backend import launch_dense, launch_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
@@ -79,13 +79,15 @@ def forced(regime: str):
 
     "parts": sweeps that keep H_ij of one tile of pairs at a time.
     """
-    pairs = call.DENSE_PAIRS if "dense" in regime else -1
+    pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
+    kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
     workspace, programs = (1, 1) if regime == "parts" else (2**25, 528)
-    chunks = 0 if regime == "dense-split" else launch_dense.DENSE_CHUNKS
+    chunks = 0 if regime == "dense-split" else launch_dense.GRAM_CHUNKS
     with (
-        mock.patch.object(call, "DENSE_PAIRS", pairs),
-        mock.patch.object(launch_dense, "DENSE_CHUNKS", chunks),
-        mock.patch.object(launch_dense, "DENSE_PART", 1 if chunks == 0 else 4),
+        mock.patch.object(launch_dense, "DENSE_PAIRS", pairs),
+        mock.patch.object(launch_dense, "KEPT_PAIRS", kept),
+        mock.patch.object(launch_dense, "GRAM_CHUNKS", chunks),
+        mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
         mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
         mock.patch.object(launch_sweeps, "WORKSPACE", workspace),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
@@ -176,6 +178,9 @@ CASES = [
         for N, D in ((1, 1), (2, 3), (17, 31), (33, 1), (17, 129), (16, 64), (65, 16))
     ),
     *(Case(30, 70, v, regime="dense-split") for v in ("paper", "released-age")),
+    *(Case(70, 33, v, regime="dense-recomputed") for v in ("paper", "released-age")),
+    Case(40, 20, "released-depth", L=3, K=33, regime="dense-recomputed"),
+    Case(40, 40, "released-age", torch.float64, regime="dense-recomputed"),
     *(Case(70, 150, v) for v in ("paper", "released-depth", "contrastive")),
     *(Case(50, 20, "released-depth", L=L, distance=d, regime=r)
       for L, d, r in itertools.product((2, 3), ("mae", "rmse"), ("sweeps", "dense"))),
@@ -209,7 +214,8 @@ CASES = [
 ]  # fmt: skip
 HALVES = [
     *(Case(N, D, v, t, regime=r) for (N, D), v, t, r in itertools.product(
-        ((33, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
+        ((33, 65),), ("paper", "released-age"), (F16, BF16),
+        ("sweeps", "dense", "dense-recomputed"))),
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
     *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
     Case(140, 257, dtype=F16, regime="parts"),
@@ -270,7 +276,7 @@ def test_nearly_parallel_bfloat16_features_lose_what_their_rounding_loses(
     gradients = []
     for backend, dtype in (("triton", BF16), ("reference", torch.float64)):
         features = x.to(dtype).detach().requires_grad_()
-        with mock.patch.object(call, "DENSE_PAIRS", -1):
+        with mock.patch.object(launch_dense, "DENSE_PAIRS", -1):
             conr_loss(features, y, p, backend=backend, variant=variant).backward()
         gradients.append(features.grad.double())
     ours, truth = gradients
@@ -353,7 +359,7 @@ def test_the_choice_of_sweep_is_made_from_the_bands(collapsed: bool) -> None:
     given["p"] = torch.zeros_like(given["y"]) if collapsed else given["y"] + 50
     settings = Settings(100.0, 0.2, 0.01, PRESETS["paper"])
     with (
-        mock.patch.object(call, "DENSE_PAIRS", -1),
+        mock.patch.object(launch_dense, "DENSE_PAIRS", -1),
         mock.patch.object(launch_sweeps, "PROGRAMS", 1),
     ):
         arguments = (given["x"], given["y"], given["p"], given["w"], None, 0, settings)
