@@ -1,4 +1,5 @@
-# make test, make bench, make abi: prepare .venv on first use and run. make gpu: on a machine with a CUDA GPU, as it is.
+# make test, make bench, make abi: prepare .venv on first use and run. make mutants: do the tests
+# notice planted faults? make gpu: on a machine with a CUDA GPU, as it is.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -11,7 +12,7 @@ CONR_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
 # make abi: interpreters with other versions of PyTorch, which get the library built with this one.
 PYTHONS ?=
 
-.PHONY: test lint bench static abi gpu clean
+.PHONY: test lint bench static abi mutants gpu clean
 
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
@@ -35,6 +36,9 @@ static: $(READY)
 
 abi: $(READY)
 	CONR_OTHER_PYTHONS="$(PYTHONS)" $(PYTHON) -m pytest tests/cuda_backend/test_cuda_build.py -v -s -k "other_versions or 2_10"
+
+mutants: $(READY)
+	$(PYTHON) -m tests.mutants
 
 gpu:
 	CONR_COMMIT=$(CONR_COMMIT) python3 -m benchmarks.gpu --out $(OUT) --limit $(LIMIT) --stages $(STAGES)
