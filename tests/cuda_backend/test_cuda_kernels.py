@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import re
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +15,7 @@ from conr_kernels.cuda_backend import backend as cuda_backend
 from conr_kernels.reference import row_losses
 from conr_kernels.variants import PRESETS, Settings, Variant
 from tests.helpers import cuda_shim
+from tests.helpers.rates import NEGATIVE_RATES, nearly_orthogonal_rows
 
 SIZES = (1, 2, 3, 31, 33, 64, 65, 97, 127, 129, 200, 257, 300)
 
@@ -236,6 +235,24 @@ def test_small_temperature_agrees_with_the_reference(shim, path):
         assert_as_good_as_eager(batch, **settings)
 
 
+@pytest.mark.parametrize("temperature", [0.2, 0.02])
+def test_a_negative_rate_subtracts_from_the_denominator(shim, path, temperature):
+    x, y, p = nearly_orthogonal_rows()
+    batch = Batch(x, y, p, torch.ones(24), torch.linspace(0.5, 1.5, 24))
+    for options in NEGATIVE_RATES:
+        assert_as_good_as_eager(batch, temperature=temperature, **options)
+
+
+def test_a_zero_row_has_no_gradient(shim, path):
+    batch = make_batch(33, 16)
+    batch.x[3] = 0.0
+    for variant in PRESETS:
+        rows, gradient = batch.run("cuda", variant=variant)
+        expected, exact = batch.run("reference", torch.float64, variant=variant)
+        assert rms(rows - expected) <= 1e-6 * rms(expected)
+        assert not gradient[3].any() and rms(gradient - exact) <= 1e-5 * rms(exact)
+
+
 @pytest.mark.parametrize("where", ["x", "y", "p", "w", "upstream"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_input_shows(shim, path, where, value):
@@ -354,50 +371,3 @@ def test_an_access_outside_a_buffer_is_caught(shim, name):
     shim.shortened = {name: 8 if name in ("q", "G") else 1}
     with pytest.raises(RuntimeError, match="outside a buffer"):
         batch.run("cuda")
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    if (reason := cuda_shim.missing_tool()) is not None:
-        pytest.skip(reason)
-    sources = [cuda_shim.SIMT / "planted.cu", cuda_shim.SIMT / "simt.cpp"]
-    library = ctypes.CDLL(
-        str(cuda_shim.compile_for_host(tmp_path_factory.mktemp("planted"), "planted", sources))
-    )
-    library.run_planted.restype = ctypes.c_char_p
-    library.simt_allocate.restype = ctypes.c_void_p
-    library.simt_allocate.argtypes = [ctypes.c_size_t]
-
-    def run(fault: int) -> tuple[str, list[float]]:
-        n = 100
-        x = (ctypes.c_float * n).from_address(library.simt_allocate(4 * n))
-        x[:] = range(n)
-        reversed_x = (ctypes.c_float * 128)()
-        return library.run_planted(x, reversed_x, n, fault).decode(), reversed_x[:64]
-
-    return run
-
-
-def test_the_shim_runs_a_sound_kernel(planted):
-    assert planted(0) == ("", [float(n) for n in reversed(range(64))])
-
-
-def test_the_shim_shows_a_missing_barrier(planted):
-    message, reversed_x = planted(1)
-    assert message == "" and any(x != x for x in reversed_x)
-
-
-@pytest.mark.parametrize(
-    ("fault", "gist"),
-    [
-        (2, "access outside a buffer"),
-        (3, "a barrier is not reached by all threads"),
-        (4, "a barrier is not reached by all threads|different barriers"),
-        (5, "a barrier is not reached by all threads|different barriers"),
-        (6, "write below shared memory|access outside"),
-    ],
-    ids=["read out of bounds", "early return", "extra barrier", "missing lane", "write below"],
-)
-def test_the_shim_names_a_planted_fault(planted, fault, gist):
-    message, _ = planted(fault)
-    assert re.search(gist, message), message

@@ -42,9 +42,10 @@ def test_bank_holds_the_last_rows_through_every_wrap(size: int) -> None:
         assert sorted(joined.tolist()) == sorted(expected.tolist()), step
 
 
-def test_bank_is_in_the_state_dict_and_goes_on_where_it_was() -> None:
+@pytest.mark.parametrize("n_rows", [4, 8])
+def test_bank_is_in_the_state_dict_and_goes_on_where_it_was(n_rows: int) -> None:
     bank = MemoryBank(6, 4)
-    bank.push(*make_rows(4, 0))
+    bank.push(*make_rows(n_rows, 0))
     file = io.BytesIO()
     torch.save(bank.state_dict(), file)
     file.seek(0)

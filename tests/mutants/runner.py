@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .fault import Fault, file_of
@@ -205,8 +205,7 @@ def run_all(
 ) -> list[Verdict]:
     """The verdicts in the faults' order, remembered ones without a run.
 
-    Raises:
-        RuntimeError: a test that a fault names does not pass without any fault.
+    First the tests are run without a fault: a test that does not pass then kills nothing.
     """
     verdicts: dict[str, Verdict] = {}
     for fault in faults:
@@ -220,19 +219,14 @@ def run_all(
     with ThreadPoolExecutor(jobs) as pool:
         try:
             clean = {} if is_trusted else _run_clean(left, copies, results, pool, say)
-            wrong = [
-                f"{t}: {o.detail}" for t, o in clean.items() if o.kind not in ("passed", "skipped")
-            ]
-            if wrong:
-                raise RuntimeError("without a fault these do not pass:\n" + "\n".join(wrong))
             limits = {t: max(PATIENCE * o.seconds, LEAST_LIMIT) for t, o in clean.items()}
 
             def verdict_of(fault: Fault) -> Verdict:
-                skipped = [
-                    clean[t] for t in fault.tests if t in clean and clean[t].kind == "skipped"
-                ]
-                if len(skipped) == len(fault.tests):
-                    return Verdict(fault.name, fault.file, "not run", skipped[0].detail, 0.0)
+                for kind, verdict in (("skipped", "not run"), ("broken", "SURVIVED")):
+                    of_kind = [t for t in fault.tests if t in clean and clean[t].kind == kind]
+                    if len(of_kind) == len(fault.tests) or of_kind and kind == "broken":
+                        why = f"without a fault {of_kind[0]}: {clean[of_kind[0]].detail}"
+                        return Verdict(fault.name, fault.file, verdict, why, 0.0)
                 return judge(fault, copies, limits)
 
             for fault, verdict in zip(left, pool.map(verdict_of, left), strict=True):
@@ -264,7 +258,9 @@ def _run_clean(
 
     def run(test: str) -> Outcome:
         with copies.planted(None) as copy:
-            return copies.run(copy, test, 600.0)
+            outcome = copies.run(copy, test, 600.0)
+        is_sound = outcome.kind in ("passed", "skipped")
+        return outcome if is_sound else replace(outcome, kind="broken")
 
     for test, outcome in zip(new, pool.map(run, new), strict=True):
         known[test] = outcome

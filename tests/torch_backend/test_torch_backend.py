@@ -15,6 +15,7 @@ from conr_kernels.torch_backend import tiles as torch_tiles
 from conr_kernels.variants import PRESETS, Settings
 from tests.helpers.cases import structured_cases
 from tests.helpers.distributed_checks import tiny_distances
+from tests.helpers.rates import NEGATIVE_RATES, nearly_orthogonal_rows
 
 
 @pytest.fixture(params=["one tile", "bands", "all pairs", "small tiles"])
@@ -154,6 +155,22 @@ def test_negatives_count_where_their_pushing_weights_underflow_the_sums(regime):
     loss = conr_loss(x, y, 0 * y, backend="torch", **rest)
     assert loss > 1
     torch.testing.assert_close(loss, conr_loss(x, y, 0 * y, backend="reference", **rest))
+
+
+@pytest.mark.parametrize("options", NEGATIVE_RATES)
+@pytest.mark.parametrize("temperature", [0.2, 0.02])
+def test_a_negative_rate_subtracts_from_the_denominator(temperature, options, regime):
+    x, y, p = nearly_orthogonal_rows()
+    x = x.double().requires_grad_()
+    found = []
+    for backend in ("torch", "reference"):
+        loss = conr_loss(
+            x, y, p, temperature=temperature, reduction="none", backend=backend, **options
+        )
+        found.append((loss, *torch.autograd.grad(loss.sum(), x)))
+    assert found[1][0].isfinite().all() and (found[1][0] != 0).all()
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
