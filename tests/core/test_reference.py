@@ -94,6 +94,38 @@ def test_a_batch_computed_by_hand():
     torch.testing.assert_close(losses, torch.tensor([expected, 0, 0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("preset", "S", "needs_confusion"),
+    [
+        ("paper", lambda w, d: 0.1 * w * d, True),
+        ("no-pushing", lambda w, d: 1.0, True),
+        ("no-weight", lambda w, d: 0.1 * d, True),
+        ("no-similarity", lambda w, d: 0.1 * w, True),
+        ("contrastive", lambda w, d: 1.0, False),
+    ],
+)
+def test_presets_of_the_paper_have_its_pushing_weights_and_negatives(preset, S, needs_confusion):
+    """Equation 1, A.4 and the ablations, from their formulas; test_compat.py has the others."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(9, 4, dtype=torch.float64, generator=generator)
+    y, p = torch.tensor([[0, 0, 1, 1, 5, 5, 6, 9, 9], [0, 5, 1, 6, 5, 1, 0, 9, 2]]).double()
+    w = torch.rand(9, dtype=torch.float64, generator=generator) + 0.1
+    s = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(x).T / 0.5
+    expected = []
+    for i in range(9):
+        P = [j for j in range(9) if j != i and abs(y[i] - y[j]) <= 1]
+        M = [j for j in range(9) if abs(y[i] - y[j]) > 1]
+        if needs_confusion:
+            M = [j for j in M if abs(p[i] - p[j]) <= 1]
+        E = sum(s[i, j].exp() for j in P)
+        Z = E + sum(S(w[i], abs(y[i] - y[j])) * s[i, j].exp() for j in M)
+        expected.append(-(E / len(P) / Z).log() if P and M else x.new_zeros(()))
+    assert sum(loss != 0 for loss in expected) >= 4
+    settings = Settings(1.0, 0.5, 0.1, PRESETS[preset])
+    losses = reference.row_losses(x, y[:, None], p[:, None], w, None, 0, settings)
+    torch.testing.assert_close(losses, torch.stack(expected))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_gradient_and_second_derivative_of_every_preset(preset):
     torch.manual_seed(1)

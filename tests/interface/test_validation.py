@@ -146,6 +146,14 @@ def test_bad_input_is_refused_alike_on_every_backend_before_any_computation(
     assert len(messages) == 1
 
 
+def test_a_bool_is_refused_behind_the_number_that_it_equals():
+    """Checked settings are remembered, and True is 1 to a dictionary."""
+    for name in ("temperature", "window", "push_scale"):
+        conr_loss(**arguments(**{name: 1}))
+        with pytest.raises(TypeError, match=f"{name} must be a Python number, got bool"):
+            conr_loss(**arguments(**{name: True}))
+
+
 def gist(message: str) -> str:
     """A pattern for the message, in which ``…`` stands for any text."""
     return ".*".join(map(re.escape, message.split("…")))

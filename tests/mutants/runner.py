@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -229,7 +229,9 @@ def run_all(
                         return Verdict(fault.name, fault.file, verdict, why, 0.0)
                 return judge(fault, copies, limits)
 
-            for fault, verdict in zip(left, pool.map(verdict_of, left), strict=True):
+            judged = {pool.submit(verdict_of, fault): fault for fault in left}
+            for future in as_completed(judged):
+                fault, verdict = judged[future], future.result()
                 verdicts[fault.name] = verdict
                 if verdict.kind == "killed":
                     results.put(fault, verdict)
