@@ -1,4 +1,6 @@
-"""What the host shim catches in kernels with planted faults, and rows that no batch reaches."""
+"""What the host shim catches in kernels with planted faults; parts of csrc/ at sizes that no batch of
+a test has.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,24 @@ if (MISSING := cuda_shim.missing_tool()) is not None:
     pytest.skip(MISSING, allow_module_level=True)
 
 
-def test_a_row_beyond_4_gib_of_features_is_found(tmp_path):
-    sources = [cuda_shim.SIMT / "far_rows.cu", cuda_shim.SIMT / "simt.cpp"]
-    library = ctypes.CDLL(str(cuda_shim.compile_for_host(tmp_path, "far_rows", sources)))
-    library.load_far_row.restype = ctypes.c_float
-    assert library.load_far_row() == 1.0
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> ctypes.CDLL:
+    sources = [cuda_shim.SIMT / "parts.cu", cuda_shim.SIMT / "simt.cpp"]
+    library = ctypes.CDLL(
+        str(cuda_shim.compile_for_host(tmp_path_factory.mktemp("parts"), "parts", sources))
+    )
+    library.load_far_row.restype = library.sum_of_equal_terms.restype = ctypes.c_float
+    library.sum_of_equal_terms.argtypes = [ctypes.c_float, ctypes.c_int]
+    return library
+
+
+def test_a_row_beyond_4_gib_of_features_is_found(parts):
+    assert parts.load_far_row() == 1.0
+
+
+def test_a_sum_of_ten_million_terms_is_exact_to_its_last_places(parts):
+    term, n = ctypes.c_float(0.1).value, 10_000_000
+    assert abs(parts.sum_of_equal_terms(term, n) - n * term) <= 2**-22 * n * term
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-// Loads a row that begins 6 GiB behind the first, of memory that is there where it is touched.
+// Parts of csrc/ at sizes that no batch of a test has.
 #include <sys/mman.h>
 
 #include "conr_tile.cuh"
@@ -26,7 +26,8 @@ void load_kernel(Args args) {
 
 }  // namespace
 
-// What the row begins with, 1 if its address is right.
+// What a row begins with that lies 6 GiB behind the first, in memory that is there where it is
+// touched: 1 if its address is right.
 extern "C" float load_far_row() {
   constexpr std::size_t kBytes = (kRow + 1) * kDim * sizeof(float);
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -39,4 +40,10 @@ extern "C" float load_far_row() {
   cudaLaunchKernel(load_kernel, dim3(1), dim3(conr::kThreads), arguments, 64 * 1024, nullptr);
   munmap(memory, kBytes);
   return loaded;
+}
+
+extern "C" float sum_of_equal_terms(float term, int n) {
+  conr::Sum<float> sum;
+  for (int k = 0; k < n; ++k) sum.add(term);
+  return sum.value();
 }
