@@ -1,5 +1,5 @@
-"""What the host shim catches in kernels with planted faults; parts of csrc/ at sizes that no batch of
-a test has.
+"""What the host shim catches in kernels with planted faults; and parts of csrc/ at sizes that no
+batch of a test has.
 """
 
 from __future__ import annotations
