@@ -7,18 +7,21 @@ READY := $(VENV)/.ready
 # Where make gpu puts what it finds, its stages (all) and seconds; the commit, where git is not there.
 OUT ?= out/gpu
 STAGES ?=
-LIMIT ?= 530
+LIMIT ?= 390
 CONR_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
 # make abi: interpreters with other versions of PyTorch, which get the library built with this one.
 PYTHONS ?=
 
-.PHONY: test lint bench static abi mutants gpu clean
+# make fuzz: so many new batches of each property (tests/properties); make golden: tests/golden.
+EXAMPLES ?= 5000
+
+.PHONY: test lint fuzz golden mutants bench static abi gpu clean
 
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet torch==2.13.0
-	$(PYTHON) -m pip install --quiet 'numpy<2.4' triton==3.6.0 pytest pytest-benchmark pytest-xdist matplotlib tqdm ruff
+	$(PYTHON) -m pip install --quiet 'numpy<2.4' triton==3.6.0 pytest pytest-benchmark pytest-xdist hypothesis mpmath matplotlib tqdm ruff
 	touch $(READY)
 
 test: $(READY) lint
@@ -28,6 +31,15 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+fuzz: $(READY)
+	CONR_EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest tests/properties -n 2
+
+golden: $(READY)
+	$(PYTHON) -m tests.golden.make_golden
+
+mutants: $(READY)
+	$(PYTHON) -m tests.mutants
+
 bench: $(READY)
 	$(PYTHON) -m benchmarks
 
@@ -36,9 +48,6 @@ static: $(READY)
 
 abi: $(READY)
 	CONR_OTHER_PYTHONS="$(PYTHONS)" $(PYTHON) -m pytest tests/cuda_backend/test_cuda_build.py -v -s -k "other_versions or 2_10"
-
-mutants: $(READY)
-	$(PYTHON) -m tests.mutants
 
 gpu:
 	CONR_COMMIT=$(CONR_COMMIT) python3 -m benchmarks.gpu --out $(OUT) --limit $(LIMIT) --stages $(STAGES)

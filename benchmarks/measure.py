@@ -175,12 +175,7 @@ def gate(candidates: list[Provider], device: str) -> list[str]:
     term. Eager itself must be right to 1e-5.
     """
     problems = []
-    for n, labels in (
-        (64, "agedb"),
-        (257, "agedb"),
-        (257, "constant"),
-        (LARGEST_GATE, "agedb"),
-    ):
+    for n, labels in ((64, "agedb"), (257, "agedb"), (257, "constant"), (LARGEST_GATE, "agedb")):
         batch = make_batch(n, labels=labels, device=device)
         exact = exact_rows_and_gradient(batch)
         if not exact[0].count_nonzero() > n // 4:

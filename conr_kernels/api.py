@@ -27,6 +27,7 @@ def conr_loss(
     backend: str = "auto",
     keys: tuple[Tensor, Tensor, Tensor] | None = None,
     group: Any = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""ConR: contrastive regularization for deep imbalanced regression (Keramati, Meng, Evans,
     ICLR 2024).
@@ -53,7 +54,7 @@ def conr_loss(
         window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the
             paper).
         temperature: ``τ > 0``.
-        push_scale: ``e``, the constant of ``η_j = e·w_j``.
+        push_scale: ``e``, the constant of ``η_j = e·w_j``; ≥ 0 unless pushing is exponential.
         variant: a preset name (``"paper"``, ``"released-age"``, ``"released-depth"``,
             ``"no-pushing"``, ``"no-weight"``, ``"no-similarity"``, ``"contrastive"``) or a
             ``Variant``.
@@ -70,6 +71,11 @@ def conr_loss(
             ``DistributedDataParallel`` divides by that number, so W processes train as one with
             the union batch, beside a locally averaged regression loss. Every rank of the group has
             to make the call, and the backward pass. Not traced by ``torch.compile``.
+        mask: bool [N] or [N, 1], True for the rows that take part (missing labels, invalid pixels).
+            The others are no anchors and nobody's keys, and may hold anything, NaN included; their
+            row loss and gradient are 0. ``"mean"`` divides by the rows that take part. The value is
+            that of the batch filtered by the mask, without the filter's synchronisation with the
+            host and with shapes that do not change.
 
     Returns:
         The loss: float32, float64 for float64 features, also under autocast. Differentiable once in
@@ -83,7 +89,7 @@ def conr_loss(
             backend.
     """
     options = Options(window, temperature, push_scale, variant, distance, reduction, backend)
-    return _loss(features, targets, predictions, weights, keys, options, group)
+    return _loss(features, targets, predictions, weights, keys, mask, options, group)
 
 
 def _loss(
@@ -92,12 +98,13 @@ def _loss(
     predictions: Tensor,
     weights: Tensor | float | None,
     keys: Keys | None,
+    mask: Tensor | None,
     options: Options,
     group: Any,
 ) -> Tensor:
     if group is None:
-        return loss(prepare(features, targets, predictions, weights, keys, options))
-    prepared = try_prepare(features, targets, predictions, weights, keys, options)
+        return loss(prepare(features, targets, predictions, weights, keys, mask, options))
+    prepared = try_prepare(features, targets, predictions, weights, keys, mask, options)
     if torch.compiler.is_compiling():
         from .large_batch import tracing
 
@@ -145,8 +152,9 @@ class ConRLoss(nn.Module):
         predictions: Tensor,
         weights: Tensor | float | None = None,
         keys: tuple[Tensor, Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        return _loss(features, targets, predictions, weights, keys, self.options, self.group)
+        return _loss(features, targets, predictions, weights, keys, mask, self.options, self.group)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())

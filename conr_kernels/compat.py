@@ -55,6 +55,8 @@ def ConR_depth(
     w: float = 0.2,
     t: float = 0.07,
     e: float = 0.2,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""The published depth loss: ``conr_loss`` with ``variant="released-depth"``, a row per image.
 
@@ -72,9 +74,11 @@ def ConR_depth(
         w: the window.
         t: temperature.
         e: push scale.
+        mask: bool, of the maps' shape: True for the valid pixels. Rows average over these alone; a
+            row without any takes no part (``mask`` of ``conr_loss``).
 
     Returns:
-        The mean over the N rows, differentiable in ``feature``.
+        The mean over the N rows that take part, differentiable in ``feature``.
 
     Raises:
         TypeError, ValueError: bad input; the message names the argument, what was expected and
@@ -85,16 +89,24 @@ def ConR_depth(
     if has_row_weights:
         named["weights"] = weights
     validation.check_rows("feature", named)
+    if mask is not None:
+        validation.check_pixel_mask(mask, depth=depth, output=output)
     return conr_loss(
         feature[:, None] if feature.dim() == 1 else feature.flatten(1),
-        _row_means(depth),
-        _row_means(output),
-        _row_means(weights) if has_row_weights else weights,
+        _row_means(depth, mask),
+        _row_means(output, mask),
+        _row_means(weights, mask) if has_row_weights else weights,
         window=w, temperature=t, push_scale=e, variant="released-depth",
+        mask=None if mask is None else mask.reshape(len(mask), -1).any(dim=1),
     )  # fmt: skip
 
 
-def _row_means(t: Tensor) -> Tensor:
-    """Mean over each row [N] of a tensor [N, …], in float32 (float64 for float64)."""
+def _row_means(t: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over each row [N] of a tensor [N, …], in float32 (float64 for float64), and of one that
+    has the mask's shape over the mask's pixels.
+    """
     t = t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32)
+    if mask is not None and t.shape == mask.shape:
+        t, mask = t.reshape(len(t), -1), mask.reshape(len(t), -1)
+        return t.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)
     return t if t.dim() == 1 else t.flatten(1).mean(dim=1)

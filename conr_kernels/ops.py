@@ -6,12 +6,14 @@ once to a backend module. Every backend module provides
 - ``unavailable(device, dtype) -> str | None``: why it cannot run there and what to do;
 - ``layout_size(n_anchors, n_keys, dtype, settings) -> int``: length of the int32 layout that it
   keeps for backward; dtype is the accumulation dtype;
-- ``forward(x, y, p, w, keys, self_offset, settings) -> (loss [N], stats [N, 3 or 5], layout)``;
+- ``forward(x, y, p, w, keys, self_offset, settings, n_absent) -> (loss [N], stats [N, 3 or 5],
+  layout)``;
 - ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``.
 
 Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y,
 key_p)`` are all rows that can be positives or negatives, anchor i being key ``self_offset + i``,
-or None where the anchors are the keys. ``stats`` is rows.py's; ``coef`` is stats times the
+or None where the anchors are the keys; ``n_absent``, a scalar tensor or None for 0, says how many
+of them ``unit_terms`` does not count. ``stats`` is rows.py's; ``coef`` is stats times the
 upstream gradient.
 """
 
@@ -45,7 +47,8 @@ _ROWS = "Tensor x, Tensor y, Tensor p"
 _KEYS = "Tensor? key_x, Tensor? key_y, Tensor? key_p"
 _library = torch.library.Library("conr_kernels", "DEF")
 _library.define(
-    f"forward({_ROWS}, Tensor? w, {_KEYS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f"forward({_ROWS}, Tensor? w, {_KEYS}, Tensor? n_absent, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
@@ -77,11 +80,11 @@ def without_autocast(function, device: torch.device, *args):
         return function(*args)
 
 
-def _forward(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
+def _forward(x, y, p, w, key_x, key_y, key_p, n_absent, self_offset, *scalars):
     *scalars, backend = scalars
     function = backend_module(backend).forward
-    keys = _keys(key_x, key_y, key_p)
-    return without_autocast(function, x.device, x, y, p, w, keys, self_offset, _settings(*scalars))
+    rows = (x, y, p, w, _keys(key_x, key_y, key_p), self_offset)
+    return without_autocast(function, x.device, *rows, _settings(*scalars), n_absent)
 
 
 def _backward(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, self_offset, *scalars):
@@ -91,7 +94,7 @@ def _backward(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, self_offset,
     return without_autocast(function, x.device, *rows, _settings(*scalars))
 
 
-def _forward_fake(x, y, p, w, key_x, key_y, key_p, self_offset, *scalars):
+def _forward_fake(x, y, p, w, key_x, key_y, key_p, n_absent, self_offset, *scalars):
     *scalars, backend = scalars
     settings = _settings(*scalars)
     N, K = x.shape[0], (x if key_x is None else key_x).shape[0]
@@ -123,6 +126,7 @@ def row_losses(
     self_offset: int,
     settings: Settings,
     backend: str,
+    n_absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
     if _is_plain(x):
@@ -131,7 +135,8 @@ def row_losses(
         function = _TransformedForward.apply
     else:
         function = torch.ops.conr_kernels.forward
-    return function(x, y, p, w, *(keys or (None,) * 3), self_offset, *settings.scalars, backend)
+    scalars = (self_offset, *settings.scalars, backend)
+    return function(x, y, p, w, *(keys or (None,) * 3), n_absent, *scalars)
 
 
 def reduced_loss(
@@ -272,7 +277,7 @@ class _TransformedBackward(torch.autograd.Function):
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, y, p, _, key_x, key_y, key_p, *ctx.scalars = inputs
+    x, y, p, _, key_x, key_y, key_p, _, *ctx.scalars = inputs
     _, stats, layout = output
     ctx.mark_non_differentiable(stats, layout)
     ctx.set_materialize_grads(False)
@@ -282,7 +287,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(
     ctx: Any, g: Tensor | None, backward_operator: Callable[..., Tensor]
 ) -> tuple[Tensor | None, ...]:
-    no_grads = (None,) * (6 + len(ctx.scalars))
+    no_grads = (None,) * (7 + len(ctx.scalars))
     if g is None:
         return None, *no_grads
     stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors

@@ -60,6 +60,7 @@ def row_losses(
     keys: tuple[Tensor, Tensor, Tensor] | None,
     self_offset: int,
     settings: Settings,
+    n_absent: Tensor | int = 0,
 ) -> Tensor:
     """``ℓ_i`` of the anchors [N] against the keys; ``keys=None``: the anchors themselves.
 
@@ -68,6 +69,7 @@ def row_losses(
         w_i: weights [N] or None for 1.
         keys: features, labels, predictions of all rows that can be positives or negatives, the
             anchors included: row ``self_offset + i`` of the keys is anchor ``i``.
+        n_absent: how many keys ``unit_terms`` does not count.
     """
     variant, tau, e = settings.variant, settings.temperature, settings.push_scale
     x_j, y_j, p_j = (x_i, y_i, p_i) if keys is None else keys
@@ -108,7 +110,8 @@ def row_losses(
     log_B = torch.logsumexp((s_ij + log_phi).masked_fill(~negative, -torch.inf), dim=1)
     log_Z = log_E
     if variant.unit_terms:
-        log_Z = torch.logaddexp(log_Z, (len(x_j) - n_i).to(x_i.dtype).log())
+        n_other = len(x_j) - n_absent - n_i
+        log_Z = torch.logaddexp(log_Z, n_other.clamp(min=0).to(x_i.dtype).log())
     log_Z = _log_add_scaled(log_Z, r_i, log_B)
 
     n = n_i.clamp(min=1).to(x_i.dtype)
@@ -123,12 +126,10 @@ def row_losses(
 
 
 def _log_add_scaled(log_a: Tensor, r: Tensor, log_b: Tensor) -> Tensor:
-    """``log(exp(log_a) + r·exp(log_b))``, also for ``r`` of 0 or below."""
-    log_r = r.abs().log()
-    is_negative = r < 0
-    added = torch.logaddexp(log_a, log_r + log_b)
-    ratio = torch.where(is_negative, log_r + log_b - log_a, -1.0)
-    return torch.where(is_negative, log_a + torch.log1p(-ratio.exp()), added)
+    """``log(exp(log_a) + r·exp(log_b))`` for ``r ≥ 0``; the derivatives of any order exist at 0."""
+    is_zero = r == 0
+    log_r = r.masked_fill(is_zero, 1.0).log()
+    return torch.where(is_zero, log_a, torch.logaddexp(log_a, log_r + log_b))
 
 
 def poison(*inputs: Tensor | None) -> Tensor:

@@ -39,6 +39,15 @@ def check_scalars(window: float, temperature: float, push_scale: float) -> None:
         raise ValueError(f"push_scale must be finite, got {push_scale}")
 
 
+def check_push_scale(push_scale: float, pushing: str) -> None:
+    """A negative one would subtract from ``Z_i``, except in an exponent."""
+    if push_scale < 0 and pushing != "exponential":
+        raise ValueError(
+            "push_scale must be ≥ 0 unless pushing is 'exponential', "
+            f"got {push_scale} with pushing={pushing!r}"
+        )
+
+
 def check_dense(name: str, t: Tensor) -> None:
     if t.is_nested or t.layout != torch.strided:
         kind = "nested" if t.is_nested else str(t.layout)
@@ -130,7 +139,32 @@ def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
     check_same_components("targets", y, "keys[2] (predictions)", key_p)
 
 
-def check_tensors(features: Any, targets: Any, predictions: Any, weights: Any, keys: Any) -> None:
+def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
+    check_dense("mask", mask)
+    if mask.shape not in ((n_rows,), (n_rows, 1)):
+        raise ValueError(
+            f"mask must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
+            f"got {tuple(mask.shape)}"
+        )
+
+
+def check_pixel_mask(mask: Any, **maps: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
+    for name, t in maps.items():
+        if mask.shape != t.shape:
+            raise ValueError(
+                f"mask must have the shape of {name} {tuple(t.shape)}, got {tuple(mask.shape)}"
+            )
+
+
+def check_tensors(
+    features: Any, targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any = None
+) -> None:
     check_features("features", features)
     n_rows = features.shape[0]
     check_labels("targets", targets, n_rows, f"features {tuple(features.shape)}")
@@ -141,6 +175,9 @@ def check_tensors(features: Any, targets: Any, predictions: Any, weights: Any, k
     if keys is not None:
         check_keys(keys, features, targets)
         named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
+    if mask is not None:
+        check_mask(mask, n_rows, f"features {tuple(features.shape)}")
+        named["mask"] = mask
     check_devices(named)
 
 

@@ -31,7 +31,7 @@ struct Settings {
 
 struct RowOutputs {
   const void* w;       // [n_anchors] accumulation type, or null for 1
-  const void* poison;  // [1] accumulation type: 0, or NaN where an input is not finite
+  const void* poison;  // [2] accumulation type: 0, or NaN where an input is not finite; absent keys
   void* sums;          // [n_anchors, 5] accumulation type: shift and sum of E, of B; Σ_P s
   int32_t* counts;     // [n_anchors, 2]: n_i; positive where m_i is
   void* loss;          // [n_anchors]

@@ -177,28 +177,15 @@ struct RowSums {
 };
 
 // Loss and statistics of a row for an upstream gradient of 1, as signs and natural logarithms.
-CONR_HD void finish_row(const RowSums& row, int64_t n_keys, double w, double rate, int flags,
+CONR_HD void finish_row(const RowSums& row, double n_keys, double w, double rate, int flags,
                         double* loss, Coefficients<double>* stats) {
   *loss = 0.0;
   *stats = Coefficients<double>{0.0, 0.0, 0.0, -INFINITY, -INFINITY};
   if (row.n <= 0 || row.m <= 0) return;
-  const double log_r = log(fabs(rate));
-  const double sign_r = rate > 0.0 ? 1.0 : (rate < 0.0 ? -1.0 : 0.0);
-  double log_T = log_r + row.log_B;  // of Z − E, with its sign
-  double sign_T = sign_r;
-  if (flags & kUnitTerms) {
-    const double log_units = log(static_cast<double>(n_keys - row.n));
-    if (sign_T < 0.0) {
-      const double top = log_units > log_T ? log_units : log_T;
-      sign_T = log_T > log_units ? -1.0 : 1.0;
-      log_T = top + log1p(-exp(-fabs(log_units - log_T)));
-    } else {
-      log_T = log_add(log_units, log_T);
-      sign_T = 1.0;
-    }
-  }
-  const double x = log_T - row.log_E;
-  const double excess = sign_T < 0.0 ? log1p(-exp(x)) : log_add(x, 0.0);  // log Z − log E
+  const double log_r = log(rate), sign_r = rate == 0.0 ? 0.0 : 1.0;
+  double log_T = log_r + row.log_B;  // of Z − E
+  if (flags & kUnitTerms) log_T = log_add(log(n_keys - row.n), log_T);
+  const double excess = log_add(log_T - row.log_E, 0.0);  // log Z − log E
   const double log_Z = row.log_E + excess;
   const double n = row.n;
   if (flags & kInside) {
@@ -208,7 +195,7 @@ CONR_HD void finish_row(const RowSums& row, int64_t n_keys, double w, double rat
     *stats = Coefficients<double>{1.0, 1.0 / c, sign_r, log_alpha, log_alpha + log_r};
   } else {
     *loss = log(n) + excess;
-    *stats = Coefficients<double>{-sign_T, 0.0, sign_r, log_T - log_Z - row.log_E, log_r - log_Z};
+    *stats = Coefficients<double>{-1.0, 0.0, sign_r, log_T - log_Z - row.log_E, log_r - log_Z};
   }
   if (flags & kWeightedRows) {
     *loss *= w;

@@ -138,7 +138,7 @@ void forward(Tensor q, Tensor scale, Tensor y, Tensor p, std::optional<Tensor> w
   const int64_t n = loss.numel();
   const conr::Rows rows = rows_of(q, scale, y, p, layout, n, self_offset);
   if (w) check(*w, "w", dtype, n, q);
-  check(poison, "poison", dtype, 1, q);
+  check(poison, "poison", dtype, 2, q);
   check(sums, "sums", dtype, n * 5, q);
   check(counts, "counts", ScalarType::Int, n * 2, q);
   check(loss, "loss", dtype, n, q);

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads) conr_finish_rows_kernel(ForwardArgs 
   row.m = args.out.counts[i * 2 + 1];
   double loss;
   Coefficients<double> stats;
-  finish_row(row, args.rows.n_keys, w, rate, flags, &loss, &stats);
-  const double poison = read<A>(args.out.poison, 0);
+  const double poison = read<A>(args.out.poison, 0), n_absent = read<A>(args.out.poison, 1);
+  finish_row(row, args.rows.n_keys - n_absent, w, rate, flags, &loss, &stats);
   static_cast<A*>(args.out.loss)[i] = static_cast<A>(loss + poison);
   A* out = static_cast<A*>(args.out.stats);
   if (flags & kShifted) {

@@ -1,4 +1,7 @@
-"""The picture of a GPU run: time and memory over N; ``python -m benchmarks.gpu.plot rows.csv``."""
+"""The picture of a GPU run: time and memory over N, what the device takes dashed.
+
+``python -m benchmarks.gpu.plot rows.csv environment.json picture.png`` draws it again.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,37 @@ from matplotlib.axes import Axes
 
 from .. import plot
 from ..plot import DARK, GREY, plt
-from . import claims
+from . import claims, steps
 
 REGIME_COLORS = {"converged": "#3a9d6e", "7 years off": "#1f6f8b", "collapsed": "#7b4ea3"}
 EAGER_COLOR = "#c8553d"
+DEVICE = ", device alone"
 Lines = dict[str, list[tuple[int, float]]]
 
 
 def lines_of(rows: claims.Rows, metric: str) -> Lines:
-    """Points of each line: Triton by its predictions, eager and the bare product."""
-    lines: Lines = {}
-    for row in rows.find(stage="grid", metric=metric):
-        provider, regime = row["provider"], row["regime"]
-        if provider == "q @ q.T" and metric == "memory":
+    """Points of each line at D = 128 in bfloat16, of the latest row of each: Triton by its
+    predictions, eager and the bare product; the device's time apart from the step's.
+    """
+    lines: dict[str, dict[int, float]] = {}
+    for row in rows.find(metric=metric, D=128, dtype="bfloat16"):
+        provider, is_graph = row["provider"], row["mode"] == steps.GRAPH
+        is_drawn = provider in ("triton", "eager", "q @ q.T") and row["stage"] in ("speed", "grid")
+        if not is_drawn or (provider == "q @ q.T" and (metric == "memory" or is_graph)):
             continue
-        name = f"conr_kernels, {regime}" if provider == "triton" else provider
-        lines.setdefault(name, []).append((int(row["N"]), float(row["value"])))
-    return {name: sorted(points) for name, points in lines.items()}
+        name = f"conr_kernels, {row['regime']}" if provider == "triton" else provider
+        points = lines.setdefault(name + DEVICE * is_graph, {})
+        points[int(row["N"])] = float(row["value"])
+    return {name: sorted(lines[name].items()) for name in sorted(lines) if len(lines[name]) > 1}
 
 
-def picture(found: list[dict], environment: dict[str, object], path: Path) -> None:
-    rows = claims.Rows(found)
+def picture(rows: claims.Rows, environment: dict[str, object], path: Path) -> None:
     panels = {
         "Time of one step": lines_of(rows, "time"),
         "Peak extra memory of one step": lines_of(rows, "memory"),
     }
     if not panels["Time of one step"]:
-        raise ValueError("no rows of the stage grid")
+        raise ValueError("no times of steps")
     with plt.rc_context({"font.size": 12, "axes.edgecolor": GREY, "text.color": DARK}):
         figure, both = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
         texts = (plot._seconds, plot._bytes)
@@ -59,10 +66,10 @@ def _panel(axes: Axes, lines: Lines, title: str, text) -> None:
         sizes, values = zip(*points, strict=True)
         is_ours = name.startswith("conr_kernels")
         color = REGIME_COLORS[name.split(", ")[1]] if is_ours else EAGER_COLOR
-        is_product = name == "q @ q.T"
+        is_product, is_device = name == "q @ q.T", name.endswith(DEVICE)
         axes.plot(
             sizes, values, color=GREY if is_product else color, linewidth=3 if is_ours else 2,
-            linestyle="--" if is_product else "-", marker="o", markersize=4,
+            linestyle=":" if is_device else "--" if is_product else "-", marker="o", markersize=4,
             label=f"{name} (forward only)" if is_product else name, zorder=3 if is_ours else 2,
         )  # fmt: skip
     sizes = sorted({n for points in lines.values() for n, _ in points})
@@ -78,6 +85,5 @@ def _panel(axes: Axes, lines: Lines, title: str, text) -> None:
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    about = json.loads((source.parent / "environment.json").read_text())
-    picture(claims.read(source).rows, about, source.parent / "steps.png")
+    source, about, target = map(Path, sys.argv[1:])
+    picture(claims.read(source), json.loads(about.read_text()), target)

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
+from ..rows import commit
 from . import claims
 from .rows import CASE, COLUMNS, ROW, TABLE
 
@@ -176,10 +179,6 @@ def _end(process: subprocess.Popen) -> None:
 
 def environment() -> dict[str, object]:
     """The machine, the versions and the commit of a run."""
-    import torch
-
-    from ..rows import commit
-
     query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
     smi = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     fields = [part.strip() for part in smi.split("\n")[0].split(",")] if smi else []

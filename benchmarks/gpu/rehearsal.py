@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
+from ..rows import ROOT
+from .plan import pytest_command
 from .processes import Record, Task, run_together
 
 LIMIT = 500.0
@@ -20,17 +21,12 @@ TESTS = {
 
 
 def tasks(names: list[str]) -> list[Task]:
-    environment = os.environ | {
-        "CONR_REHEARSE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    given = {"CONR_REHEARSE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | given
     environment.pop("TRITON_INTERPRET", None)
     interpreted = environment | {"TRITON_INTERPRET": "1"}
     stage = [sys.executable, "-m", "benchmarks.gpu.stage"]
     found = []
-    from .main import pytest_command
-
     if files := [file for name, file in TESTS.items() if name in names]:
         command = pytest_command(files, 1)
         found.append(Task("tests", lambda *_: command, environment))
@@ -41,11 +37,6 @@ def tasks(names: list[str]) -> list[Task]:
     return found
 
 
-def main(names: list[str], out: Path) -> int:
-    from .main import ROOT, finish
-
+def run(names: list[str], record: Record) -> None:
     print("A rehearsal on the CPU: no number of it means anything.", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    record = Record(out, is_rehearsal=True)
     run_together(tasks(names), LIMIT, record, ROOT)
-    return finish(record, out)

@@ -9,6 +9,7 @@ behind that case.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -51,6 +52,18 @@ class Stage:
             row["value"] = float(f"{value:.5g}")
         sys.stdout.write(f"{ROW}{json.dumps(row)}\n")  # in one piece
         sys.stdout.flush()
+
+    def output_of(self, process: subprocess.Popen) -> tuple[int, str]:
+        """Exit status and output; a process that outlasts the deadline is ended, what it printed
+        remains.
+        """
+        try:
+            output, _ = process.communicate(timeout=max(self.left(), 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            output += "\ncut off: it took too long"
+        return process.returncode, output
 
     def run(self, cases: dict[str, Callable[[], None]]) -> int:
         """Every case that is not done, until the deadline; the exit status: 1 if one failed."""

@@ -24,22 +24,26 @@ def run(stage: Stage, backend: str) -> int:
     if stage.name in ("warm", "build"):
         major, minor = architecture()
     if stage.name == "warm":
-        from .warm import warm
+        from .stages.warm import warm
 
         return warm(stage, 10 * major + minor)
     if stage.name == "train":
-        from .train import train
+        from .stages.train import train
 
         return train(stage)
     if stage.name == "tune":
-        from .tune import tune
+        from .stages.tune import tune
 
         return tune(stage)
     if stage.name in ("inductor", "speed", "compare", "cuda", "grid"):
-        from . import speed
+        from .stages import speed
 
         return getattr(speed, stage.name)(stage)
-    from . import checks
+    if stage.name == "counters":
+        from .stages.counters import counters
+
+        return counters(stage)
+    from .stages import checks
 
     return {
         "build": lambda: checks.build(stage, f"{major}.{minor}"),

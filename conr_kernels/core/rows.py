@@ -62,7 +62,7 @@ def finish_rows(
     n: Tensor,
     m: Tensor,
     poison: Tensor,
-    n_keys: int,
+    n_keys: Tensor | int,
     settings: Settings,
     w: Tensor | None = None,
     s_sum: Tensor | None = None,
@@ -74,16 +74,14 @@ def finish_rows(
     """
     variant = settings.variant
     r = pushing_rate(w, settings)
-    scale = (n * m).clamp_(max=1)  # A_i
-    B = B * scale  # with a negative rate and no positives, log Z would not exist
-    scale.add_(poison)
+    scale = (n * m).clamp_(max=1).add_(poison)  # A_i
     if variant.weighted_rows and w is not None:
         scale = scale * w
     n = n.clamp(min=1)
     E = E.clamp(min=TINY)
     other = B if r is None else B * r
     if variant.unit_terms:
-        other = other + (n_keys - n)
+        other = other + (n_keys - n).clamp_(min=0)  # below 0 of rows that take no part
     Z = E + other
     ratio = other / E
     excess = torch.log1p(ratio)  # log Z − log E, without forming Z − E
@@ -106,7 +104,7 @@ def finish_log_rows(
     n: Tensor,
     m: Tensor,
     poison: Tensor,
-    n_keys: int,
+    n_keys: Tensor | int,
     settings: Settings,
     w: Tensor | None = None,
     s_sum: Tensor | None = None,
@@ -119,33 +117,23 @@ def finish_log_rows(
     log_E = torch.where(is_anchor, E, 0.0)
     log_B = torch.where(is_anchor, B, 0.0)
     n = torch.where(is_anchor, n, 1).to(log_E.dtype)
-    log_r, sign_r = r.abs().log(), r.sign()
-    log_T, sign_T = log_r + log_B, sign_r.expand_as(log_B)
+    log_r = r.log()
+    log_T = log_r + log_B  # of Z − E
     if variant.unit_terms:
-        log_T, sign_T = _signed_log_add((n_keys - n).log(), log_T, sign_T)
-    x = log_T - log_E
-    softplus = torch.logaddexp(x, torch.zeros_like(x))
-    excess = torch.where(sign_T < 0, torch.log1p(-x.exp()), softplus)
+        log_T = torch.logaddexp(log_T, (n_keys - n).clamp_(min=0).log())
+    excess = torch.logaddexp(log_T - log_E, torch.zeros_like(log_E))  # log Z − log E
     log_Z = log_E + excess
     one = torch.ones_like(log_E)
     if variant.log == "outside":
         loss = n.log() + excess
-        sign_alpha, log_alpha = -sign_T, log_T - log_Z - log_E
+        sign_alpha, log_alpha = -one, log_T - log_Z - log_E
         beta, log_gamma = torch.zeros_like(log_E), log_r - log_Z
     else:
         c = n + variant.count_self
         loss = (n * log_Z - s_sum) / c
         sign_alpha, log_alpha = one, (n / c).log() - log_Z
         beta, log_gamma = 1 / c, log_alpha + log_r
-    stats = torch.stack([sign_alpha, beta, sign_r * one, log_alpha, log_gamma], dim=1)
+    stats = torch.stack([sign_alpha, beta, one, log_alpha, log_gamma], dim=1)
     stats = torch.where(is_anchor[:, None], stats, no_statistics(1, stats))
     scale = poison + 1 if w is None or not variant.weighted_rows else w + poison
     return torch.where(is_anchor, loss, 0.0) * scale, scale_statistics(stats, scale)
-
-
-def _signed_log_add(log_a: Tensor, log_b: Tensor, sign_b: Tensor) -> tuple[Tensor, Tensor]:
-    """log and sign of ``exp(log_a) + sign_b·exp(log_b)``."""
-    top, gap = torch.maximum(log_a, log_b), -(log_a - log_b).abs()
-    difference = top + torch.log1p(-gap.exp())
-    sign = torch.where((sign_b < 0) & (log_b > log_a), -1.0, 1.0).to(log_a.dtype)
-    return torch.where(sign_b < 0, difference, torch.logaddexp(log_a, log_b)), sign

@@ -120,6 +120,7 @@ def forward(
     keys: Keys | None,
     self_offset: int,
     settings: Settings,
+    n_absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py) and the layout of the sweeps."""
     N = len(x)
@@ -131,7 +132,8 @@ def forward(
     n_stats = 3 if settings.exponent_is_small else 5
     loss, stats = scale.new_empty(N), scale.new_empty(N, n_stats)
     sums, counts = scale.new_empty(N, 5), layout.new_empty(N, 2)
-    finite = poison(norm, y_j, p_j, w).to(dtype).reshape(1)
+    absent = scale.new_zeros(()) if n_absent is None else n_absent.to(dtype)
+    finite = torch.stack([poison(norm, y_j, p_j, w).to(dtype), absent])
     _operators().forward(
         q, scale, y_j, p_j, None if w is None else w.to(dtype).contiguous(), finite, layout,
         self_offset, *_scalars(settings), sums, counts, loss, stats, _stream(x.device),

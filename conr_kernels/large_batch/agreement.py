@@ -13,9 +13,9 @@ from torch import Tensor
 from ..batch import Batch
 from .ranks import Union, all_gather, as_bytes
 
-#: What a rank tells the others before any data moves: flag, rows, keys, and text of this many
-#: bytes.
-HEADER_NUMBERS = 3
+#: What a rank tells the others before any data moves: flag, rows, keys, whether there is a mask;
+#: and text of this many bytes.
+HEADER_NUMBERS = 4
 TEXT_BYTES = 1000
 
 
@@ -36,10 +36,11 @@ def agree(group: Any, prepared: Batch | Exception) -> tuple[Batch, Union]:
     if rank < 0:
         raise ValueError("group= must contain this process, got a group of other ranks")
     if isinstance(prepared, Exception):  # the other ranks wait for this one's header
-        numbers, text = [1, 0, 0], f"{type(prepared).__name__}: {prepared}"
+        numbers, text = [1, 0, 0, 0], f"{type(prepared).__name__}: {prepared}"
     else:
         n_keys = 0 if prepared.keys is None else len(prepared.keys[0])
-        numbers, text = [0, len(prepared.x), n_keys], _facts(prepared)
+        has_mask = prepared.mask is not None
+        numbers, text = [0, len(prepared.x), n_keys, has_mask], _facts(prepared)
 
     headers = _exchange(numbers, text, group, _header_device(group, prepared))
     if isinstance(prepared, Exception):
@@ -50,7 +51,8 @@ def agree(group: Any, prepared: Batch | Exception) -> tuple[Batch, Union]:
         raise ValueError(f"another rank of the group cannot take part: {reasons}")
     if not bool((headers[:, HEADER_NUMBERS:] == headers[rank, HEADER_NUMBERS:]).all()):
         raise ValueError(_disagreement([_text(header) for header in headers]))
-    return prepared, Union(group, rank, headers[:, 1].tolist(), headers[:, 2].tolist())
+    _, sizes, key_sizes, masks = headers[:, :HEADER_NUMBERS].t().tolist()
+    return prepared, Union(group, rank, sizes, key_sizes, any(masks))
 
 
 def _facts(batch: Batch) -> str:

@@ -10,17 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..batch import Batch, Keys
+from ..batch import Batch, Keys, extent
 
 
 @dataclass(frozen=True)
 class Union:
-    """Who has how many rows: ``sizes[r]`` anchors and ``key_sizes[r]`` further keys on rank r."""
+    """Who has how many rows: ``sizes[r]`` anchors and ``key_sizes[r]`` further keys on rank r;
+    and whether any rank has a mask.
+    """
 
     group: Any
     rank: int
     sizes: list[int]
     key_sizes: list[int]
+    has_mask: bool
 
     @property
     def n_ranks(self) -> int:
@@ -61,6 +64,12 @@ class Union:
             for rank, (size, stop) in enumerate(zip(sizes, stops, strict=True))
             if size > 0
         ]
+
+    def extent(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``batch.extent`` of all ranks' rows and keys."""
+        own = torch.stack([t.double() for t in extent(batch)])
+        of_ranks = self.gather(own[None], [1] * self.n_ranks)
+        return of_ranks[:, 0].amax(), of_ranks[:, 1].sum()
 
     def deal(self, sums: Tensor) -> Tensor:
         """Sums [S, N] that every rank has of all rows: of this rank's rows, from all ranks

@@ -76,6 +76,7 @@ def _forward(x: Tensor, batch: Batch, union: Union) -> tuple[Tensor, ...]:
         not_finite(norms, y, p),
         union.own,
         batch.w,
+        batch.n_absent,
         batch.settings,
         union.deal,
     )

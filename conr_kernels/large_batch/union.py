@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from ..batch import Batch, reference_losses
+from ..batch import Batch, reference_losses, without_absent
 from ..core.rows import no_statistics, scale_statistics
 from .agreement import agree, way
 from .ranks import Union
@@ -33,11 +33,18 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
         RuntimeError, ValueError: as ``agree``.
     """
     batch, union = agree(group, prepared)
+    n_present: Tensor | int = union.n_rows
+    if union.has_mask:
+        reach, n_present = union.extent(batch)
+        batch = without_absent(batch, reach, union.n_rows - n_present, union.offset)
+        n_present = n_present.clamp(min=1)
     rows = _row_losses(batch, union)
     if batch.reduction == "none":
         return rows
     total = _Total.apply(rows.sum(), union)
-    return total if batch.reduction == "sum" else total / max(union.n_rows, 1)
+    if batch.reduction == "sum":
+        return total
+    return total / (n_present if union.has_mask else max(union.n_rows, 1))
 
 
 def _row_losses(batch: Batch, union: Union) -> Tensor:
@@ -70,7 +77,15 @@ class _RowLosses(torch.autograd.Function):
         else:
             keys = union.gather_keys(batch, union.gather(x, union.sizes))
         rows, stats, layout = ops.row_losses(
-            x.detach(), batch.y, batch.p, batch.w, keys, union.offset, settings, backend
+            x.detach(),
+            batch.y,
+            batch.p,
+            batch.w,
+            keys,
+            union.offset,
+            settings,
+            backend,
+            batch.n_absent,
         )
         ctx.save_for_backward(stats, layout, x, batch.y, batch.p, *(keys or (None,) * 3))
         ctx.scalars = (union.offset, *settings.scalars, backend)

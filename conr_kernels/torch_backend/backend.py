@@ -62,6 +62,7 @@ def forward(
     keys: Keys | None,
     self_offset: int,
     settings: Settings,
+    n_absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py) and the layout (see ``layout_size``)."""
     x = x.contiguous()  # results keep a transposed layout, and products its rounding
@@ -77,7 +78,9 @@ def forward(
         sweeps = _sweeps(anchors, others, settings)
         sums = row_sums(anchors, others, sweeps, settings, is_shifted, counts_negatives)
         layout = anchors.norm.new_empty(0)
-    n_keys = len(x) if others is None else len(x) + len(others)
+    n_keys: Tensor | int = len(x) if others is None else len(x) + len(others)
+    if n_absent is not None:
+        n_keys = n_keys - n_absent
     loss, stats = _finish(sums, _poison(anchors, others), n_keys, w, settings, is_shifted)
     stats = _stored(stats, anchors.norm.dtype, settings, is_shifted)
     return loss.to(anchors.norm.dtype), stats, layout.view(-1).view(torch.int32)
@@ -101,6 +104,7 @@ def shared_forward(
     poison: Tensor,
     own: slice,
     w: Tensor | None,
+    n_absent: Tensor | None,
     settings: Settings,
     deal: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +135,8 @@ def shared_forward(
     if not counts_negatives:
         sums["m"] = sums["B"].sign()
     poison = poison.expand(own.stop - own.start)
-    loss, stats = _finish(sums, poison, len(union), w, settings, is_shifted)
+    n_keys = len(union) if n_absent is None else len(union) - n_absent
+    loss, stats = _finish(sums, poison, n_keys, w, settings, is_shifted)
     return loss.to(union.dtype), stats.to(union.dtype)
 
 
@@ -194,7 +199,7 @@ def _stored(stats: Tensor, dtype: torch.dtype, settings: Settings, is_shifted: b
 def _finish(
     sums: dict[str, Tensor],
     poison: Tensor,
-    n_keys: int,
+    n_keys: Tensor | int,
     w: Tensor | None,
     settings: Settings,
     is_shifted: bool,

@@ -39,6 +39,7 @@ def forward(
     keys: Keys | None,
     self_offset: int,
     settings: Settings,
+    n_absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py), and what ``layout_size`` says for the backward
     pass.

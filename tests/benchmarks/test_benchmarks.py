@@ -13,7 +13,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import measure, plot, providers, report, rows
 from benchmarks.batches import AGES, make_batch
-from benchmarks.gpu import main as gpu_main
+from benchmarks.gpu import plan
 
 BASELINE, ROW_LOOP, *FUSED = providers.providers("cpu")
 
@@ -141,7 +141,7 @@ def test_every_stage_of_the_gpu_run_is_rehearsed_on_the_cpu(tmp_path):
     with (tmp_path / "rows.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     stages = {row["stage"] for row in found}
-    assert stages >= set(gpu_main.NAMES), set(gpu_main.NAMES) - stages
+    assert stages >= set(plan.NAMES), set(plan.NAMES) - stages
     assert {row["commit"] for row in found} == {"abc"}
     assert (tmp_path / "steps.png").stat().st_size > 10_000
     assert "_HALVES = {" in (tmp_path / "triton_table.txt").read_text()

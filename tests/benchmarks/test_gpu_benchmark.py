@@ -6,16 +6,18 @@ import os
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.gpu import claims, main, rows
+from benchmarks.gpu import __main__ as main
+from benchmarks.gpu import claims, plan, rows, steps
 from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
 from conr_kernels.triton_backend.configs import KINDS
 
-ROOT = main.ROOT
+ROOT = Path(__file__).parents[2]
 #: Longer than any test waits.
 FOREVER = 300
 
@@ -137,7 +139,7 @@ def test_a_test_that_ends_the_context_leaves_the_others_a_fresh_process(record, 
     )
     tests = "def test_a(): assert 0, 'why'\ndef test_b(): pass\ndef test_c(): pass\n"
     (tmp_path / "test_faults.py").write_text(tests)
-    command = [*main.pytest_command([str(tmp_path / "test_faults.py")], 1), "-n", "1"]
+    command = [*plan.pytest_command([str(tmp_path / "test_faults.py")], 1), "-n", "1"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     run_together([Task("tests", lambda *_: command, environment)], 280.0, record, ROOT)
     found = [(row["case"], row["metric"]) for row in record.rows if row.get("provider")]
@@ -146,10 +148,31 @@ def test_a_test_that_ends_the_context_leaves_the_others_a_fresh_process(record, 
     assert any("AssertionError: why" in row["note"] for row in record.rows if "note" in row)
 
 
-def test_the_limits_of_all_stages_fit_nine_minutes():
-    phases = {stage.phase for stage in main.STAGES}
-    seconds = sum(max(s.seconds for s in main.STAGES if s.phase == phase) for phase in phases)
-    assert seconds <= main.LIMIT <= 540
+def test_two_runs_of_all_stages_fit_a_quarter_of_an_hour():
+    seconds = plan.planned(plan.NAMES, plan.LIMIT - plan.PICTURE)
+    assert sum(seconds.values()) <= plan.LIMIT - plan.PICTURE
+    assert 2 * plan.LIMIT <= 15 * 60 - 100  # the machine's start
+    shorter = plan.planned(plan.NAMES, 100.0)
+    assert sum(shorter.values()) == pytest.approx(100) and list(shorter) == sorted(shorter)
+
+
+def test_a_run_says_what_it_plans_and_stops_at_its_limit(monkeypatch, record, capsys):
+    """A stage gets the time that earlier ones left; what does not fit is not run, and says so."""
+    now = [0.0]
+    monkeypatch.setattr(main.time, "monotonic", lambda: now[0])
+    given = {}
+
+    def take(tasks, seconds, *_):
+        given[tasks[0].name] = seconds
+        now[0] += seconds
+
+    monkeypatch.setattr(main, "run_together", take)
+    main.run_stages(["speed", "compare", "tune"], record, 60.0)
+    out = capsys.readouterr().out
+    assert now[0] <= 60.0 - plan.PICTURE and list(given) == ["speed", "compare", "tune"]
+    assert f"{50 * 60 / 135:6.0f} s  speed" in out
+    main.run_stages(["speed"], record, plan.PICTURE + plan.LEAST - 1)
+    assert [row["note"] for row in record.rows if row["metric"] == "not run"] == ["no time left"]
 
 
 def test_without_a_gpu_nothing_runs_and_nothing_is_claimed(monkeypatch, capsys, tmp_path):
@@ -224,8 +247,91 @@ def test_verdicts_of_tests_and_sanitizer():
     assert decided == [["met", "not run"], ["not run", "not run"], ["missed", "not run"]]
 
 
+def sanitized(record: Record, of_fault: str, of_kernels: str) -> None:
+    """A run of the stage with programs in place of compute-sanitizer's, as its parent reads it."""
+    code = f"""
+import os, subprocess, sys
+os.environ["CONR_REHEARSE"] = "1"
+from benchmarks.gpu import rows
+from benchmarks.gpu.stages import checks
+plain = subprocess.Popen
+codes = {{"planted-fault": {of_fault!r}, "kernels": {of_kernels!r}}}
+def start(command, **options):
+    (name,) = set(codes) & set(command)
+    return plain([sys.executable, "-c", codes[name]], **options)
+subprocess.Popen = start
+sys.exit(checks.sanitize(rows.Stage("sanitizer", 60.0)))
+"""
+    run(record, code)
+
+
+RAISES = 'print(\'row: {"stage": "planted-fault", "metric": "failed", "value": 1}\'); '
+RAN = "print('ran every regime')"
+
+
+def test_the_planted_faults_own_error_is_no_failure(record):
+    sanitized(record, RAISES + "raise SystemExit(9)", RAN)
+    assert ("planted fault", "caught") in metrics(record)
+    assert ("triton memcheck", "clean") in metrics(record) and record.problems() == []
+
+
+def test_a_program_that_fails_under_the_sanitizer_is_a_failure(record):
+    sanitized(record, RAISES + "raise SystemExit(9)", RAISES + "raise SystemExit(1)")
+    assert ("triton memcheck", "failed") in metrics(record)
+    assert [row["stage"] for row in record.rows if row["metric"] == "failed"] == 2 * ["sanitizer"]
+
+
+NCU = """==PROF== Connected to process 7
+a line of the program
+"ID","Kernel Name","sm__cycles_active.avg","sm__cycles_active.max",\
+"sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",\
+"sm__warps_active.avg.pct_of_peak_sustained_active",\
+"smsp__issue_active.avg.pct_of_peak_sustained_active"
+"","","cycle","cycle","%","%","%"
+"0","conr_a_kernel","1,000","1,100","37.5","12.5","30"
+"1","conr_a_kernel","100","100","1","1","1"
+"2","conr_b_kernel","50","60","0","6","99"
+"""
+
+
+def test_counters_of_every_kernels_slowest_launch_are_read():
+    from benchmarks.gpu.stages import counters
+
+    found = counters.parsed(NCU)
+    assert list(found) == ["conr_a_kernel", "conr_b_kernel"]
+    of_a = {"tensor pipe": 37.5, "occupancy": 12.5, "no eligible warp": 70, "imbalance": 10}
+    assert found["conr_a_kernel"] == pytest.approx(of_a)
+    assert found["conr_b_kernel"]["imbalance"] == pytest.approx(20)
+    assert counters.parsed("==ERROR== ERR_NVGPUCTRPERM") == {}
+
+
+def test_what_is_missing_is_not_run_and_says_why(monkeypatch, capsys):
+    from benchmarks.gpu import device
+    from benchmarks.gpu.stages import counters, packages, providers, speed
+
+    monkeypatch.setattr(device, "REHEARSAL", False)
+    monkeypatch.setattr(counters.shutil, "which", lambda name: "/nowhere/ncu")
+    stage = rows.Stage("counters", 10.0)
+    assert counters.counters(stage) == 0 and "ncu is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(packages, "MODULES", {"memeff": "no_such_module"})
+    size = providers.Size(20, 16)
+    assert speed.other_package(stage, size, "memeff", None) is None
+    out = capsys.readouterr().out
+    assert "memeff is not timed: ModuleNotFoundError" in out and '"metric": "not run"' in out
+
+
+def test_the_steps_time_and_the_devices_stand_side_by_side():
+    row = time_row("triton", 2e-3)
+    found = [row, row | {"mode": steps.GRAPH, "value": 1e-3}, row | {"metric": "memory",
+             "value": 2**22}]  # fmt: skip
+    head, line = steps.table(claims.Rows(found)).splitlines()
+    assert head.split()[-5:] == ["step,", "ms", "device,", "ms", "MiB"]
+    assert line.split()[-3:] == ["2", "1", "4"]
+
+
 def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
-    from benchmarks.gpu import device, providers, speed
+    from benchmarks.gpu import device
+    from benchmarks.gpu.stages import providers, speed
 
     plain = providers.PROVIDERS["eager"]
     wrong = replace(plain, losses=lambda *args: plain.losses(*args) * 1.1)
@@ -249,7 +355,7 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     from triton.runtime.jit import JITFunction
 
-    from benchmarks.gpu import warm
+    from benchmarks.gpu.stages import warm
     from conr_kernels import conr_loss, triton_backend
 
     call = tuple(dict(N=1300, D=16, dtype=torch.float16, precision="highest").items())
@@ -274,13 +380,13 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
 
 def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks import compiled
-    from benchmarks.gpu import tune
+    from benchmarks.gpu.stages import candidates
+    from benchmarks.static import compiled
 
     found = set()
     for n, d in ((500, 128), (16, 100_000), (2000, 128), (2000, 512)):
         for launch in compiled.recorded_launches(n, d, torch.bfloat16):
-            kind = tune.kind_of(launch.name)
+            kind = candidates.kind_of(launch.name)
             found.add(kind)
             assert (kind is None) == ("BLOCK_J" not in launch.arguments), launch.name
     assert found - {None} == set(KINDS) - {"product"}  # a phase of the wide kernel
@@ -288,22 +394,22 @@ def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
 
 def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks.gpu import tune, warm
+    from benchmarks.gpu.stages import candidates, warm
 
-    assert {kind for kind, *_ in tune.items()} == set(KINDS) - {"product"}
-    for kind, size, how in tune.items():
-        tiles, bucket = tune.item_candidates(kind, size, how)
+    assert {kind for kind, *_ in candidates.ITEMS} == set(KINDS) - {"product"}
+    for kind, size, how in candidates.ITEMS:
+        tiles, bucket = candidates.item_candidates(kind, size, how)
         assert len(tiles) >= 3
-        call = tune.warm_call(kind, size, how, tiles[1], bucket)
+        call = candidates.warm_call(kind, size, how, tiles[1], bucket)
         launches = warm.launches(call, 90)
-        assert launches and {tune.kind_of(launch.name) for launch in launches} == {kind}
+        assert launches and {candidates.kind_of(launch.name) for launch in launches} == {kind}
         assert {launch.arguments["BLOCK_I"] for launch in launches} == {tiles[1][0]}
         assert {launch.options["num_warps"] for launch in launches} == {tiles[1][3]}
 
 
 def test_the_proposed_table_is_the_shipped_one_with_the_faster_entries_first():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks.gpu import tune
+    from benchmarks.gpu.stages import tune
     from conr_kernels.triton_backend import configs as triton_configs
 
     proposals = tune.Proposals()

@@ -18,9 +18,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from triton.runtime.jit import JITFunction
 
-from benchmarks import compiled, loops, rank, shipped, static, tiles
-from benchmarks.machine import MachineCode
-from benchmarks.shipped import CHUNKED, DENSE, LONG, SWEEPS, Call
+from benchmarks.static import compiled, loops, rank, shipped, table, tiles
+from benchmarks.static.machine import MachineCode
+from benchmarks.static.shipped import CHUNKED, DENSE, LONG, SWEEPS, Call
 from conr_kernels.triton_backend import call as call_module
 from conr_kernels.triton_backend import dense, gradient, layout, sweeps, wide
 from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D, TABLE
@@ -150,7 +150,7 @@ def test_every_configuration_is_compiled() -> None:
 
 @pytest.fixture(scope="module")
 def committed() -> list[dict[str, str]]:
-    with static.TABLE.open(newline="") as file:
+    with table.TABLE.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -159,7 +159,7 @@ def test_the_committed_table_has_every_shipped_kernel(committed) -> None:
     expected = []
     for call, index, arch in shipped.distinct():
         launch = launches_of(call, arch)[index]
-        expected.append({k: str(v) for k, v in static.identity(launch, call, arch).items()})
+        expected.append({k: str(v) for k, v in table.identity(launch, call, arch).items()})
     assert [{k: row[k] for k in expected[0]} for row in committed] == expected
 
 
@@ -184,7 +184,7 @@ def test_the_committed_rows_regenerate(committed, key) -> None:
         and launches_of(call, arch)[index].name == name
     )
     row = committed[shipped.distinct().index(job)]
-    assert {k: str(v) for k, v in static.row_of(*job).items()} == row
+    assert {k: str(v) for k, v in table.row_of(*job).items()} == row
 
 
 #: Two numbers of a thread, in one variant with further keys. What avoids it, one stage or smaller
@@ -370,12 +370,30 @@ def _copy_rows(x_ptr, gradient_ptr, n_rows, WIDE: triton.language.constexpr):
     triton.language.store(gradient_ptr + (row * 1984).to(triton.language.int64) + columns, x)
 
 
+@triton.jit
+def _copy_tiles(x_ptr, gradient_ptr, n_rows, stride_n, WIDE: triton.language.constexpr):
+    rows = triton.language.program_id(0) * 16 + triton.language.arange(0, 16)
+    if WIDE:
+        rows = rows.to(triton.language.int64)
+    columns = triton.language.arange(0, 64)
+    mask = (rows < n_rows)[:, None]
+    offsets = rows[:, None] * stride_n
+    x = triton.language.load(x_ptr + (offsets + columns[None, :]), mask=mask)
+    offsets = offsets.to(triton.language.int64)
+    triton.language.store(gradient_ptr + (offsets + columns[None, :]), x, mask=mask)
+
+
 @pytest.mark.parametrize("is_wide", [False, True])
-def test_the_check_of_addresses_finds_32_bit_products(is_wide: bool) -> None:
-    """Both as they are, and widened when it is too late."""
+@pytest.mark.parametrize(
+    ("kernel", "sizes"),
+    [(_copy_rows, dict(n_rows=4)), (_copy_tiles, dict(n_rows=4, stride_n=1984))],
+    ids=["a row", "a tile"],
+)
+def test_the_check_of_addresses_finds_32_bit_products(kernel, sizes, is_wide: bool) -> None:
+    """Both as they are, and widened when it is too late; of a stride in all rows of a tile too."""
     x = torch.empty(4, 1984, device="meta")
-    arguments = dict(x_ptr=x, gradient_ptr=x, n_rows=4, WIDE=is_wide)
-    launch = compiled.Launch(_copy_rows, (4,), arguments, {})
+    arguments = dict(x_ptr=x, gradient_ptr=x, **sizes, WIDE=is_wide)
+    launch = compiled.Launch(kernel, (4,), arguments, {})
     unsafe, advances = check_row_offsets(ttir_of(launch), MATRICES)
     assert len(unsafe) == (0 if is_wide else 2) and bool(advances)
 

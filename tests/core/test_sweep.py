@@ -5,6 +5,7 @@ import torch
 
 from conr_kernels.core.sweep import banded_sweep, bands
 from conr_kernels.reference import pair_distance
+from tests.helpers.cases import VECTOR_TIES, ties_beyond_the_reach
 
 
 def predicate(sorted_i, sorted_j, h):
@@ -86,21 +87,13 @@ def test_a_sweep_holds_every_pair_in_the_window(distance, n_components):
                 assert torch.equal(in_band, d_ij <= 0.2)
 
 
-@pytest.mark.parametrize("distance", ["mae", "rmse"])
-@pytest.mark.parametrize("n_components", [2, 3, 5, 7])
-def test_a_sweep_holds_pairs_whose_distance_rounds_into_the_window(distance, n_components):
-    """One component differs by more than L·h (√L·h), and the mean of all rounds to h."""
-    generator, found = torch.Generator().manual_seed(0), 0
-    for h in torch.rand(300, generator=generator):
-        exact = h.double() * (n_components if distance == "mae" else n_components**0.5)
-        y = torch.zeros(2, n_components)
-        y[1, 0] = torch.nextafter(exact.float(), torch.tensor(torch.inf))
-        if pair_distance(y[:1], y[1:], distance) <= h and y[1, 0] > exact:
-            found += 1
-            sweep = banded_sweep("positives", y, None, float(h), distance)
-            assert (sweep.hi - sweep.lo).tolist() == [2, 2]
-    # Half a sum is exact.
-    assert found > 0 or (distance, n_components) == ("mae", 2)
+@pytest.mark.parametrize(("n_components", "distance"), VECTOR_TIES)
+def test_a_sweep_holds_ties_whose_components_lie_beyond_the_reach(n_components, distance):
+    """The reach has a margin for the rounding of distances."""
+    y, h = ties_beyond_the_reach(n_components, distance)
+    for keys in (None, y):
+        sweep = banded_sweep("positives", y, keys, h, distance)
+        assert ((sweep.hi - sweep.lo)[:128] == 128).all()
 
 
 def test_a_sweep_holds_pairs_whose_squares_underflow():

@@ -1,6 +1,4 @@
-"""What the host shim catches in kernels with planted faults; and parts of csrc/ at sizes that no
-batch of a test has.
-"""
+"""The host shim of the CUDA kernels: it shows missing barriers and accesses outside buffers."""
 
 from __future__ import annotations
 
@@ -8,35 +6,52 @@ import ctypes
 import re
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.helpers import cuda_shim
-
-if (MISSING := cuda_shim.missing_tool()) is not None:
-    pytest.skip(MISSING, allow_module_level=True)
+from tests.helpers.cuda_batches import Batch, make_batch
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> ctypes.CDLL:
-    sources = [cuda_shim.SIMT / "parts.cu", cuda_shim.SIMT / "simt.cpp"]
-    library = ctypes.CDLL(
-        str(cuda_shim.compile_for_host(tmp_path_factory.mktemp("parts"), "parts", sources))
-    )
-    library.load_far_row.restype = library.sum_of_equal_terms.restype = ctypes.c_float
-    library.sum_of_equal_terms.argtypes = [ctypes.c_float, ctypes.c_int]
-    return library
+def test_no_barrier_can_be_missing(shim):
+    """Leaving out any one barrier of the kernels is caught: by NaN, other bits, or a fault."""
+    met: set[int] = set()
+    needed: set[int] = set()
+    for dtype in (torch.float32, torch.float16):
+        for D in (16, 100, 200):
+            batch = make_batch(130, D, dtype=dtype)
+            shim.configure()
+            clean = batch.run("cuda")
+            lines = set(shim.barrier_lines())
+            met |= lines
+            needed |= {line for line in lines - needed if is_missed(shim, batch, clean, line)}
+    assert len(met) >= 5
+    assert met == needed, f"lines whose barrier was not missed: {sorted(met - needed)}"
 
 
-def test_a_row_beyond_4_gib_of_features_is_found(parts):
-    assert parts.load_far_row() == 1.0
+def is_missed(shim, batch: Batch, clean: tuple[Tensor, Tensor], line: int) -> bool:
+    for order in (0, 1):
+        shim.configure(order, line)
+        try:
+            if not all(map(torch.equal, clean, batch.run("cuda"))):
+                return True
+        except RuntimeError:
+            return True
+    return False
 
 
-def test_a_sum_of_ten_million_terms_is_exact_to_its_last_places(parts):
-    term, n = ctypes.c_float(0.1).value, 10_000_000
-    assert abs(parts.sum_of_equal_terms(term, n) - n * term) <= 2**-22 * n * term
+@pytest.mark.parametrize("name", ["x", "q", "scale", "y", "p", "w", "sums", "loss", "stats", "G"])
+def test_an_access_outside_a_buffer_is_caught(shim, name):
+    batch = make_batch(130, 40)
+    shim.shortened = {name: 8 if name in ("q", "G") else 1}
+    with pytest.raises(RuntimeError, match="outside a buffer"):
+        batch.run("cuda")
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
+    if (reason := cuda_shim.missing_tool()) is not None:
+        pytest.skip(reason)
     sources = [cuda_shim.SIMT / "planted.cu", cuda_shim.SIMT / "simt.cpp"]
     library = ctypes.CDLL(
         str(cuda_shim.compile_for_host(tmp_path_factory.mktemp("planted"), "planted", sources))

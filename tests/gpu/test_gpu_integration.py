@@ -70,8 +70,8 @@ def test_opcheck_of_both_operators(backend: str, preset: str, temperature: float
     settings = Settings(1.0, temperature, 0.01, resolve_variant(preset))
     tail = (None, None, None, 0, *settings.scalars, backend)
     forward = torch.ops.conr_kernels.forward
-    torch.library.opcheck(forward.default, (x.clone().requires_grad_(), y, p, w, *tail))
-    _, stats, layout = forward(x, y, p, w, *tail)
+    torch.library.opcheck(forward.default, (x.clone().requires_grad_(), y, p, w, None, *tail))
+    _, stats, layout = forward(x, y, p, w, None, *tail)
     rows = (stats, None, layout, x, y, p, *tail)
     torch.library.opcheck(torch.ops.conr_kernels.backward.default, rows)
 

@@ -73,6 +73,26 @@ def guarded_allocations():
             assert intact.all(), "a kernel wrote outside its buffer"
 
 
+@contextlib.contextmanager
+def forced(regime: str):
+    """The kernels of the regime at any size, with guarded buffers.
+
+    "groups": sweeps whose wide backward kernel walks over anchor tiles and groups.
+    """
+    pairs = call.DENSE_PAIRS if "dense" in regime else -1
+    keys, n_programs = (1, 1) if regime == "groups" else (launch_sweeps.WIDE_KEYS, 132)
+    chunks = 0 if regime == "dense-split" else launch_dense.DENSE_CHUNKS
+    with (
+        mock.patch.object(call, "DENSE_PAIRS", pairs),
+        mock.patch.object(launch_dense, "DENSE_CHUNKS", chunks),
+        mock.patch.object(launch_dense, "DENSE_PART", 1 if chunks == 0 else 4),
+        mock.patch.object(launch_sweeps, "WIDE_KEYS", keys),
+        mock.patch.object(launch_sweeps, "processors", lambda device: n_programs),
+        guarded_allocations(),
+    ):
+        yield
+
+
 @dataclass(frozen=True)
 class Case:
     N: int
@@ -141,26 +161,13 @@ class Case:
         return loss.detach(), features.grad
 
     def run_triton(self, given: dict) -> tuple[Tensor, Tensor]:
-        """Regime "groups": sweeps whose wide backward kernel walks over anchor tiles and groups."""
-        pairs = call.DENSE_PAIRS if "dense" in self.regime else -1
-        keys, n_programs = (1, 1) if self.regime == "groups" else (launch_sweeps.WIDE_KEYS, 132)
-        chunks = 0 if self.regime == "dense-split" else launch_dense.DENSE_CHUNKS
-        with (
-            mock.patch.object(call, "DENSE_PAIRS", pairs),
-            mock.patch.object(launch_dense, "DENSE_CHUNKS", chunks),
-            mock.patch.object(launch_dense, "DENSE_PART", 1 if chunks == 0 else 4),
-            mock.patch.object(launch_sweeps, "WIDE_KEYS", keys),
-            mock.patch.object(launch_sweeps, "processors", lambda device: n_programs),
-            guarded_allocations(),
-        ):
+        with forced(self.regime):
             return self.run("triton", self.dtype, given)
 
 
 F64, F16, BF16 = torch.float64, torch.float16, torch.bfloat16
 INSIDE_COUNTED = Variant("inside", "exponential", "all", True, True, True)
 CASES = [
-    *(Case(65, 33, v) for v in PRESETS),
-    *(Case(31, 33, v, regime="dense") for v in PRESETS),
     *(Case(N, D) for N, D in ((1, 1), (2, 2), (31, 1), (33, 31), (127, 33), (33, 127), (129, 16))),
     *(
         Case(N, D, regime="dense")
@@ -191,8 +198,7 @@ CASES = [
         ("paper", "released-depth"), (0.005, 0.04), ("sweeps", "dense"))),
     *(Case(50, 16, v, weights=w) for v, w in itertools.product(
         ("paper", "released-age"), ("zeros", "huge", "none"))),
-    *(Case(50, 16, "paper", push_scale=e, regime=r)
-      for e, r in itertools.product((-0.002, 0.0), ("sweeps", "dense"))),
+    *(Case(50, 16, "paper", push_scale=0.0, regime=r) for r in ("sweeps", "dense")),
     *(Case(50, 16, INSIDE_COUNTED, push_scale=-0.5, regime=r) for r in ("sweeps", "dense")),
     *(Case(40, 40, v, F64, regime=r) for v, r in itertools.product(
         ("paper", "released-age"), ("sweeps", "dense"))),

@@ -275,6 +275,26 @@ def test_forms_of_labels_and_weights_that_mean_the_same(monkeypatch, regime):
     assert not same_bits(values, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_labels_of_16_bits_are_compared_in_32(monkeypatch, regime, dtype):
+    """Fractions of which some differences round to the window in 16 bits, from above it."""
+    backend = force(monkeypatch, regime)
+    x, _, _, w = make_batch(65).values()
+    g = torch.Generator().manual_seed(0)
+    y, p = ((torch.rand(65, generator=g) / 64 + torch.arange(65) % 2 / 4).to(dtype) for _ in "yp")
+    p[::5] += 9
+    y[::3] += 9
+    keys = (x[:20], y[:20], p[:20])
+    wide = tuple(t.float() for t in keys)
+    decided = [(t[:, None] - t).abs() <= 0.25 for t in (y, y.float())]
+    assert not torch.equal(*decided), "no pair is decided otherwise"
+    options = dict(window=0.25, backend=backend)
+    expected = value_and_gradient(x, y.float(), p.float(), w, keys=wide, **options)
+    for of_y, of_p, of_keys in ((y, p, keys), (y.float(), p, keys), (y, p.float(), wide)):
+        assert same_bits(value_and_gradient(x, of_y, of_p, w, keys=of_keys, **options), expected)
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_scalar_weight_keeps_the_features_precision_and_range(backend):
     batch = make_batch(65, dtype=torch.float64)

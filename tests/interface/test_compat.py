@@ -122,7 +122,7 @@ def test_depth_drop_in_equals_the_published_formula_on_row_means(seed):
 
 def test_depth_drop_in_takes_any_rank_and_dtype():
     names = ["feature", "depth", "output", "weights", "w", "t", "e"]
-    assert list(inspect.signature(ConR_depth).parameters) == names
+    assert list(inspect.signature(ConR_depth).parameters) == [*names, "mask"]  # that by name alone
     x, y, p, w = (t.detach().float() for t in two_view_batch(15, 6, 0, step=0.2))
     expected = ConR_depth(x, y, p, w)
     assert expected > 0 and expected.dtype == torch.float32

@@ -51,9 +51,9 @@ def test_opcheck_of_both_operators(
     scalars = (0, *settings.scalars, backend)
     for features in (x, x.clone().requires_grad_()):
         torch.library.opcheck(
-            torch.ops.conr_kernels.forward.default, (features, y, p, w, *keys, *scalars)
+            torch.ops.conr_kernels.forward.default, (features, y, p, w, *keys, None, *scalars)
         )
-    _, stats, layout = torch.ops.conr_kernels.forward(x, y, p, w, *keys, *scalars)
+    _, stats, layout = torch.ops.conr_kernels.forward(x, y, p, w, *keys, None, *scalars)
     coef_j = None
     if n_keys:
         coef_j = torch.cat([stats, stats.new_zeros(n_keys, stats.shape[1])])

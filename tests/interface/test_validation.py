@@ -117,6 +117,19 @@ VALUE_ERRORS = [
         (dict(push_scale=value), f"push_scale must be finite, got {value}")
         for value in (nan, inf, -inf)
     ),
+    *(
+        (
+            dict(push_scale=-0.5, variant=variant),
+            f"push_scale must be ≥ 0 unless … 'exponential', got -0.5 with pushing={pushing!r}",
+        )
+        for variant, pushing in (
+            ("paper", "linear"),
+            ("no-weight", "distance"),
+            ("no-similarity", "weight"),
+            ("no-pushing", "none"),
+            (Variant("inside", unit_terms=True), "linear"),
+        )
+    ),
     (dict(reduction="avg"), "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
     (dict(reduction=None), "reduction must be one of 'mean', 'sum', 'none', got None"),
     (dict(distance="l2"), "distance must be one of 'mae', 'rmse', got 'l2'"),
@@ -157,6 +170,18 @@ def test_a_bool_is_refused_behind_the_number_that_it_equals():
 def gist(message: str) -> str:
     """A pattern for the message, in which ``…`` stands for any text."""
     return ".*".join(map(re.escape, message.split("…")))
+
+
+def test_a_negative_push_scale_is_for_exponential_pushing():
+    for backend in BACKENDS:
+        loss = conr_loss(
+            **arguments(predictions=torch.zeros(N)), window=1, push_scale=-0.5,
+            variant="released-age", backend=backend,
+        )  # fmt: skip
+        assert loss.isfinite() and loss > 0
+    with pytest.raises(ValueError, match="push_scale must be ≥ 0 unless .* got -1"):
+        ConRLoss(push_scale=-1)
+    assert ConRLoss(push_scale=-1, variant="released-age").push_scale == -1
 
 
 def test_an_unknown_backend_lists_the_legal_ones():

@@ -306,7 +306,7 @@ def test_gradient_cache_takes_predictions_that_are_classes() -> None:
 
 def run_script(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "benchmarks.train_large_batch", *arguments]
+    command = [sys.executable, *launcher, "-m", "benchmarks.examples.train_large_batch", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
     )

@@ -26,8 +26,8 @@ SOURCES = ("conr_kernels", "csrc", "benchmarks", "tests/helpers")
 COPIED = (*SOURCES[:3], "tests", "pyproject.toml", "setup.py", "README.md", "Makefile")
 #: A run may take this many times what the same tests take without a fault, and at least (seconds).
 PATIENCE, LEAST_LIMIT = 10.0, 120.0
-#: Tests that only this variable makes run, in a process that has it from its start.
-INTERPRETED = "tests/helpers/triton_interpreted.py"
+#: Tests that TRITON_INTERPRET=1 makes run, in a process that has it from its start.
+INTERPRETED = "tests/helpers/triton_"
 
 
 @dataclass(frozen=True)

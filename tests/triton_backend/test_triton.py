@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import compiled
+from benchmarks.static import compiled
 from conr_kernels import conr_loss, triton_backend
 from conr_kernels.triton_backend.call import largest_total
 from conr_kernels.triton_backend.configs import ARCHITECTURES, TABLE, config
@@ -39,6 +39,7 @@ def test_interpreted_kernels_agree_with_the_float64_reference() -> None:
             "-m",
             "pytest",
             "tests/helpers/triton_interpreted.py",
+            "tests/helpers/triton_structured.py",
             "-q",
             "--tb=short",
             "-p",

@@ -1,7 +1,7 @@
 """Trains a regression with ConR on a batch beyond the encoder's memory: CPU, one GPU or several.
 
-    python -m benchmarks.train_large_batch --rows 16384 --chunk 512
-    torchrun --nproc-per-node 8 -m benchmarks.train_large_batch --rows 65536 --chunk 1024
+    python -m benchmarks.examples.train_large_batch --rows 16384 --chunk 512
+    torchrun --nproc-per-node 8 -m benchmarks.examples.train_large_batch --rows 65536 --chunk 1024
 
 ``--rows`` is the batch of all processes together, over which the ConR loss is exact. The data are
 made up: a skewed label and inputs that depend on it. Prints loss and time of every step, and by how

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .providers import F32, Size
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+from conr_kernels.triton_backend import call, configs
+from conr_kernels.triton_backend.configs import Config
+
+from .providers import BF16, F32, Size
 
 Tile = tuple[int, int, int, int, int]
 #: BLOCK_I, BLOCK_J, BLOCK_D (0: the bucket), num_warps, num_stages; by kind, and by whether
@@ -78,3 +87,55 @@ ITEMS = [
     ("forward", Size(16_384, 64, F32), "highest"),
     ("backward", Size(16_384, 64, F32), "highest"),
 ]
+
+
+def kind_of(kernel: str) -> str | None:
+    """The kind of the table's entry that a kernel is launched with."""
+    if "feature_gradient" in kernel:
+        return "dense backward"
+    if any(part in kernel for part in ("dense", "gram", "pair_gradient")):
+        return "dense"
+    return next((kind for kind in ("wide", "forward", "backward") if kind in kernel), None)
+
+
+@contextlib.contextmanager
+def precision(how: str) -> Iterator[None]:
+    saved = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(how)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(saved)
+
+
+@contextlib.contextmanager
+def tried(kind: str, tile: Tile, bucket: int) -> Iterator[None]:
+    """The backend takes this tile for kernels of the kind."""
+    plain = call.config
+    block_i, block_j, block_d, num_warps, num_stages = tile
+    config = Config(block_i, block_j, block_d or bucket, num_warps, num_stages)
+
+    def lookup(name: str, *key: object) -> Config:
+        return config if name == kind else plain(name, *key)
+
+    with mock.patch.object(call, "config", lookup):
+        yield
+
+
+def item_candidates(kind: str, size: Size, how: str) -> tuple[list[Tile], int]:
+    with precision(how):
+        arithmetic = call.arithmetic(size.dtype)
+    bucket = configs.bucket(size.D, arithmetic)
+    name = "forward chunks" if kind == "forward" and bucket == 0 else kind
+    tiles = CANDIDATES[name, size.dtype == BF16]
+    if kind.startswith("dense"):
+        # The two kinds hand each other sums over tiles of one width.
+        width = configs.config(kind, 90, bucket, arithmetic).BLOCK_J
+        tiles = [tile for tile in tiles if tile[1] == width]
+    return tiles, bucket
+
+
+def warm_call(kind: str, size: Size, how: str, tile: Tile, bucket: int) -> tuple:
+    """The call as warm takes it."""
+    call = dict(N=size.N, D=size.D, dtype=size.dtype, precision=how, tried=(kind, tile, bucket))
+    return tuple(call.items())

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from conr_kernels.triton_backend import call
 
-from ..batches import Batch
-from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW
+from ...batches import Batch
+from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW
 
 ROW_PAD = 128
 #: √(log₂e/τ), the factor of both unit rows of a product.

@@ -6,10 +6,9 @@ prints the tables of ``configs.py`` with the entries that were faster put first.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend import configs as triton_configs
-from conr_kernels.triton_backend.configs import Config
+from conr_kernels.triton_backend.sweeps import conr_forward_positives_kernel
 
-from . import device
-from .candidates import CANDIDATES, ITEMS, Tile
-from .providers import BF16, PROVIDERS, Size, provider
-from .rows import TABLE, Stage
+from .. import device
+from ..rows import TABLE, Stage
+from . import warm
+from .candidates import ITEMS, Tile, item_candidates, kind_of, precision, tried, warm_call
+from .providers import PROVIDERS, Size, provider
 
-CONSTANTS = {"WIDE_GROUP": (4, 8, 16), "WIDE_PROGRAMS": (132, 264, 528)}
 CROSSOVER = (512, 768, 1024, 1536, 2048)
 TABLES = {
     "_HALVES": "bfloat16",
@@ -36,43 +35,8 @@ TABLES = {
 GAIN = 0.97
 
 
-def kind_of(kernel: str) -> str | None:
-    """The kind of the table's entry that a kernel is launched with."""
-    if "feature_gradient" in kernel and "dense backward" in triton_configs.KINDS:
-        return "dense backward"
-    if any(part in kernel for part in ("dense", "gram", "pair_gradient", "feature_gradient")):
-        return "dense"
-    return next((kind for kind in ("wide", "forward", "backward") if kind in kernel), None)
-
-
-@contextlib.contextmanager
-def precision(how: str) -> Iterator[None]:
-    saved = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(how)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(saved)
-
-
-@contextlib.contextmanager
-def tried(kind: str, tile: Tile, bucket: int) -> Iterator[None]:
-    """The backend takes this tile for kernels of the kind."""
-    plain = call.config
-    block_i, block_j, block_d, num_warps, num_stages = tile
-    config = Config(block_i, block_j, block_d or bucket, num_warps, num_stages)
-
-    def lookup(name: str, *key: object) -> Config:
-        return config if name == kind else plain(name, *key)
-
-    with mock.patch.object(call, "config", lookup):
-        yield
-
-
 def kernel_seconds(run: Callable[[], object], kind: str, repeats: int = 5) -> float:
     """Median over steps of the time of all launches of one kind; of all where none has its name."""
-    from conr_kernels.triton_backend.sweeps import conr_forward_positives_kernel
-
     launcher = type(conr_forward_positives_kernel)
     plain = launcher.run
     found: list[tuple[str | None, device.Stopwatch]] = []
@@ -101,40 +65,14 @@ def graph_seconds(run: Callable[[], object]) -> float:
     return device.seconds({"step": device.graph(run)[0]}, 7, 20)["step"]
 
 
-def item_candidates(kind: str, size: Size, how: str) -> tuple[list[Tile], int]:
-    with precision(how):
-        arithmetic = call.arithmetic(size.dtype)
-    bucket = triton_configs.bucket(size.D, arithmetic)
-    name = "forward chunks" if kind == "forward" and bucket == 0 else kind
-    tiles = CANDIDATES[name, size.dtype == BF16]
-    if kind.startswith("dense") and "dense backward" in triton_configs.KINDS:
-        # The two kinds hand each other sums over tiles of one width.
-        width = triton_configs.config(kind, 90, bucket, arithmetic).BLOCK_J
-        tiles = [tile for tile in tiles if tile[1] == width]
-    return tiles, bucket
-
-
-def items() -> list[tuple[str, Size, str]]:
-    """Those whose kind the table has."""
-    return [item for item in ITEMS if item[0] in triton_configs.KINDS]
-
-
-def warm_call(kind: str, size: Size, how: str, tile: Tile, bucket: int) -> tuple:
-    """The call as warm takes it."""
-    call = dict(N=size.N, D=size.D, dtype=size.dtype, precision=how, tried=(kind, tile, bucket))
-    return tuple(call.items())
-
-
 def precompile(stage: Stage) -> None:
     """All candidates of all items, in many processes, for at most half of the time."""
-    from . import warm
-
     if device.REHEARSAL:  # the interpreter compiles nothing
         return
     major, minor = torch.cuda.get_device_capability()
     calls = [
         warm_call(kind, size, how, tile, bucket)
-        for kind, size, how in items()
+        for kind, size, how in ITEMS
         for tiles, bucket in [item_candidates(kind, size, how)]
         for tile in tiles
     ]
@@ -210,21 +148,6 @@ def one_item(stage: Stage, proposals: Proposals, kind: str, size: Size, how: str
         proposals.add(kind, arithmetic, bucket, best_tile, note)
 
 
-def constants(stage: Stage) -> None:
-    """Module constants of the backend that have no column in the table, as far as it has them."""
-    size = Size(16_384, 2048)
-    run = functools.partial(provider("triton").step, size.batch())
-    for name, values in CONSTANTS.items():
-        if not hasattr(call, name):
-            continue
-        for value in values[:1] if device.REHEARSAL else values:
-            with mock.patch.object(call, name, value):
-                run()
-                t = kernel_seconds(run, "wide")
-            stage.add("time", t, provider="triton", mode="wide kernels", **size.row(),
-                      note=f"{name} = {value}")  # fmt: skip
-
-
 def crossover(stage: Stage) -> None:
     """Every pair without a sort, and the sweeps, as graphs: where DENSE_PAIRS should lie."""
     for n in CROSSOVER[:1] if device.REHEARSAL else CROSSOVER:
@@ -244,18 +167,15 @@ def tune(stage: Stage) -> int:
     precompile(stage)
     cases: dict[str, Callable[[], None]] = {
         f"{kind} {size} {how}": functools.partial(one_item, stage, proposals, kind, size, how)
-        for kind, size, how in items()
-    }
-    extra = {
-        "crossover": functools.partial(crossover, stage),
-        "constants": functools.partial(constants, stage),
+        for kind, size, how in ITEMS
     }
     names = list(cases)
-    cases = {name: cases[name] for name in names[:6]} | extra | {n: cases[n] for n in names[6:]}
     if device.REHEARSAL:
-        kinds = [kind for kind, *_ in items()]
-        some = [names[kinds.index(kind)] for kind in ("backward", "dense")]
-        cases = {name: cases[name] for name in (*some, *extra)}
+        kinds = [kind for kind, *_ in ITEMS]
+        names = [names[kinds.index(kind)] for kind in ("backward", "dense")]
+    first, rest = names[:6], names[6:]
+    extra = {"crossover": functools.partial(crossover, stage)}
+    cases = {n: cases[n] for n in first} | extra | {n: cases[n] for n in rest}
     status = stage.run(cases)
     where = call.architecture(torch.device(device.DEVICE))
     for line in proposals.text(where).split("\n"):

@@ -12,10 +12,10 @@ from torch import Tensor
 from conr_kernels import reference
 from conr_kernels.variants import Settings, resolve_variant
 
-from ..batches import Batch, make_batch
-from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
-from . import device
-from .rows import Stage
+from ...batches import Batch, make_batch
+from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
+from .. import device
+from ..rows import Stage
 
 #: Kinds of predictions by their names in the rows.
 REGIMES = {"7 years off": "agedb", "converged": "converged", "collapsed": "constant"}
@@ -58,12 +58,6 @@ def dense_losses(batch: Batch, reduction: str) -> Tensor:
     return dense_losses(batch, reduction)
 
 
-def flex_losses(batch: Batch, reduction: str) -> Tensor:
-    from .flex import flex_losses
-
-    return flex_losses(batch, reduction)
-
-
 @functools.cache
 def _compiled_eager() -> Callable[[Batch, str], Tensor]:
     def losses(x: Tensor, y: Tensor, p: Tensor, w: Tensor, reduction: str) -> Tensor:
@@ -85,7 +79,6 @@ PROVIDERS = {
         Provider("eager", eager_losses, 40, 2**15),
         Provider("compiled eager", compiled_eager_losses, 40, 2**15),
         Provider("dense fused", dense_losses, 0, 2**18),
-        Provider("FlexAttention", flex_losses, 0, 2**16),
     )
 }
 
@@ -124,12 +117,10 @@ def is_correct(stage: Stage, size: Size, name: str, batch: Batch) -> bool:
     g, exact_losses, exact_gradient = _truth(size)
     S = len(g)
     losses = provider(name).row_losses(batch)
-    errors = [_error(losses[:S], exact_losses)]
-    if losses.requires_grad:  # but FlexAttention in a rehearsal
-        (gradient,) = torch.autograd.grad((losses[:S] * g.to(losses.dtype)).sum(), batch.x)
-        errors.append(_error(gradient[:S], exact_gradient[:S]))
-        if len(gradient) > S:
-            errors.append(_error(gradient[S:], exact_gradient[S:]))
+    (gradient,) = torch.autograd.grad((losses[:S] * g.to(losses.dtype)).sum(), batch.x)
+    errors = [_error(losses[:S], exact_losses), _error(gradient[:S], exact_gradient[:S])]
+    if len(gradient) > S:
+        errors.append(_error(gradient[S:], exact_gradient[S:]))
     is_ours = name in ("triton", "cuda")
     limits = LIMITS[size.dtype] if is_ours else COMPARATOR_LIMITS[size.dtype]
     is_right = all(
@@ -137,7 +128,7 @@ def is_correct(stage: Stage, size: Size, name: str, batch: Batch) -> bool:
     )
     row = dict(provider=name, mode="forward+backward", **size.row())
     stage.add("loss error", errors[0], **row)
-    stage.add("gradient error", max(errors[1:], default=0.0), **row)
+    stage.add("gradient error", max(errors[1:]), **row)
     if not is_right:
         stage.add("wrong", 1, **row, note=f"errors {errors}, limits {limits}: not timed")
     return is_right

@@ -22,10 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from .. import compiled
-from ..compiled import Launch
-from . import dense, device
-from .rows import Stage
+from ...static import compiled
+from ...static.compiled import Launch
+from .. import device
+from ..rows import Stage
+from . import candidates, dense
+from .providers import BF16, F32
 
 #: One call: ``recorded_launches``'s arguments by name, maybe with a tile that is tried; or a dense
 #: comparator's kind and width.
@@ -62,8 +64,6 @@ def calls() -> list[Call]:
     """Every call whose kernels the tests and the stages use, the most used first."""
     from tests.gpu import test_gpu
 
-    from .providers import BF16, F32
-
     found: list[dict[str, object]] = []
     for d in (128, 512, 2048, 64, 256):
         for dtype in (BF16, F32):
@@ -90,12 +90,10 @@ def calls() -> list[Call]:
 def launches(call: Call, architecture: int) -> list[Launch]:
     options = dict(call)
     if "tried" in options:
-        from . import tune
-
         kind, *_ = chosen = options.pop("tried")
-        with tune.tried(*chosen):
+        with candidates.tried(*chosen):
             found = compiled.recorded_launches(architecture=architecture, **options)
-        return [launch for launch in found if tune.kind_of(launch.name) == kind]
+        return [launch for launch in found if candidates.kind_of(launch.name) == kind]
     if "kind" not in options:
         return compiled.recorded_launches(architecture=architecture, **options)
     width, kind = options["width"], options["kind"]
@@ -158,9 +156,7 @@ def compile_one(call: Call, index: int, architecture: int) -> str:
 
 
 def compile_all(
-    work: list[tuple[Call, int]],
-    architecture: int,
-    left: Callable[[], float],
+    work: list[tuple[Call, int]], architecture: int, left: Callable[[], float]
 ) -> tuple[int, list[str]]:
     """How many kernels were compiled before the time was up, and what went wrong."""
     n_processes = max(1, min(14, (os.cpu_count() or 2) - 1))

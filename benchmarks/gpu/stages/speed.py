@@ -12,13 +12,14 @@ from conr_kernels import available_backends
 from conr_kernels.core.sweep import bands
 from conr_kernels.triton_backend import call
 
-from ..batches import Batch
-from ..providers import WINDOW, product
-from . import device
+from ...batches import Batch
+from ...providers import WINDOW, product
+from .. import device
+from ..rows import Stage
+from . import packages
 from .providers import BF16, COLLAPSED, F32, PRODUCT, REGIMES, Size, fits, is_correct, provider
-from .rows import Stage
 
-BOTH = "forward+backward"
+BOTH, GRAPH = "forward+backward", "cuda graph"
 SMALL = (128, 256, 512)
 RATE_SIZE = 8192
 
@@ -31,9 +32,10 @@ def measure(
     repeats: int = 9,
     steps: int = 1,
     prepare: Callable[[Batch], None] | None = None,
-    with_graph: bool = False,
 ) -> None:
-    """Time and peak extra memory of the providers that are right there, in turns."""
+    """Peak extra memory, time of steps in a row and, as a CUDA graph, their time on the device
+    alone, of the providers that are right there, in turns.
+    """
     batch = size.batch()
     if prepare is not None:
         tried(stage, size, "dense fused", functools.partial(prepare, batch))
@@ -41,13 +43,13 @@ def measure(
     for name in names:
         if name == PRODUCT:
             runs[name] = product(batch)
+        elif name in packages.MODULES:
+            if run := other_package(stage, size, name, batch):
+                runs[name] = run
         elif not fits(size, name):
             stage.add("not run", 1, provider=name, note="N×N does not fit", **size.row())
         elif tried(stage, size, name, functools.partial(is_correct, stage, size, name, batch)):
-            of = provider(name)
-            # FlexAttention has no gradient on the CPU of a rehearsal.
-            is_forward = device.REHEARSAL and name == "FlexAttention"
-            runs[name] = functools.partial(of.loss if is_forward else of.step, batch)
+            runs[name] = functools.partial(provider(name).step, batch)
     for name in list(runs):
         row = dict(provider=name, mode="forward" if name == PRODUCT else BOTH, **size.row())
         peak = tried(stage, size, name, functools.partial(device.extra_bytes, runs[name]))
@@ -56,18 +58,30 @@ def measure(
             continue
         stage.add("memory", peak, **row)
         device.free_memory()
-    _time(stage, size, runs, BOTH, repeats, steps)
-    if with_graph:
-        graphs = {name: device.graph(run)[0] for name, run in runs.items() if name != PRODUCT}
-        _time(stage, size, graphs, "cuda graph", repeats, steps)
-
-
-def _time(stage: Stage, size: Size, runs: dict, mode: str, repeats: int, steps: int) -> None:
     if not runs:
         return
     for name, t in device.seconds(runs, repeats, steps).items():
-        of = "forward" if name == PRODUCT else mode
-        stage.add("time", t, provider=name, mode=of, note=f"median of {repeats}", **size.row())
+        mode = "forward" if name == PRODUCT else BOTH
+        stage.add("time", t, provider=name, mode=mode, note=f"median of {repeats}", **size.row())
+    for name, run in runs.items():  # one at a time: each keeps the memory of a whole step
+        graph = tried(stage, size, name, functools.partial(device.graph, run))
+        if graph is not None:
+            t = device.seconds({name: graph[0]}, repeats, steps)[name]
+            stage.add("time", t, provider=name, mode=GRAPH, note=f"median of {repeats}",
+                      **size.row())  # fmt: skip
+        del graph
+        device.free_memory()
+
+
+def other_package(stage: Stage, size: Size, name: str, batch: Batch) -> Callable[[], object] | None:
+    """Its step; None, with the reason printed, where it cannot be imported."""
+    if device.REHEARSAL:  # eager stands in for what needs a GPU
+        return functools.partial(provider("eager").step, batch)
+    if reason := packages.reason_against(name):
+        print(f"{name} is not timed: {reason}", flush=True)
+        stage.add("not run", 1, provider=name, note=reason[:300], **size.row())
+        return None
+    return packages.step(name, batch)
 
 
 def tried(stage: Stage, size: Size, name: str, function: Callable[[], object]) -> object:
@@ -173,7 +187,7 @@ def speed(stage: Stage) -> int:
     }
     for n in SMALL:
         cases[f"N={n} D=128"] = functools.partial(
-            run, Size(n), ["triton", "eager"], repeats=15, steps=20, with_graph=True
+            run, Size(n), ["triton", "eager"], repeats=15, steps=20
         )
     for d in (128, 512):
         size = Size(65_536, d, regime=COLLAPSED)
@@ -188,37 +202,30 @@ def speed(stage: Stage) -> int:
     return stage.run(cases)
 
 
-COMPILED = [("FlexAttention", 16_384), ("FlexAttention", 65_536), ("compiled eager", 16_384)]
+COMPILED = Size(16_384)
 
 
 def inductor(stage: Stage) -> int:
-    """Fills inductor's cache for the comparators that it compiles; times nothing."""
+    """Fills inductor's cache for compiled eager; times nothing."""
 
-    def once(name: str, n: int) -> None:
-        of, batch = provider(name), Size(n).batch()
-        losses = of.row_losses(batch)
-        if losses.requires_grad:
-            losses.sum().backward()
+    def once() -> None:
+        of, batch = provider("compiled eager"), COMPILED.batch()
+        of.row_losses(batch).sum().backward()
         of.loss(batch)
         device.synchronize()
 
-    return stage.run({f"{name} {n}": functools.partial(once, name, n) for name, n in COMPILED})
+    return stage.run({"compiled eager": once})
 
 
 def compare(stage: Stage) -> int:
-    """Dense fused kernels, FlexAttention and compiled eager on the same pairs."""
+    """Dense fused kernels, ours for this loss and others' for theirs, and compiled eager."""
     run = functools.partial(measure, stage)
-    dense = functools.partial(run, prepare=choose_dense)
-    return stage.run(
-        {
-            "dense 65536": lambda: dense(Size(65_536), ["triton", "dense fused"]),
-            "dense 16384": lambda: dense(Size(16_384), ["triton", "dense fused"]),
-            **{
-                f"{name} {n}": functools.partial(run, Size(n), ["triton", name], repeats=5)
-                for name, n in COMPILED
-            },
-        }
-    )
+    cases: dict[str, Callable[[], None]] = {}
+    for n in (16_384, 65_536):
+        names = ["triton", "dense fused", *packages.MODULES]
+        cases[f"dense {n}"] = functools.partial(run, Size(n), names, prepare=choose_dense)
+    cases["compiled eager"] = functools.partial(run, COMPILED, ["triton", "compiled eager"])
+    return stage.run(cases)
 
 
 def cuda(stage: Stage) -> int:

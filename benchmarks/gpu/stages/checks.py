@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import torch
 
 from conr_kernels import available_backends, conr_loss
 
-from . import device
+from ...rows import ROOT
+from .. import device
+from ..rows import Stage
 from .providers import BF16, F32
-from .rows import Stage
 
-ROOT = Path(__file__).parents[2]
 #: compute-sanitizer's exit status where it found a fault, and the rows of text kept of its report.
 FAULT, REPORT_LINES = 9, 60
 RAN = "ran every regime"
@@ -38,7 +39,7 @@ def build(stage: Stage, architecture: str) -> int:
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )  # fmt: skip
-        status, output = ended(run, stage.left())
+        status, output = stage.output_of(run)
         print(output[-6000:], flush=True)
         if status == 0:
             stage.add("wall seconds", time.monotonic() - start, provider="cuda", note=f"by {way}")
@@ -130,7 +131,7 @@ def sanitize(stage: Stage) -> int:
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         running[name] = start()
-    outcomes = {name: _outcome(process, stage.left()) for name, process in running.items()}
+    outcomes = {name: _outcome(stage, process) for name, process in running.items()}
     is_caught = outcomes.pop("planted fault")[0] == FAULT
     stage.add("caught" if is_caught else "not run", 1, case="planted fault")
     for name, (code, has_run) in outcomes.items():
@@ -140,26 +141,20 @@ def sanitize(stage: Stage) -> int:
             metric, note = "failed", "faults: see the log"
         elif code == 0 and has_run:
             metric, note = "clean", ""
+        elif code == 1:
+            metric, note = "failed", "the program itself: see the log"
         else:
             metric, note = "not run", f"exit status {code}, {'' if has_run else 'not '}at its end"
         stage.add(metric, 1, provider=name.split()[0], case=name, note=note)
     return stage.status
 
 
-def ended(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
-    """Exit status and output; a process that takes longer is ended, what it printed remains."""
-    try:
-        output, _ = process.communicate(timeout=max(seconds, 1))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        output += "\ncut off: it took too long"
-    return process.returncode, output
-
-
-def _outcome(process: subprocess.Popen, seconds: float) -> tuple[int, bool]:
-    """Exit status, and whether the program came to its end; the end of its output is printed."""
-    status, output = ended(process, seconds)
+def _outcome(stage: Stage, process: subprocess.Popen) -> tuple[int, bool]:
+    """Exit status, and whether the program came to its end; the ends of its output are printed,
+    indented: its own rows, of a fault that is there on purpose too, are none of this stage.
+    """
+    status, output = stage.output_of(process)
     lines = output.strip().split("\n")
-    print("\n".join(lines[:REPORT_LINES] + lines[REPORT_LINES:][-10:]), flush=True)
+    kept = lines[:REPORT_LINES] + lines[REPORT_LINES:][-10:]
+    print(textwrap.indent("\n".join(kept), "    "), flush=True)
     return status, RAN in output

@@ -7,12 +7,11 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-AGES = Path(__file__).parent / "agedb_dir_train_ages.csv"
+from ..batches import AGES
 
 
 @functools.cache

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from conr_kernels import ConRLoss
 
-from ..batches import Batch, make_batch
-from ..providers import PUSH_SCALE, TEMPERATURE, WINDOW, eager_losses
-from . import device
-from .rows import Stage
+from ...batches import Batch, make_batch
+from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW, eager_losses
+from .. import device
+from ..rows import Stage
 
 BATCHES = (128, 1024, 16_384)
 N_INPUTS, WIDTH, N_FEATURES = 256, 512, 128

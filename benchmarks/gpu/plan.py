@@ -1,0 +1,79 @@
+"""The stages of ``make gpu``: what each does, when, how long it may take, and its command."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+#: Seconds of a whole run, of which the picture and the tables take the last, and the least that a
+#: stage is worth starting with.
+LIMIT, PICTURE, LEAST = 390.0, 10.0, 12.0
+#: What a stage keeps of its limit to end by itself, and tests at a time.
+MARGIN, TEST_PROCESSES = 8.0, 8
+INTEGRATION = ["tests/gpu/test_gpu_integration.py", "tests/interface/test_compile.py",
+               "tests/interface/test_training_modes.py"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, its seconds in a run of all stages, and those it runs side by side with."""
+
+    name: str
+    seconds: float
+    phase: int
+    what: str
+
+
+STAGES = [
+    Stage("warm", 55, 0, "compiles Triton kernels in many processes"),
+    Stage("inductor", 55, 0, "compiles eager with inductor"),
+    Stage("build", 55, 0, "builds csrc/ with nvcc"),
+    Stage("tests", 95, 1, "tests of the Triton backend"),
+    Stage("integration", 95, 1, "tests of the loss inside PyTorch"),
+    Stage("cuda-tests", 95, 1, "tests of the CUDA backend"),
+    Stage("sanitizer", 95, 1, "compute-sanitizer"),
+    Stage("speed", 60, 2, "what is claimed of the Triton backend's speed"),
+    Stage("compare", 35, 3, "dense fused kernels, ours and others', and compiled eager"),
+    Stage("cuda", 15, 4, "the CUDA backend's speed"),
+    Stage("train", 20, 5, "training steps"),
+    Stage("counters", 30, 6, "hardware counters of the kernels, by ncu"),
+    Stage("grid", 30, 7, "time over N"),
+    Stage("tune", 40, 8, "candidates for the static table"),
+]
+NAMES = [stage.name for stage in STAGES]
+
+
+def planned(names: list[str], limit: float) -> dict[int, float]:
+    """Seconds of each phase of these stages in their order: all shorter where the limit is."""
+    phases = {stage.phase: stage.seconds for stage in STAGES if stage.name in names}
+    share = min(1.0, limit / sum(phases.values()))
+    return {phase: share * seconds for phase, seconds in phases.items()}
+
+
+def pytest_command(files: list[str], n_processes: int, *options: str) -> list[str]:
+    """Every file's tests, the first twenty failures at the most, a line for each."""
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.pytest_rows", *files]
+    command += ["-q", "--maxfail=20", "--tb=short", "-p", "no:cacheprovider", *options]
+    if n_processes > 1 and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(n_processes)]
+    return command
+
+
+def command_of(stage: str) -> Callable[[float, list[str]], list[str]]:
+    """From the seconds a process has and the cases that are done to its command."""
+    tests = {
+        "tests": (["tests/gpu/test_gpu.py"], TEST_PROCESSES),
+        "cuda-tests": (["tests/cuda_backend/test_cuda_gpu.py"], 2),
+        "integration": (INTEGRATION, 3, "-k", "gpu_integration or cuda"),
+    }
+    if stage in tests:
+        return lambda seconds, done: pytest_command(*tests[stage])
+
+    def command(seconds: float, done: list[str]) -> list[str]:
+        left_out = [part for case in done for part in ("--done", case)]
+        given = ["--seconds", f"{max(seconds - MARGIN, 1):.0f}", *left_out]
+        return [sys.executable, "-m", "benchmarks.gpu.stage", stage, *given]
+
+    return command
