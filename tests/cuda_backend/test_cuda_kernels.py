@@ -286,3 +286,13 @@ def test_a_sum_of_ten_million_terms_is_exact_to_its_last_places(tmp_path):
     library.sum_of_equal_terms.argtypes = [ctypes.c_float, ctypes.c_int]
     term, n = ctypes.c_float(0.1).value, 10_000_000
     assert abs(library.sum_of_equal_terms(term, n) - n * term) <= 2**-22 * n * term
+
+
+def test_a_buffer_of_a_wrong_length_or_dtype_is_refused_by_name(shim):
+    labels, bounds = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
+    for lo, gist in (
+        (bounds[:3], "lo has 3 elements, not 4"),
+        (bounds.long(), "lo has a wrong dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=gist):
+            torch.ops.conr_kernels_cuda.bands(labels, labels, 1.0, lo, bounds, 0)
