@@ -145,15 +145,20 @@ def row_difference(provider: Provider, n: int, labels: str, device: str) -> floa
 
     Of the first rows of the batch, which are in random order, against all others.
     """
-    batch = make_batch(n, labels=labels, device=device)
     with torch.no_grad():
-        found = provider.row_losses(batch)[:SAMPLED_ROWS].cpu().double()
+        found = provider.row_losses(make_batch(n, labels=labels, device=device))
+        found = found[:SAMPLED_ROWS].cpu().double()
         batch = make_batch(n, labels=labels)
-        x, y, p, w = batch.x.double(), batch.y[:, None], batch.p[:, None], batch.w.double()
-        settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
-        rows = (t[:SAMPLED_ROWS] for t in (x, y, p, w))
-        exact = reference.row_losses(*rows, (x, y, p), 0, settings)
+        exact = exact_row_losses(batch.x.double(), batch)
     return ((found - exact).abs().max() / exact.abs().max()).item()
+
+
+def exact_row_losses(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of the first rows as anchors against all rows as keys, ``x`` [N, D] in float64."""
+    y, p, w = batch.y[:, None], batch.p[:, None], batch.w.double()
+    settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
+    rows = (t[:SAMPLED_ROWS] for t in (x, y, p, w))
+    return reference.row_losses(*rows, (x, y, p), 0, settings)
 
 
 def exact_rows_and_gradient(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

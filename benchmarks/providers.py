@@ -76,20 +76,10 @@ def eager_losses(batch: Batch, reduction: str, has_row_loop: bool = False) -> Te
 
 
 def package_losses(backend: str) -> Callable[[Batch, str], Tensor]:
-    def losses(batch: Batch, reduction: str) -> Tensor:
-        return conr_loss(
-            batch.x,
-            batch.y,
-            batch.p,
-            batch.w,
-            window=WINDOW,
-            temperature=TEMPERATURE,
-            push_scale=PUSH_SCALE,
-            reduction=reduction,
-            backend=backend,
-        )
-
-    return losses
+    options = dict(window=WINDOW, temperature=TEMPERATURE, push_scale=PUSH_SCALE, backend=backend)
+    return lambda batch, reduction: conr_loss(
+        batch.x, batch.y, batch.p, batch.w, reduction=reduction, **options
+    )
 
 
 def product(batch: Batch) -> Callable[[], Tensor]:

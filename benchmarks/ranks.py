@@ -33,21 +33,18 @@ STEPS = 3
 LARGER_PIECE = 31 * 2**20
 
 
-def step(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> tuple[float, ...]:
-    """When forward and backward ended by the machine's clock, and seconds of this process's
-    processor.
+def steps_of(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> list[tuple]:
+    """Steps in a row, as in training: when forward and backward ended by the machine's clock, and
+    seconds of this process's processor.
     """
-    x.grad = None
-    processor = time.process_time()
-    loss = conr_loss(x, *labels, group=group)
-    middle = time.perf_counter()
-    loss.backward()
-    return middle, time.perf_counter(), time.process_time() - processor
-
-
-def turn(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> list[tuple]:
-    """Steps in a row, as in training."""
-    return [step(x, labels, group) for _ in range(1 + STEPS)]
+    found = []
+    for _ in range(1 + STEPS):
+        x.grad, processor = None, time.process_time()
+        loss = conr_loss(x, *labels, group=group)
+        middle = time.perf_counter()
+        loss.backward()
+        found.append((middle, time.perf_counter(), time.process_time() - processor))
+    return found
 
 
 def of_all(steps: list[tuple]) -> list[tuple]:
@@ -83,11 +80,11 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
     for _ in trange(rounds, disable=rank > 0, unit="round"):
         dist.barrier()
         if rank == 0:
-            found["alone"] += durations(turn(batch.x, union, None))
+            found["alone"] += durations(steps_of(batch.x, union, None))
         dist.barrier()
-        found["as one"] += durations(of_all(turn(x, part, dist.group.WORLD)))
+        found["as one"] += durations(of_all(steps_of(x, part, dist.group.WORLD)))
         dist.barrier()
-        found["apart"] += durations(of_all(turn(batch.x, union, None)))
+        found["apart"] += durations(of_all(steps_of(batch.x, union, None)))
     if rank == 0:
         mean = batch.x.grad[mine] * n_ranks
         print(

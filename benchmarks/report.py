@@ -37,6 +37,15 @@ def ratio_text(value: float) -> str:
     return f"{value:,.2f}×" if value < 10 else f"{value:,.0f}×"
 
 
+def ratios(base: dict[str, float], metrics: dict[str, float]) -> list[str]:
+    """Eager's time and memory over a line's, where both say something."""
+    least = {"time": 0.0, "memory": SMALLEST_MEMORY}
+    return [
+        ratio_text(base[metric] / metrics[metric]) if base and metrics[metric] >= floor else ""
+        for metric, floor in least.items()
+    ]
+
+
 def table(rows: list[Row]) -> str:
     """One line per kernel, N and provider; ratios are eager's value over the line's."""
     lines = [
@@ -47,19 +56,14 @@ def table(rows: list[Row]) -> str:
     previous = None
     for (kernel, size, provider), metrics in cases.items():
         base = cases.get((kernel, size, BASELINE), {})
-        ratios = [
-            ratio_text(base[metric] / metrics[metric])
-            if provider not in (BASELINE, PRODUCT) and metric in base and metrics[metric] >= least
-            else ""
-            for metric, least in (("time", 0.0), ("memory", SMALLEST_MEMORY))
-        ]
+        speed, saving = ratios({} if provider in (BASELINE, PRODUCT) else base, metrics)
         if previous not in (None, (kernel, size)):
             lines.append("")
         previous = (kernel, size)
         difference = f"{metrics['difference']:.1e}" if "difference" in metrics else ""
         lines.append(
             f"{kernel:<25}{size:>7,}  {provider:<21}{seconds_text(metrics['time']):>11}"
-            f"{bytes_text(metrics['memory']):>12}{ratios[0]:>9}{ratios[1]:>9}{difference:>12}"
+            f"{bytes_text(metrics['memory']):>12}{speed:>9}{saving:>9}{difference:>12}"
         )
     return "\n".join(lines)
 
@@ -97,20 +101,13 @@ def markdown(rows: list[Row]) -> str:
     for (kernel, size, provider), metrics in cases.items():
         if not provider.startswith("conr_kernels"):
             continue
-        base = cases.get((kernel, size, BASELINE))
-        eager, ratios = ["", ""], ["", ""]
-        if base:
-            eager = [seconds_text(base["time"]), bytes_text(base["memory"])]
-            ratios = [
-                ratio_text(base["time"] / metrics["time"]),
-                ratio_text(base["memory"] / metrics["memory"])
-                if metrics["memory"] >= SMALLEST_MEMORY
-                else "",
-            ]
+        base = cases.get((kernel, size, BASELINE), {})
+        eager = [seconds_text(base["time"]), bytes_text(base["memory"])] if base else ["", ""]
         backend = provider.removeprefix("conr_kernels ").strip("()")
         ours = [f"{seconds_text(metrics['time'])} ({backend})", bytes_text(metrics["memory"])]
         label = kernel.removeprefix("conr paper, ").replace("constant p", "constant predictions")
-        lines.append("| " + " | ".join([f"{label}, {size:,}", *eager, *ours, *ratios]) + " |")
+        cells = [f"{label}, {size:,}", *eager, *ours, *ratios(base, metrics)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import torch
 from . import measure
 from .__main__ import CONSTANT_SIZE, SIZES
 from .batches import make_batch
-from .providers import Provider, providers
+from .providers import providers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = providers(DEVICE)
@@ -31,11 +31,14 @@ def correct() -> None:
         pytest.exit("nothing was timed: " + "; ".join(problems), returncode=1)
 
 
-def run(benchmark, provider: Provider, n: int, labels: str, direction: str) -> None:
+@pytest.mark.parametrize(("provider", "n", "labels"), CASES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_time(benchmark, provider, n, labels, direction):
     available = measure.memory_available(DEVICE)
     if n**2 * provider.pair_bytes > 0.9 * available:
         pytest.skip(f"needs about {n**2 * provider.pair_bytes:,} bytes, has {available:,}")
     batch = make_batch(n, labels=labels, device=DEVICE)
+    synchronize = torch.cuda.synchronize if DEVICE != "cpu" else lambda: None
 
     def forward() -> torch.Tensor:
         loss = provider.loss(batch)
@@ -54,18 +57,3 @@ def run(benchmark, provider: Provider, n: int, labels: str, direction: str) -> N
         benchmark.pedantic(
             backward, setup=lambda: ((forward(),), {}), rounds=rounds, warmup_rounds=n <= 4096
         )
-
-
-def synchronize() -> None:
-    if DEVICE != "cpu":
-        torch.cuda.synchronize()
-
-
-@pytest.mark.parametrize(("provider", "n", "labels"), CASES)
-def test_forward(benchmark, provider, n, labels):
-    run(benchmark, provider, n, labels, "forward")
-
-
-@pytest.mark.parametrize(("provider", "n", "labels"), CASES)
-def test_backward(benchmark, provider, n, labels):
-    run(benchmark, provider, n, labels, "backward")

@@ -6,17 +6,20 @@ from .compat import ConR, ConR_depth
 from .density import density_weights
 from .large_batch import MemoryBank, gradient_cache
 from .plan import available_backends
+from .statistics import ConRStatistics, conr_statistics
 from .variants import Variant
 
 __all__ = [
     "ConR",
     "ConRLoss",
+    "ConRStatistics",
     "ConR_depth",
     "MemoryBank",
     "Variant",
     "__version__",
     "available_backends",
     "conr_loss",
+    "conr_statistics",
     "density_weights",
     "gradient_cache",
 ]

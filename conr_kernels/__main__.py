@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 from dataclasses import dataclass
@@ -74,7 +75,17 @@ def _installed(name: str) -> str:
         return "not installed"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console may lack the letters of a message
+            stream.reconfigure(errors="backslashreplace")
+    parser = argparse.ArgumentParser(
+        prog="python -m conr_kernels",
+        description="What is installed, which backends work here and why the others do not, and a "
+        "self-test of each that does. Exit status 1 if one fails.",
+    )
+    parser.add_argument("--version", action="version", version=f"conr_kernels {__version__}")
+    parser.parse_args(arguments)
     print(f"conr_kernels {__version__}, torch {torch.__version__}, triton {_installed('triton')}")
     print(f"Python {platform.python_version()} on {platform.platform()}")
     devices = [torch.device("cpu")]

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import notices, validation
 from .batch import Keys, Options, loss, prepare, try_prepare
+from .large_batch.memory_bank import MemoryBank
+from .large_batch.ranks import find_group, group_name
 from .large_batch.union import union_loss
 from .variants import Variant
 
@@ -25,7 +28,7 @@ def conr_loss(
     distance: str = "mae",
     reduction: str = "mean",
     backend: str = "auto",
-    keys: tuple[Tensor, Tensor, Tensor] | None = None,
+    keys: Keys | MemoryBank | None = None,
     group: Any = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -62,9 +65,10 @@ def conr_loss(
             difference.
         reduction: ``"mean"`` over the N rows, ``"sum"``, or ``"none"``: the row losses [N].
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
-        keys: ``(features, targets, predictions)`` of further rows (a memory bank): positives and
-            negatives of the batch's rows, no anchors, no gradient.
-        group: a ``torch.distributed`` process group: the batch is the union of all ranks' rows
+        keys: ``(features, targets, predictions)`` of further rows, or a ``MemoryBank``: positives
+            and negatives of the batch's rows, no anchors, no gradient.
+        group: a ``torch.distributed`` process group, or ``"world"`` for the default one: the batch
+            is the union of all ranks' rows
             (any number on each, also none) and, with ``keys``, of all ranks' keys. ``"mean"`` and
             ``"sum"`` give the union's value on every rank, ``"none"`` this rank's rows. The
             gradient is the union's, for this rank's features, times the number of ranks:
@@ -97,13 +101,18 @@ def _loss(
     targets: Tensor,
     predictions: Tensor,
     weights: Tensor | float | None,
-    keys: Keys | None,
+    keys: Keys | MemoryBank | None,
     mask: Tensor | None,
     options: Options,
     group: Any,
 ) -> Tensor:
     if group is None:
-        return loss(prepare(features, targets, predictions, weights, keys, mask, options))
+        notices.look_for_ranks()
+        batch = prepare(features, targets, predictions, weights, keys, mask, options)
+        value = loss(batch)
+        notices.look_for_anchors(batch, value)
+        return value
+    validation.check_group(group)
     prepared = try_prepare(features, targets, predictions, weights, keys, mask, options)
     if torch.compiler.is_compiling():
         from .large_batch import tracing
@@ -113,7 +122,29 @@ def _loss(
 
 
 class ConRLoss(nn.Module):
-    """``conr_loss`` as a stateless module: the same keywords, fixed at construction."""
+    """``conr_loss`` as a module: every option an attribute, which can be read and set at any time
+    and is checked when it is set.
+
+    A temperature schedule is ``conr.temperature = 0.1``. The module has no parameters or buffers.
+    Copies, pickles and averaged models keep the options; of a process group they carry the name.
+
+    Args:
+        window: ``h ≥ 0``, the label distance up to which two rows are similar.
+        temperature: ``τ > 0``.
+        push_scale: ``e``, the constant of the pushing weight.
+        variant: a preset's name or a ``Variant``.
+        distance: over the labels' components, ``"mae"`` or ``"rmse"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
+        group: a ``torch.distributed`` process group, whose ranks' rows are one batch; ``"world"``
+            for the default group, looked up at each call (the module may be built before
+            ``init_process_group``); None for this process's rows alone.
+
+    Raises:
+        TypeError, ValueError: an option that ``conr_loss`` would refuse.
+
+    ``forward`` takes the rows and keys of ``conr_loss``, in its order, and returns its value.
+    """
 
     def __init__(
         self,
@@ -128,15 +159,18 @@ class ConRLoss(nn.Module):
         group: Any = None,
     ) -> None:
         super().__init__()
-        self.window = window
-        self.temperature = temperature
-        self.push_scale = push_scale
-        self.variant = variant
-        self.distance = distance
-        self.reduction = reduction
-        self.backend = backend
-        self.group = group
-        self.options.check()
+        options = Options(window, temperature, push_scale, variant, distance, reduction, backend)
+        options.check()
+        validation.check_group(group)
+        # Attributes, each by its name: compilers watch these one by one.
+        self.__dict__.update(options._asdict(), group=group)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Options._fields:
+            self.options._replace(**{name: value}).check()
+        elif name == "group":
+            validation.check_group(value)
+        super().__setattr__(name, value)
 
     @property
     def options(self) -> Options:
@@ -151,10 +185,17 @@ class ConRLoss(nn.Module):
         targets: Tensor,
         predictions: Tensor,
         weights: Tensor | float | None = None,
-        keys: tuple[Tensor, Tensor, Tensor] | None = None,
+        keys: Keys | MemoryBank | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         return _loss(features, targets, predictions, weights, keys, mask, self.options, self.group)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
+        options = self.options._asdict() | {"group": group_name(self.group)}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": group_name(self.group)}  # a group cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "group": find_group(state["group"])})

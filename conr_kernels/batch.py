@@ -99,6 +99,8 @@ def prepare(
 ) -> Batch:
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     settings = _settings(options)
+    if isinstance(keys, torch.nn.Module):  # a MemoryBank
+        keys = keys.keys(getattr(features, "dtype", None))
     validation.check_tensors(features, targets, predictions, weights, keys, mask)
     plan = make_plan(options.backend, features.device, features.dtype)
     y, p = _labels(targets), _labels(predictions)
@@ -130,11 +132,10 @@ def loss(batch: Batch) -> Tensor:
     """The batch's loss, reduced as it asks for."""
     if batch.mask is not None:
         return _loss_of_present(batch)
-    if batch.keys is None:
-        x, y, p, w, _, settings, reduction, backend, *_ = batch
-        reduced = ops.reduced_loss(x, y, p, w, settings, reduction, backend)
-        if reduced is not None:
-            return reduced
+    x, y, p, w, keys, settings, reduction, backend, *_ = batch
+    reduced = ops.reduced_loss(x, y, p, w, keys, settings, reduction, backend)
+    if reduced is not None:
+        return reduced
     rows = row_losses(batch, batch.all_keys())
     if batch.reduction == "none":
         return rows
@@ -214,19 +215,11 @@ def row_losses(batch: Batch, keys: Keys | None) -> Tensor:
 
 def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: int) -> Tensor:
     dtype = accumulation_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        if keys is not None:
-            keys = (keys[0].to(dtype), *keys[1:])
-        return reference.row_losses(
-            x.to(dtype).contiguous(),
-            batch.y,
-            batch.p,
-            batch.w,
-            keys,
-            self_offset,
-            batch.settings,
-            0 if batch.n_absent is None else batch.n_absent,
-        )
+    if keys is not None:
+        keys = (keys[0].to(dtype), *keys[1:])
+    n_absent = 0 if batch.n_absent is None else batch.n_absent
+    rows = (x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset)
+    return ops.without_autocast(reference.row_losses, x.device, *rows, batch.settings, n_absent)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
 from . import validation
 from .api import conr_loss
+
+#: The drop-ins' names of ``conr_loss``'s arguments.
+_SCALARS = dict(window="w", temperature="t", push_scale="e")
+NAMES_OF_AGE = dict(predictions="preds", **_SCALARS)
+NAMES_OF_DEPTH = dict(features="feature", targets="depth", predictions="output", **_SCALARS)
 
 
 def ConR(
@@ -41,10 +48,13 @@ def ConR(
     Raises:
         TypeError, ValueError: as ``conr_loss``.
     """
-    return conr_loss(
-        features, targets, preds, weights,
-        window=w, temperature=t, push_scale=e, variant="released-age",
-    )  # fmt: skip
+    try:
+        return conr_loss(
+            features, targets, preds, weights,
+            window=w, temperature=t, push_scale=e, variant="released-age",
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise _renamed(error, NAMES_OF_AGE) from None
 
 
 def ConR_depth(
@@ -91,14 +101,23 @@ def ConR_depth(
     validation.check_rows("feature", named)
     if mask is not None:
         validation.check_pixel_mask(mask, depth=depth, output=output)
-    return conr_loss(
-        feature[:, None] if feature.dim() == 1 else feature.flatten(1),
-        _row_means(depth, mask),
-        _row_means(output, mask),
-        _row_means(weights, mask) if has_row_weights else weights,
-        window=w, temperature=t, push_scale=e, variant="released-depth",
-        mask=None if mask is None else mask.reshape(len(mask), -1).any(dim=1),
-    )  # fmt: skip
+    try:
+        return conr_loss(
+            feature[:, None] if feature.dim() == 1 else feature.flatten(1),
+            _row_means(depth, mask),
+            _row_means(output, mask),
+            _row_means(weights, mask) if has_row_weights else weights,
+            window=w, temperature=t, push_scale=e, variant="released-depth",
+            mask=None if mask is None else mask.reshape(len(mask), -1).any(dim=1),
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise _renamed(error, NAMES_OF_DEPTH) from None
+
+
+def _renamed(error: TypeError | ValueError, names: dict[str, str]) -> TypeError | ValueError:
+    """The error of ``conr_loss`` in a drop-in's names of the arguments."""
+    pattern = rf"\b({'|'.join(names)})\b"
+    return type(error)(re.sub(pattern, lambda match: names[match[0]], str(error)))
 
 
 def _row_means(t: Tensor, mask: Tensor | None) -> Tensor:

@@ -63,7 +63,7 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}_backend", __package__)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # a schedule's temperature is another one at every step
 def _settings(*scalars: Any) -> Settings:
     window, temperature, push_scale, variant, distance = scalars
     return Settings(window, temperature, push_scale, Variant.from_code(variant), distance)
@@ -74,7 +74,7 @@ def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None) -> K
 
 
 def without_autocast(function, device: torch.device, *args):
-    if not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return function(*args)
     with torch.autocast(device.type, enabled=False):
         return function(*args)
@@ -129,7 +129,7 @@ def row_losses(
     n_absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
-    if _is_plain(x):
+    if is_plain(x):
         function = _EagerForward.apply
     elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         function = _TransformedForward.apply
@@ -144,24 +144,29 @@ def reduced_loss(
     y: Tensor,
     p: Tensor,
     w: Tensor | None,
+    further: Keys | None,
     settings: Settings,
     reduction: str,
     backend: str,
 ) -> Tensor | None:
-    """The mean or sum of ``ℓ_i``, where one pass can give it with its gradient; else None."""
-    is_served = backend == "torch" and reduction != "none" and _is_plain(x)
+    """The mean or sum of ``ℓ_i``, where one pass can give it with its gradient; else None.
+
+    ``further``: keys beside the batch's own rows.
+    """
+    is_served = backend == "torch" and reduction != "none" and is_plain(x)
     if not is_served or not torch.is_grad_enabled() or not x.requires_grad:
         return None
-    if not backend_module(backend).finds_gradient(x.shape[0]):
+    if not backend_module(backend).finds_gradient(y, further, settings):
         return None
-    return _EagerReduced.apply(x, y, p, w, settings, reduction == "mean", backend)
+    return _EagerReduced.apply(x, y, p, w, further, settings, reduction == "mean", backend)
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """A plain tensor in plain eager mode: no compiler, function transform, subclass or tracer."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
@@ -180,8 +185,9 @@ class _EagerReduced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batched(g)
         x, gradient = ctx.saved_tensors
-        return once(_scale, x, gradient, g), *(None,) * 6
+        return once(_scale, x, gradient, g), *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -223,6 +229,7 @@ class _EagerForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_batched(g)
         # A graph of the gradient goes through the operator, which refuses to be differentiated.
         operator = torch.ops.conr_kernels.backward if torch.is_grad_enabled() else _backward
         return _differentiate(ctx, g, operator)
@@ -281,7 +288,14 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, stats, layout = output
     ctx.mark_non_differentiable(stats, layout)
     ctx.set_materialize_grads(False)
+    if ctx.needs_input_grad[0]:
+        y, p = own_copies(y, p)
     ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
+
+
+def own_copies(y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and predictions for the backward pass: the caller may change his own before."""
+    return torch.stack((y, p)).unbind() if y.dtype == p.dtype else (y.clone(), p.clone())
 
 
 def _differentiate(
@@ -307,6 +321,13 @@ def _differentiate_operator(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tenso
 
 def refuse(*_: Any) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+def refuse_batched(g: Tensor | None) -> None:
+    """For the backward pass of a graph made in plain eager mode: what transforms it is vmap."""
+    is_legacy = g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
+    if is_legacy or torch._C._are_functorch_transforms_active():
+        refuse()
 
 
 torch.library.register_autograd(

@@ -28,7 +28,8 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     """Which backends work on a device, and why the others do not.
 
     Args:
-        device: where the features would be; None: the GPU if there is one, else the CPU.
+        device: where the features would be, there or not; None: the GPU if there is one, else the
+            CPU.
 
     Returns:
         ``{"triton": …, "cuda": …, "torch": …, "reference": None}`` in the order in which ``"auto"``
@@ -37,7 +38,28 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = _no_such_device(device)
+    if reason is not None:
+        return dict.fromkeys((*BACKENDS, "reference"), reason)
     return {**backend_status(torch.device(device)), "reference": None}
+
+
+def _no_such_device(device: torch.device | str) -> str | None:
+    """Why no tensor can be there; None where one can."""
+    try:
+        device = torch.device(device)
+        if device.type in ("cpu", "meta"):
+            return None
+        module = torch.get_device_module(device)
+        n_devices = module.device_count() if module.is_available() else 0
+    except (RuntimeError, TypeError, AttributeError) as error:
+        return f"{device!r} is no device of this PyTorch: {str(error).splitlines()[0]}"
+    if (device.index or 0) < n_devices:
+        return None
+    return (
+        f"PyTorch {torch.__version__} finds {n_devices or 'no'} {device.type} devices here; check "
+        "the driver, the visible devices and that this build of PyTorch is made for them"
+    )
 
 
 def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

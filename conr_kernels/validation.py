@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,14 +24,23 @@ def check_variant_combination(log: str, count_self: bool) -> None:
         raise ValueError("count_self=True needs log='inside', got log='outside'")
 
 
+def is_number(value: object) -> bool:
+    """Real numbers of any type, those of numpy included; no tensors."""
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: object) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+
+
 def check_scalars(window: float, temperature: float, push_scale: float) -> None:
     for name, value in (
         ("window", window),
         ("temperature", temperature),
         ("push_scale", push_scale),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+        check_number(name, value)
     if math.isnan(window) or window < 0:
         raise ValueError(f"window must be ≥ 0, got {window}")
     if not math.isfinite(temperature) or temperature <= 0:
@@ -92,8 +102,10 @@ def check_same_components(name_y: str, y: Tensor, name_p: str, p: Tensor) -> Non
         )
 
 
-def check_weights(w: Any, x: Tensor) -> None:
-    if w is None or (isinstance(w, (int, float)) and not isinstance(w, bool)):
+def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
+    if is_number(w) and -math.inf < w < 0:  # what is not finite shows in the loss
+        raise ValueError(f"weights must be ≥ 0, got {w}")
+    if w is None or is_number(w):
         return
     if not isinstance(w, Tensor):
         raise TypeError(f"weights must be a Tensor, a number or None, got {type(w).__name__}")
@@ -102,7 +114,7 @@ def check_weights(w: Any, x: Tensor) -> None:
     check_dense("weights", w)
     if w.dim() != 0 and w.shape not in ((x.shape[0],), (x.shape[0], 1)):
         raise ValueError(
-            f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in features "
+            f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in {rows_of} "
             f"{tuple(x.shape)}, got {tuple(w.shape)}"
         )
 
@@ -119,11 +131,8 @@ def check_devices(tensors: dict[str, Any]) -> None:
 
 
 def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
-    if not isinstance(keys, (tuple, list)) or len(keys) != 3:
-        got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
-        raise TypeError(f"keys must be a tuple (features, targets, predictions), got {got}")
-    key_x, key_y, key_p = keys
-    check_features("keys[0] (features)", key_x)
+    check_key_labels(keys, y)
+    key_x = keys[0]
     if key_x.shape[1] != x.shape[1]:
         raise ValueError(
             f"keys[0] (features) must have D = {x.shape[1]} as features {tuple(x.shape)}, "
@@ -133,17 +142,32 @@ def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
         raise TypeError(
             f"keys[0] (features) must have features' dtype {x.dtype}, got {key_x.dtype}"
         )
+
+
+def check_key_labels(keys: Any, y: Tensor) -> None:
+    """Keys (features, targets, predictions) whose labels are like y's."""
+    if not isinstance(keys, (tuple, list)) or len(keys) != 3:
+        got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
+        raise TypeError(
+            f"keys must be a tuple (features, targets, predictions) or a MemoryBank, got {got}"
+        )
+    key_x, key_y, key_p = keys
+    check_features("keys[0] (features)", key_x)
     check_labels("keys[1] (targets)", key_y, key_x.shape[0], "keys[0]")
     check_labels("keys[2] (predictions)", key_p, key_x.shape[0], "keys[0]")
     check_same_components("targets", y, "keys[1] (targets)", key_y)
     check_same_components("targets", y, "keys[2] (predictions)", key_p)
 
 
-def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
+def check_bool(mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
     check_dense("mask", mask)
+
+
+def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
+    check_bool(mask)
     if mask.shape not in ((n_rows,), (n_rows, 1)):
         raise ValueError(
             f"mask must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
@@ -152,9 +176,7 @@ def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
 
 
 def check_pixel_mask(mask: Any, **maps: Tensor) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
+    check_bool(mask)
     for name, t in maps.items():
         if mask.shape != t.shape:
             raise ValueError(
@@ -181,19 +203,34 @@ def check_tensors(
     check_devices(named)
 
 
+def check_statistics(targets: Any, predictions: Any, keys: Any, mask: Any, weights: Any) -> None:
+    check_rows("targets", dict(targets=targets))
+    n_rows, shape = targets.shape[0], f"targets {tuple(targets.shape)}"
+    check_labels("targets", targets, n_rows, shape)
+    check_labels("predictions", predictions, n_rows, shape)
+    check_same_components("targets", targets, "predictions", predictions)
+    named = dict(targets=targets, predictions=predictions, weights=weights)
+    check_weights(weights, targets, "targets")
+    if mask is not None:
+        check_mask(mask, n_rows, shape)
+        named["mask"] = mask
+    if keys is not None:
+        check_key_labels(keys, targets)
+        named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
+    check_devices(named)
+
+
 def check_density(targets: Any, bin_width: Any, kernel_size: Any, sigma: Any) -> None:
     if isinstance(targets, Tensor) and targets.dim() == 0:
         raise ValueError("targets must have shape (N,), (N, 1) or (N, L), got ()")
     n_rows = targets.shape[0] if isinstance(targets, Tensor) else 0
     check_labels("targets", targets, n_rows, "targets")
     for name, value in (("bin_width", bin_width), ("sigma", sigma)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+        check_number(name, value)
         if not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} must be finite and > 0, got {value}")
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
-        raise TypeError(f"kernel_size must be an int, got {type(kernel_size).__name__}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    check_counts(kernel_size=kernel_size)
+    if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and ≥ 1, got {kernel_size}")
 
 
@@ -218,9 +255,15 @@ def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
             )
 
 
+def check_group(group: Any) -> None:
+    """A process group is known by its use: only names are checked."""
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"group must be a process group, 'world' or None, got {group!r}")
+
+
 def check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int):
+        if isinstance(count, bool) or not isinstance(count, (int, numbers.Integral)):
             raise TypeError(f"{name} must be an int, got {type(count).__name__}")
         if count < 1:
             raise ValueError(f"{name} must be ≥ 1, got {count}")

@@ -56,7 +56,7 @@ class Variant:
         return f"{self.log},{self.pushing},{self.negatives},{flags}"
 
     @staticmethod
-    @functools.cache
+    @functools.lru_cache(maxsize=64)
     def from_code(code: str) -> Variant:
         log, pushing, negatives, flags = code.split(",")
         return Variant(log, pushing, negatives, *(flag == "1" for flag in flags))

@@ -6,6 +6,8 @@ A claim without its numbers is "not run", never met.
 from __future__ import annotations
 
 import csv
+import functools
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,22 +51,17 @@ class Claim:
     decide: Callable[[Rows], Verdict]
 
 
-def at_most(limit: float, form: str, value: Callable[[Rows], float | None]) -> Callable:
-    return _compared(value, form, lambda found: found <= limit)
-
-
-def at_least(limit: float, form: str, value: Callable[[Rows], float | None]) -> Callable:
-    return _compared(value, form, lambda found: found >= limit)
-
-
-def _compared(value: Callable, form: str, holds: Callable[[float], bool]) -> Callable:
+def _compared(holds: Callable, limit: float, form: str, value: Callable) -> Callable:
     def decide(rows: Rows) -> Verdict:
         found = value(rows)
         if found is None:
             return "", NOT_RUN
-        return form.format(found), MET if holds(found) else MISSED
+        return form.format(found), MET if holds(found, limit) else MISSED
 
     return decide
+
+
+at_most, at_least = (functools.partial(_compared, holds) for holds in (operator.le, operator.ge))
 
 
 def ratio(above: Callable, below: Callable) -> Callable[[Rows], float | None]:
@@ -249,9 +246,9 @@ def decided(rows: Rows, is_rehearsal: bool = False) -> list[dict[str, object]]:
 
 
 def table(found: list[dict[str, object]]) -> str:
-    lines = [f"{'':9}{'claim':<51}{'required':<15}{'measured':<26}verdict"]
+    lines = [f"{'':9}{'claim':<51}{'required':<15}{'measured':<34}verdict"]
     lines += [
-        f"{row['subject']:<9}{row['claim']:<51}{row['required']:<15}{row['measured']:<26}"
+        f"{row['subject']:<9}{row['claim']:<51}{row['required']:<15}{row['measured']:<34}"
         f"{row['verdict']}"
         for row in found
     ]

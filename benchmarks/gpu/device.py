@@ -27,6 +27,10 @@ def reason_against() -> str | None:
     return None if REHEARSAL or torch.cuda.is_available() else "no CUDA device"
 
 
+def architecture() -> tuple[int, int]:
+    return (9, 0) if REHEARSAL else torch.cuda.get_device_capability()
+
+
 def synchronize() -> None:
     if not REHEARSAL:
         torch.cuda.synchronize()
@@ -43,33 +47,6 @@ def is_broken() -> bool:
         return True
 
 
-class Stopwatch:
-    """Seconds on the device between two points of the current stream."""
-
-    def __init__(self) -> None:
-        self.events = None if REHEARSAL else [torch.cuda.Event(enable_timing=True) for _ in "ab"]
-        self.times = [0.0, 0.0]
-
-    def start(self) -> None:
-        self._mark(0)
-
-    def stop(self) -> None:
-        self._mark(1)
-
-    def _mark(self, which: int) -> None:
-        if self.events is None:
-            self.times[which] = time.perf_counter()
-        else:
-            self.events[which].record()
-
-    def seconds(self) -> float:
-        """Waits for the second point."""
-        if self.events is None:
-            return self.times[1] - self.times[0]
-        self.events[1].synchronize()
-        return self.events[0].elapsed_time(self.events[1]) / 1e3
-
-
 def seconds(
     functions: dict[str, Callable[[], object]], repeats: int = 9, steps: int = 1
 ) -> dict[str, float]:
@@ -79,27 +56,31 @@ def seconds(
     A turn is ``steps`` calls in a row, as in training, after one that is not counted: it pays for
     the memory and the caches that the other kind left behind.
     """
-    if REHEARSAL:
-        repeats, steps = 1, 1
-    else:
-        for function in functions.values():
-            function()  # compiles and loads kernels
-    synchronize()
     names = list(functions)
+    if REHEARSAL:
+        return {key: _seconds_on_cpu(functions[key]) for key in names}
+    for function in functions.values():
+        function()  # compiles and loads kernels
     found: dict[str, list[float]] = {key: [] for key in names}
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for turn in range(repeats):
         first = turn % len(names)
         for key in names[first:] + names[:first]:
-            function, watch = functions[key], Stopwatch()
-            if not REHEARSAL:
-                function()
-                synchronize()
-            watch.start()
+            functions[key]()
+            synchronize()
+            start.record()
             for _ in range(steps):
-                function()
-            watch.stop()
-            found[key].append(watch.seconds() / steps)
+                functions[key]()
+            stop.record()
+            stop.synchronize()
+            found[key].append(start.elapsed_time(stop) / 1e3 / steps)
     return {key: statistics.median(values) for key, values in found.items()}
+
+
+def _seconds_on_cpu(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def extra_bytes(function: Callable[[], object]) -> int:

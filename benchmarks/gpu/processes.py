@@ -28,6 +28,7 @@ LOG_SIZE, LINE_SIZE = 800_000, 2000
 MOST_RESTARTS = 4
 #: Exit statuses of a process that came to its end.
 ENDED = (0, 1)
+PROBLEMS = ("failed", "wrong", "cut off", "crashed")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Record:
             self.rows.append(row)
             with (self.out / "rows.csv").open("a", newline="") as file:
                 csv.writer(file).writerow([*(row.get(name, "") for name in COLUMNS), *common])
-        if row.get("metric") in ("failed", "wrong", "cut off", "crashed"):
+        if row.get("metric") in PROBLEMS:
             print(f"        {_problem(row)}"[:200], flush=True)
 
     def log(self, name: str, line: str) -> None:
@@ -96,8 +97,7 @@ class Record:
         claims.write(self.out / "claims.csv", self.claims)
 
     def problems(self) -> list[str]:
-        kinds = ("failed", "wrong", "cut off", "crashed")
-        return [_problem(row) for row in self.rows if row.get("metric") in kinds]
+        return [_problem(row) for row in self.rows if row.get("metric") in PROBLEMS]
 
 
 def _problem(row: dict[str, object]) -> str:
@@ -149,12 +149,7 @@ def _one_process(
         errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     is_late = threading.Event()
-
-    def cut_off() -> None:
-        is_late.set()
-        _end(process)
-
-    timer = threading.Timer(max(seconds, 0.1), cut_off)
+    timer = threading.Timer(max(seconds, 0.1), lambda: (is_late.set(), _end(process)))
     timer.start()
     try:
         for line in process.stdout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import traceback
 
@@ -15,42 +16,15 @@ from .rows import Stage
 REHEARSAL_PAIRS = 400
 
 
-def architecture() -> tuple[int, int]:
-    return (9, 0) if device.REHEARSAL else torch.cuda.get_device_capability()
+MODULES = {name: name for name in ("warm", "train", "tune", "counters")}
+CHECKS = ("build", "sanitizer", "triton-kernels", "cuda-kernels", "planted-fault")
+MODULES |= dict.fromkeys(CHECKS, "checks")
 
 
-def run(stage: Stage, backend: str) -> int:
+def run(stage: Stage) -> int:
     """Imports what this stage needs and no more: under compute-sanitizer that takes long."""
-    if stage.name in ("warm", "build"):
-        major, minor = architecture()
-    if stage.name == "warm":
-        from .stages.warm import warm
-
-        return warm(stage, 10 * major + minor)
-    if stage.name == "train":
-        from .stages.train import train
-
-        return train(stage)
-    if stage.name == "tune":
-        from .stages.tune import tune
-
-        return tune(stage)
-    if stage.name in ("inductor", "speed", "compare", "cuda", "grid"):
-        from .stages import speed
-
-        return getattr(speed, stage.name)(stage)
-    if stage.name == "counters":
-        from .stages.counters import counters
-
-        return counters(stage)
-    from .stages import checks
-
-    return {
-        "build": lambda: checks.build(stage, f"{major}.{minor}"),
-        "sanitizer": lambda: checks.sanitize(stage),
-        "kernels": lambda: checks.run_kernels(backend),
-        "planted-fault": checks.plant_fault,
-    }[stage.name]()
+    module = f"benchmarks.gpu.stages.{MODULES.get(stage.name, 'speed')}"
+    return getattr(importlib.import_module(module), stage.name.replace("-", "_"))(stage)
 
 
 def main() -> int:
@@ -58,7 +32,6 @@ def main() -> int:
     parser.add_argument("stage", help="its name, or several with commas between them")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--done", action="append", default=[], help="a case to leave out")
-    parser.add_argument("--backend", default="triton")
     options = parser.parse_args()
     reason = device.reason_against()
     if reason is not None:
@@ -73,7 +46,7 @@ def main() -> int:
     for name in options.stage.split(","):
         stage = Stage(name, options.seconds, options.done)
         try:
-            status = max(status, run(stage, options.backend))
+            status = max(status, run(stage))
         except Exception as error:
             traceback.print_exc(file=sys.stdout)
             stage.add("failed", 1, note=f"{type(error).__name__}: {error}".split("\n")[0][:300])

@@ -132,15 +132,18 @@ class CodeLoop:
 def code_loops(code: MachineCode) -> CodeLoop:
     """The natural loops of the control flow graph, nested; the kernel's straight code around."""
     blocks, successors = _blocks(code)
+    before = [[b for b, nexts in enumerate(successors) if at in nexts] for at in range(len(blocks))]
+    reached = _reached(0, successors)
     bodies: dict[int, set[int]] = {}
-    dominators = _dominators(successors)
-    for block, nexts in enumerate(successors):
-        for header in nexts:
-            if block in dominators and header in dominators[block]:
-                bodies.setdefault(header, set()).update(_body(header, block, successors))
+    for end in reached:
+        for header in successors[end]:
+            # A jump back to a block that every path to it has passed.
+            if header == 0 or header == end or end not in _reached(0, successors, header):
+                body = {header} if header == end else {header} | _reached(end, before, header)
+                bodies.setdefault(header, set()).update(body)
     order = sorted(bodies.items(), key=lambda item: (item[0], -len(item[1])))
     root = CodeLoop([])
-    made: list[tuple[set[int], CodeLoop]] = [(set(dominators), root)]
+    made: list[tuple[set[int], CodeLoop]] = [(reached, root)]
     for _, body in order:
         if body in (at for at, _ in made) or not _is_work(body, blocks):
             continue
@@ -148,7 +151,7 @@ def code_loops(code: MachineCode) -> CodeLoop:
         loop = CodeLoop([])
         parent.loops.append(loop)
         made.append((body, loop))
-    for block in sorted(dominators):
+    for block in sorted(reached):
         owner = min((m for m in made if block in m[0]), key=lambda m: len(m[0]))[1]
         owner.instructions += blocks[block]
     return root
@@ -183,44 +186,15 @@ def _leaves(line: str) -> bool:
     return line.startswith(("EXIT", "RET"))
 
 
-def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:
-    """Of every block that can be reached."""
-    before: dict[int, set[int]] = {}
-    reached, stack = {0}, [0]
+def _reached(start: int, nexts: list[list[int]], barred: int | None = None) -> set[int]:
+    """All blocks on paths from ``start`` that do not enter the barred one."""
+    found, stack = {start}, [start]
     while stack:
-        block = stack.pop()
-        for after in successors[block]:
-            before.setdefault(after, set()).add(block)
-            if after not in reached:
-                reached.add(after)
-                stack.append(after)
-    found = {block: set(reached) for block in reached}
-    found[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for block in sorted(reached - {0}):
-            new = {block} | set.intersection(*(found[b] for b in before[block] if b in reached))
-            if new != found[block]:
-                found[block], changed = new, True
+        for block in nexts[stack.pop()]:
+            if block not in found and block != barred:
+                found.add(block)
+                stack.append(block)
     return found
-
-
-def _body(header: int, end: int, successors: list[list[int]]) -> set[int]:
-    before: dict[int, list[int]] = {}
-    for block, nexts in enumerate(successors):
-        for after in nexts:
-            before.setdefault(after, []).append(block)
-    body, stack = {header, end}, [end]
-    while stack:
-        block = stack.pop()
-        if block == header:
-            continue
-        for previous in before.get(block, []):
-            if previous not in body:
-                body.add(previous)
-                stack.append(previous)
-    return body
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..batch import Batch
-from .ranks import Union, all_gather, as_bytes
+from .ranks import Union, all_gather, as_bytes, existing_group
 
 #: What a rank tells the others before any data moves: flag, rows, keys, whether there is a mask;
 #: and text of this many bytes.
@@ -27,11 +27,7 @@ def agree(group: Any, prepared: Batch | Exception) -> tuple[Batch, Union]:
         ValueError: on every rank, if the ranks disagree or one of them has no batch (that one
             raises its own error).
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            "group= needs an initialised process group: call "
-            "torch.distributed.init_process_group first"
-        )
+    group = existing_group(group)
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("group= must contain this process, got a group of other ranks")

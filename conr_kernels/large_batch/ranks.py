@@ -14,6 +14,53 @@ from ..batch import Batch, Keys, extent
 
 
 @dataclass(frozen=True)
+class GroupName:
+    """A process group that a pickle named and this process has not found."""
+
+    name: str
+
+
+def group_name(group: Any) -> Any:
+    """What stands for ``group=`` in a copy or a pickle: ``"world"``, a GroupName, or None."""
+    if group is None or isinstance(group, (str, GroupName)):
+        return group
+    return "world" if group is dist.group.WORLD else GroupName(group.group_name)
+
+
+def find_group(named: Any) -> Any:
+    """The group that ``group_name`` named, where this process has it; else the name itself.
+
+    ``"world"`` stays a name, looked up at each call.
+    """
+    if isinstance(named, GroupName) and dist.is_available() and dist.is_initialized():
+        for group, name in dist.distributed_c10d._world.pg_names.items():
+            if name == named.name:
+                return group
+    return named
+
+
+def existing_group(group: Any) -> Any:
+    """The process group that ``group=`` means now.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        of = ' of "world"' if isinstance(group, str) else ""
+        raise RuntimeError(
+            f"group= needs an initialised process group{of}: call "
+            "torch.distributed.init_process_group first"
+        )
+    group = dist.group.WORLD if isinstance(group, str) else find_group(group)
+    if isinstance(group, GroupName):
+        raise RuntimeError(
+            f"group= was pickled as the process group {group.name!r}, which this process does not "
+            "have: set the loss's group, or create the group before loading"
+        )
+    return group
+
+
+@dataclass(frozen=True)
 class Union:
     """Who has how many rows: ``sizes[r]`` anchors and ``key_sizes[r]`` further keys on rank r;
     and whether any rank has a mask.

@@ -36,6 +36,7 @@ class SharedRowLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        ops.refuse_batched(g)
         args = (*ctx.saved_tensors, g, ctx.union, ctx.settings)
         return ops.without_autocast(ops.once, g.device, _backward, *args), None, None
 

@@ -8,15 +8,17 @@ the ranks share the forward pass (shared.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
+from .. import notices, ops
 from ..batch import Batch, reference_losses, without_absent
 from ..core.rows import no_statistics, scale_statistics
+from ..variants import Settings
 from .agreement import agree, way
 from .ranks import Union
 from .shared import SharedRowLosses
@@ -42,9 +44,30 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
     if batch.reduction == "none":
         return rows
     total = _Total.apply(rows.sum(), union)
+    notices.look_for_anchors(batch, total, union.n_rows)
     if batch.reduction == "sum":
         return total
     return total / (n_present if union.has_mask else max(union.n_rows, 1))
+
+
+def gather_labels(group: Any, rows: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Labels and predictions of all ranks' rows and keys, and the sum over the ranks.
+
+    ``rows``: with y, p and keys of labels and predictions; or the error that came instead.
+    """
+    prepared = rows
+    if not isinstance(rows, Exception):
+        nothing = rows.y[:, :0]
+        settings = Settings(rows.window, 1.0, 0.0, rows.variant, rows.distance)
+        keys = None if rows.keys is None else (rows.keys[0][:, :0], *rows.keys)
+        prepared = Batch(nothing, rows.y, rows.p, rows.w, keys, settings, "statistics", "torch")
+    batch, union = agree(group, prepared)
+    y, p = union.gather_columns((batch.y, batch.p), tuple(union.own_keys(batch)[1:]))
+
+    def total(own: Tensor) -> Tensor:
+        return union.gather(own[None], [1] * union.n_ranks).sum(0)
+
+    return y, p, total
 
 
 def _row_losses(batch: Batch, union: Union) -> Tensor:
@@ -87,13 +110,15 @@ class _RowLosses(torch.autograd.Function):
             backend,
             batch.n_absent,
         )
-        ctx.save_for_backward(stats, layout, x, batch.y, batch.p, *(keys or (None,) * 3))
+        labels = ops.own_copies(batch.y, batch.p)
+        ctx.save_for_backward(stats, layout, x, *labels, *(keys or (None,) * 3))
         ctx.scalars = (union.offset, *settings.scalars, backend)
         ctx.union = union
         return rows
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        ops.refuse_batched(g)
         stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
         union = ctx.union
         coef_i, coef_j = scale_statistics(stats, g * union.n_ranks), None

@@ -21,6 +21,7 @@ from ..core.rows import (
 from ..core.sweep import Sweep
 from ..reference import pair_distance
 from ..variants import Settings
+from . import few
 from .pairs import LN_2, negative_weight, push, similarities, times_coefficients
 from .source import Source, inverse_norms, other_keys, row_norms
 from .sweeps import (
@@ -74,6 +75,11 @@ def forward(
         rows = Rows(x * inverse_norms(anchors.norm), y, p)
         sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives)
         layout = torch.stack(pairs)
+    elif _are_few(len(x), others, is_shifted):
+        rows = Rows(x * inverse_norms(anchors.norm), y, p)
+        sums, _ = one_tile_sums(rows, settings, is_shifted, counts_negatives)
+        few.add_sums(sums, rows, others, settings, counts_negatives)
+        layout = anchors.norm.new_empty(0)
     else:
         sweeps = _sweeps(anchors, others, settings)
         sums = row_sums(anchors, others, sweeps, settings, is_shifted, counts_negatives)
@@ -158,33 +164,55 @@ def shared_backward(
     return G
 
 
-def finds_gradient(n_rows: int) -> bool:
-    """Whether ``loss_with_gradient`` serves that many rows."""
-    return 0 < n_rows <= KEPT_ROWS
+def finds_gradient(y: Tensor, further: Keys | None, settings: Settings) -> bool:
+    """Whether ``loss_with_gradient`` serves these rows and further keys."""
+    if further is None or len(further[0]) == 0:
+        return 0 < len(y) <= KEPT_ROWS
+    others = Source(further[0], None, *further[1:])
+    return _are_few(len(y), others, _is_shifted(y, _with_rows(y, further), settings))
 
 
 def loss_with_gradient(
-    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, is_mean: bool
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    further: Keys | None,
+    settings: Settings,
+    is_mean: bool,
 ) -> tuple[Tensor, Tensor]:
     """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
+
+    ``further``: keys beside the batch's own rows, or None.
 
     Where every row has the same upstream gradient nothing need be kept: a third less host time. The
     bits are those of ``forward`` and ``backward``.
     """
     x = x.contiguous()
-    is_shifted = _is_shifted(y, None, settings)
+    others = None
+    if further is not None and len(further[0]) > 0:
+        others = Source(further[0], row_norms(further[0]), *further[1:])
+    is_shifted = others is None and _is_shifted(y, None, settings)
     anchors = Source(x, row_norms(x), y, p)
     norm, inverse = anchors.norm, inverse_norms(anchors.norm)
     rows = Rows(x * inverse, y, p)
     counts_negatives = not negatives_show(settings, is_shifted)
     sums, pairs = one_tile_sums(rows, settings, is_shifted, counts_negatives)
-    loss, stats = _finish(sums, _poison(anchors, None), len(x), w, settings, is_shifted)
+    n_keys = len(x)
+    if others is not None:
+        n_keys += len(others)
+        n_products = 3 if settings.variant.log == "inside" else 2
+        products = [torch.zeros_like(rows.q) for _ in range(n_products)]
+        few.add_sums(sums, rows, others, settings, counts_negatives, products)
+    loss, stats = _finish(sums, _poison(anchors, others), n_keys, w, settings, is_shifted)
     loss, stats = loss.to(norm.dtype), _stored(stats, norm.dtype, settings, is_shifted)
     if not is_shifted and not settings.exponent_is_small:
         stats = collapse_statistics(stats)
     if is_mean:
         stats[:, :3].mul_(1 / len(x))
     G = _one_tile_gradient(*pairs, rows.q, stats, settings)
+    if others is not None:
+        few.add_products(G, products, stats)
     loss = loss.mean() if is_mean else loss.sum()
     return loss, _project(G, rows.q, inverse, settings.temperature)
 
@@ -239,7 +267,13 @@ def backward(
         G = _one_tile_gradient(*pairs, q, coef_i, settings)
         return _project(G, q, inverse, settings.temperature).to(x.dtype)
     others = other_keys(keys, slice(self_offset, self_offset + len(x)), coef_j)
-    G = gradient_sums(anchors, others, _sweeps(anchors, others, settings), settings)
+    if _are_few(len(x), others, coef_i.shape[1] == 5):
+        rows = Rows(x * inverse, y, p)
+        _, pairs = one_tile_sums(rows, settings, False)
+        G = _one_tile_gradient(*pairs, rows.q, coef_i, settings)
+        few.add_gradient(G, rows, coef_i, others, settings)
+    else:
+        G = gradient_sums(anchors, others, _sweeps(anchors, others, settings), settings)
     poison = _poison_of_coefficients(coef_i)
     for start in range(0, len(x), PROJECTED_ROWS):
         rows = slice(start, start + PROJECTED_ROWS)
@@ -255,6 +289,15 @@ def _poison_of_coefficients(coef: Tensor) -> Tensor:
 
 def _sweeps(anchors: Source, others: Source | None, settings: Settings) -> list[Sweep]:
     return all_sweeps(anchors.labels, None if others is None else others.labels, settings)
+
+
+def _are_few(n_rows: int, others: Source | None, is_shifted: bool) -> bool:
+    return n_rows <= KEPT_ROWS and not is_shifted and few.are_few(n_rows, others)
+
+
+def _with_rows(y: Tensor, further: Keys) -> Keys:
+    """Keys with the rows' labels among them, for their range alone."""
+    return further[0], torch.cat([y, further[1]]), further[2]
 
 
 def _is_one_tile(x: Tensor, keys: Keys | None) -> bool:

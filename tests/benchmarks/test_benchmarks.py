@@ -144,5 +144,4 @@ def test_every_stage_of_the_gpu_run_is_rehearsed_on_the_cpu(tmp_path):
     assert stages >= set(plan.NAMES), set(plan.NAMES) - stages
     assert {row["commit"] for row in found} == {"abc"}
     assert (tmp_path / "steps.png").stat().st_size > 10_000
-    assert "_HALVES = {" in (tmp_path / "triton_table.txt").read_text()
     assert len(list(tmp_path.iterdir())) <= 6  # what comes back from a lent machine

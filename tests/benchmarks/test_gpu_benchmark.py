@@ -255,12 +255,13 @@ os.environ["CONR_REHEARSE"] = "1"
 from benchmarks.gpu import rows
 from benchmarks.gpu.stages import checks
 plain = subprocess.Popen
-codes = {{"planted-fault": {of_fault!r}, "kernels": {of_kernels!r}}}
+codes = dict.fromkeys(("triton-kernels", "cuda-kernels"), {of_kernels!r})
+codes["planted-fault"] = {of_fault!r}
 def start(command, **options):
     (name,) = set(codes) & set(command)
     return plain([sys.executable, "-c", codes[name]], **options)
 subprocess.Popen = start
-sys.exit(checks.sanitize(rows.Stage("sanitizer", 60.0)))
+sys.exit(checks.sanitizer(rows.Stage("sanitizer", 60.0)))
 """
     run(record, code)
 
@@ -378,20 +379,6 @@ def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
     assert len(ahead) == len(work) >= 5 and looked_for == ahead
 
 
-def test_every_kernel_has_a_kind_of_the_table_and_every_kind_a_kernel():
-    pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks.gpu.stages import candidates
-    from benchmarks.static import compiled
-
-    found = set()
-    for n, d in ((500, 128), (16, 100_000), (2000, 128), (2000, 512)):
-        for launch in compiled.recorded_launches(n, d, torch.bfloat16):
-            kind = candidates.kind_of(launch.name)
-            found.add(kind)
-            assert (kind is None) == ("BLOCK_J" not in launch.arguments), launch.name
-    assert found - {None} == set(KINDS) - {"product"}  # a phase of the wide kernel
-
-
 def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
     pytest.importorskip("triton", reason="triton is not installed")
     from benchmarks.gpu.stages import candidates, warm
@@ -400,24 +387,42 @@ def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
     for kind, size, how in candidates.ITEMS:
         tiles, bucket = candidates.item_candidates(kind, size, how)
         assert len(tiles) >= 3
-        call = candidates.warm_call(kind, size, how, tiles[1], bucket)
-        launches = warm.launches(call, 90)
-        assert launches and {candidates.kind_of(launch.name) for launch in launches} == {kind}
-        assert {launch.arguments["BLOCK_I"] for launch in launches} == {tiles[1][0]}
-        assert {launch.options["num_warps"] for launch in launches} == {tiles[1][3]}
+        odd = (*tiles[1][:3], 16, 7)  # no shipped entry has these warps and stages
+        plain = candidates.warm_call(kind, size, how, tiles[1], bucket)
+        call = tuple((key, (kind, odd, bucket) if key == "tried" else v) for key, v in plain)
+        marked = [n for n in warm.launches(call, 90) if n.options.get("num_warps") == 16]
+        assert marked, (kind, size)
+        assert {launch.arguments["BLOCK_I"] for launch in marked} == {odd[0]}
+        of_other = {"forward": "backward", "backward": "forward", "wide": "forward_"}
+        if other := of_other.get(kind):
+            assert not any(other in launch.name for launch in marked), kind
 
 
-def test_the_proposed_table_is_the_shipped_one_with_the_faster_entries_first():
+def test_the_dense_comparators_kernels_are_compiled_ahead_with_all_their_candidates():
     pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks.gpu.stages import tune
-    from conr_kernels.triton_backend import configs as triton_configs
+    from benchmarks.gpu.stages import dense, warm
 
-    proposals = tune.Proposals()
-    proposals.add("backward", "bfloat16", 128, (64, 128, 0, 4, 3), "faster")
-    proposals.add("forward", "float32", 0, (64, 32, 16, 4, 3), "faster")
-    names: dict[str, dict] = {}
-    exec(proposals.text(90), names)
-    shipped = triton_configs.TABLE["bfloat16"]["backward"]
-    assert names["_HALVES"]["backward"] == [(90, 128, (64, 128, None, 4, 3)), *shipped]
-    assert names["_FLOAT32"]["forward"][0] == (90, 0, (64, 32, 16, 4, 3))
-    assert names["_FLOAT64"] == triton_configs.TABLE["float64"]
+    for width in (128, 512):
+        found = {
+            (launch.name, launch.arguments["BLOCK_I"], launch.arguments["BLOCK_J"],
+             launch.options["num_warps"], launch.options["num_stages"])
+            for launch in warm.launches((("dense", width),), 90)
+        }  # fmt: skip
+        for kind in dense.kinds(width):
+            for i, j, _, *options in dense.candidates(kind, width):
+                assert (f"dense_{kind}_kernel", i, j, *options) in found
+
+
+def test_a_proposed_entry_has_the_form_of_the_shipped_ones(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks.gpu import device
+    from benchmarks.gpu.stages import tune
+    from conr_kernels.triton_backend.configs import TABLE
+
+    monkeypatch.setattr(device, "architecture", lambda: (9, 0))
+    line = tune.entry("backward", "bfloat16", 128, (64, 128, 0, 4, 2))
+    assert line.startswith("bfloat16, backward: (") and "128, (64, 128, None, 4, 2))," in line
+    proposed = eval(line.split(": ")[1].rstrip(","))
+    for shipped in TABLE["bfloat16"]["backward"]:
+        assert len(shipped) == len(proposed) and len(shipped[2]) == len(proposed[2])
+    assert "0, (64, 32, 16, 4, 3))" in tune.entry("forward", "float32", 0, (64, 32, 16, 4, 3))

@@ -12,7 +12,7 @@ from tests.helpers import cuda_shim
 def compiled(tmp_path_factory):
     if (reason := cuda_shim.missing_tool()) is not None:
         pytest.skip(reason)
-    return cuda_shim.Shim(cuda_shim.compile_shim(tmp_path_factory.mktemp("shim")))
+    return cuda_shim.load(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture

@@ -119,15 +119,9 @@ def _make(name: str, patch: pytest.MonkeyPatch, folder: Path) -> Backend:
         return Backend(force(patch, name))
     if (reason := cuda_shim.missing_tool()) is not None:
         pytest.skip(reason)
-    shim = cuda_shim.Shim(_loaded_shim() or cuda_shim.compile_shim(folder))
+    shim = cuda_shim.load(folder)
     patch.setattr(cuda_backend, "unavailable", lambda device, dtype: None)
     patch.setattr(cuda, "_operators", lambda: shim)
     patch.setattr(cuda, "DENSE_PAIRS", cuda.DENSE_PAIRS)
     patch.setattr(cuda, "DENSE_SHARE", 2.0)
     return Backend(name, cuda)
-
-
-def _loaded_shim() -> Path | None:
-    """A process can register the operators once."""
-    paths = map(Path, torch.ops.loaded_libraries)
-    return next((path for path in paths if path.name == "libconr_shim.so"), None)

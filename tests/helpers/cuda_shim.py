@@ -16,6 +16,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMT = Path(__file__).resolve().parent / "simt"
+SHIM = "libconr_shim.so"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
@@ -49,6 +50,14 @@ def compile_shim(folder: Path) -> Path:
         "-lc10",
         f"-Wl,-rpath,{libraries}",
     )
+
+
+def load(folder: Path) -> Shim:
+    """The shim of this process, which can register the operators once; compiled into the folder
+    where none is loaded yet.
+    """
+    loaded = [path for path in map(Path, torch.ops.loaded_libraries) if path.name == SHIM]
+    return Shim(loaded[0] if loaded else compile_shim(folder))
 
 
 class Shim:

@@ -199,7 +199,8 @@ CASES = [
     *(Case(50, 16, v, weights=w) for v, w in itertools.product(
         ("paper", "released-age"), ("zeros", "huge", "none"))),
     *(Case(50, 16, "paper", push_scale=0.0, regime=r) for r in ("sweeps", "dense")),
-    *(Case(50, 16, INSIDE_COUNTED, push_scale=-0.5, regime=r) for r in ("sweeps", "dense")),
+    *(Case(50, 16, INSIDE_COUNTED, push_scale=-0.5, temperature=t, regime=r)
+      for t, r in itertools.product((0.2, 0.02), ("sweeps", "dense"))),
     *(Case(40, 40, v, F64, regime=r) for v, r in itertools.product(
         ("paper", "released-age"), ("sweeps", "dense"))),
     Case(40, 70, "released-depth", F64),

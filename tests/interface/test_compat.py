@@ -169,7 +169,7 @@ def test_an_anchor_without_positives_contributes_nothing():
         (dict(weights="1"), TypeError, "weights"),
         (dict(depth=torch.ones(8, 0)), ValueError, r"depth must have .*\(8, 0\)"),
         (dict(feature=torch.ones(8, 2).to_sparse()), TypeError, "feature must be a dense"),
-        (dict(t=0.0), ValueError, "temperature must be finite and > 0, got 0.0"),
+        (dict(t=0.0), ValueError, "t must be finite and > 0, got 0.0"),
     ],
 )
 def test_depth_drop_in_names_bad_input(change, error, text):

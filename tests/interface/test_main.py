@@ -42,7 +42,7 @@ def test_a_wrong_backend_fails_with_exit_status_1(monkeypatch, capsys, direction
         return result
 
     monkeypatch.setattr(torch_backend, direction, wrong)
-    assert command.main() == 1
+    assert command.main([]) == 1
     captured = capsys.readouterr()
     assert "torch      FAILED" in captured.out and "torch on cpu" in captured.err
     assert "reference  ok" in captured.out
@@ -53,12 +53,12 @@ def test_a_backend_that_raises_is_reported_and_the_others_still_tested(monkeypat
         raise ValueError("no such luck")
 
     monkeypatch.setattr(torch_backend, "forward", broken)
-    assert command.main() == 1
+    assert command.main([]) == 1
     out = capsys.readouterr().out
     assert "torch      FAILED ValueError: no such luck" in out and "reference  ok" in out
 
 
 def test_the_cuda_backend_describes_itself_where_it_can(monkeypatch, capsys):
     monkeypatch.setattr(cuda_backend, "describe", lambda: "built for sm_90", raising=False)
-    command.main()
+    command.main([])
     assert "cuda backend: built for sm_90" in capsys.readouterr().out

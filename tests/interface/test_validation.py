@@ -53,8 +53,14 @@ TYPE_ERRORS = [
     (dict(predictions=3.0), "predictions must be a Tensor of real dtype, got float"),
     (dict(weights=[1.0] * N), "weights must be a Tensor, a number or None, got list"),
     (dict(weights=True), "weights must be a Tensor, a number or None, got bool"),
-    (dict(keys=3), "keys must be a tuple (features, targets, predictions), got int"),
-    (dict(keys=()), "keys must be a tuple (features, targets, predictions), got 0 items"),
+    (
+        dict(keys=3),
+        "keys must be a tuple (features, targets, predictions) or a MemoryBank, got int",
+    ),
+    (
+        dict(keys=()),
+        "keys must be a tuple (features, targets, predictions) or a MemoryBank, got 0 items",
+    ),
     *(
         (dict(features=ones(N, D, dtype=dtype)), f"features must have dtype float16, … got {dtype}")
         for dtype in (torch.int64, *UNREAL, torch.float8_e4m3fn)

@@ -1,5 +1,5 @@
 """How many examples: 50 of each property, always the same ones; CONR_EXAMPLES of new ones where it
-is set. Triton's interpreter gets one for 16 of them.
+is set. Triton's interpreter gets one for 25 of them.
 """
 
 import os
@@ -13,7 +13,7 @@ EXAMPLES = int(ASKED or 50)
 
 settings.register_profile(
     "conr",
-    max_examples=max(EXAMPLES // 16, 1) if interpreted() else EXAMPLES,
+    max_examples=max(EXAMPLES // 25, 1) if interpreted() else EXAMPLES,
     derandomize=ASKED is None,
     database=None,
     deadline=None,

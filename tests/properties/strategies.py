@@ -16,7 +16,7 @@ from conr_kernels.variants import LOGS, NEGATIVES, PRESETS, PUSHINGS, Settings, 
 from tests.helpers.backends import Batch
 
 #: The interpreter takes a tenth of a second for a few rows.
-ROWS = st.integers(5, 9) if interpreted() else st.integers(6, 24) | st.integers(1, 60)
+ROWS = st.integers(5, 9) if interpreted() else st.integers(6, 16) | st.integers(1, 60)
 #: A case in JSON, as a failing test prints it: the only one that is drawn.
 ONLY_CASE = "CONR_CASE"
 

@@ -27,7 +27,7 @@ CANDIDATES: dict[tuple[str, bool], list[Tile]] = {
     ],
     ("backward", True): [
         (128, 64, 0, 8, 2), (128, 64, 0, 8, 3), (128, 128, 0, 8, 2), (64, 64, 0, 4, 2),
-        (64, 64, 0, 4, 3), (64, 64, 0, 8, 2), (64, 128, 0, 8, 2), (128, 32, 0, 8, 3),
+        (64, 64, 0, 4, 3), (64, 128, 0, 4, 2), (64, 128, 0, 8, 2), (128, 32, 0, 8, 3),
     ],
     ("wide", True): [
         (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2), (128, 64, 64, 8, 3),
@@ -87,15 +87,6 @@ ITEMS = [
     ("forward", Size(16_384, 64, F32), "highest"),
     ("backward", Size(16_384, 64, F32), "highest"),
 ]
-
-
-def kind_of(kernel: str) -> str | None:
-    """The kind of the table's entry that a kernel is launched with."""
-    if "feature_gradient" in kernel:
-        return "dense backward"
-    if any(part in kernel for part in ("dense", "gram", "pair_gradient")):
-        return "dense"
-    return next((kind for kind in ("wide", "forward", "backward") if kind in kernel), None)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -25,45 +24,30 @@ FAULT, REPORT_LINES = 9, 60
 RAN = "ran every regime"
 
 
-def build(stage: Stage, architecture: str) -> int:
-    """Builds csrc/ in place with nvcc for this GPU alone; by setup.py, else by its command."""
-    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": architecture}
-    by_setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    code = "import setup; print(setup.REASON)"
+def build(stage: Stage) -> int:
+    """Builds csrc/ in place by setup.py, with nvcc, for this GPU alone."""
+    major, minor = device.architecture()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     if device.REHEARSAL:  # what would be done, without a compiler
-        by_setup = [sys.executable, "-c", code]
-    ways = {"setup.py": by_setup, "nvcc": [sys.executable, "-c", BY_NVCC]}
-    for way, command in ways.items():
-        start = time.monotonic()
-        run = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
-        status, output = stage.output_of(run)
-        print(output[-6000:], flush=True)
-        if status == 0:
-            stage.add("wall seconds", time.monotonic() - start, provider="cuda", note=f"by {way}")
-            break
+        command = [sys.executable, "-c", "import setup; print(setup.REASON)"]
+    start = time.monotonic()
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    status, output = stage.output_of(run)
+    print(output[-6000:], flush=True)
+    if status:
         last = (output.strip().split("\n") or [""])[-1]
-        stage.add("failed", 1, provider="cuda", note=f"{way}: {last}"[:300])
+        stage.add("failed", 1, provider="cuda", note=last[:300])
+        return stage.status
+    stage.add("wall seconds", time.monotonic() - start, provider="cuda")
     reason = "rehearsal" if device.REHEARSAL else _fresh_reason()
     if reason in ("None", "rehearsal"):
-        stage.add("built", 1, provider="cuda", note=f"sm_{architecture.replace('.', '')}")
+        stage.add("built", 1, provider="cuda", note=f"sm_{major}{minor}")
     else:
         stage.add("not run", 1, provider="cuda", note=reason[:300])
     return stage.status
-
-
-#: Without setuptools, whose version there may be older than pyproject.toml's form of a licence.
-BY_NVCC = """
-import subprocess, setup
-nvcc, package = setup.nvcc_path(), setup.ROOT / "conr_kernels"
-architectures = setup.architectures(nvcc)
-command = setup.nvcc_command(nvcc, architectures, str(package / setup.LIBRARY))
-subprocess.run(command, check=True)
-names = [f"sm_{name}" for name in architectures]
-setup.write_record(package, built=True, why="", abi=setup.ABI, architectures=names)
-"""
 
 
 def _fresh_reason() -> str:
@@ -75,8 +59,16 @@ def _fresh_reason() -> str:
     return run.stdout.strip() or run.stderr.strip()[-300:]
 
 
-def run_kernels(backend: str) -> int:
-    """Every regime once, small, in both directions."""
+def triton_kernels(stage: Stage) -> int:
+    return _every_regime("triton")
+
+
+def cuda_kernels(stage: Stage) -> int:
+    return _every_regime("cuda")
+
+
+def _every_regime(backend: str) -> int:
+    """Once, small, in both directions."""
     torch.manual_seed(0)
     stand_in = "torch" if device.REHEARSAL else backend
     for n, d in ((33, 17), (1100, 128), (1100, 300), (32, 20_000)):
@@ -92,7 +84,7 @@ def run_kernels(backend: str) -> int:
     return 0
 
 
-def plant_fault() -> int:
+def planted_fault(stage: Stage) -> int:
     """A store just behind its buffer, which nothing but a sanitizer notices."""
     if device.REHEARSAL:
         return FAULT
@@ -105,7 +97,7 @@ def plant_fault() -> int:
     return 0
 
 
-def sanitize(stage: Stage) -> int:
+def sanitizer(stage: Stage) -> int:
     """compute-sanitizer over every regime, after it has caught a fault that is there on purpose."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     prefix = [tool, "--error-exitcode", str(FAULT), "--tool"]
@@ -114,23 +106,22 @@ def sanitize(stage: Stage) -> int:
     if not device.REHEARSAL and not Path(tool).exists():
         stage.add("not run", 1, note="compute-sanitizer is not installed")
         return 0
-    checks = {"planted fault": ("memcheck", ["planted-fault"])}
+    checks = {"planted fault": ("memcheck", "planted-fault")}
     backends = ["triton"]
     if device.REHEARSAL or available_backends()["cuda"] is None:
         backends.append("cuda")
     for backend in backends:
         for check in ("memcheck",) if device.REHEARSAL else ("memcheck", "racecheck"):
-            checks[f"{backend} {check}"] = (check, ["kernels", "--backend", backend])
+            checks[f"{backend} {check}"] = (check, f"{backend}-kernels")
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     running = {}
-    for name, (check, arguments) in checks.items():
-        command = [sys.executable, "-m", "benchmarks.gpu.stage", *arguments]
+    for name, (check, program) in checks.items():
+        command = [sys.executable, "-m", "benchmarks.gpu.stage", program]
         command = command if device.REHEARSAL else [*prefix, *options[check], *command]
-        start = functools.partial(
-            subprocess.Popen, command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+        running[name] = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        running[name] = start()
     outcomes = {name: _outcome(stage, process) for name, process in running.items()}
     is_caught = outcomes.pop("planted fault")[0] == FAULT
     stage.add("caught" if is_caught else "not run", 1, case="planted fault")

@@ -46,6 +46,10 @@ CANDIDATES = {
 chosen: dict[tuple[str, int], tuple[int, ...]] = {}
 
 
+def kinds(width: int) -> tuple[str, str]:
+    return ("forward", "pairs" if width > REGISTER_D else "backward")
+
+
 def candidates(kind: str, width: int) -> list[tuple[int, ...]]:
     bucket = 128 if width <= 128 else 256 if width <= REGISTER_D else 512
     return [(i, j, min(d, width), *rest) for i, j, d, *rest in CANDIDATES[kind][bucket]]

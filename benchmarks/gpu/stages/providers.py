@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conr_kernels import reference
-from conr_kernels.variants import Settings, resolve_variant
-
 from ...batches import Batch, make_batch
-from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW, Provider, eager_losses, package_losses
+from ...measure import exact_row_losses
+from ...providers import Provider, eager_losses, package_losses
 from .. import device
 from ..rows import Stage
 
@@ -22,13 +20,10 @@ REGIMES = {"7 years off": "agedb", "converged": "converged", "collapsed": "const
 OFF, COLLAPSED = "7 years off", "collapsed"
 BF16, F32 = torch.bfloat16, torch.float32
 PRODUCT = "q @ q.T"
-#: Rows of which the loss and the whole gradient are compared with float64, at any N.
-SAMPLED = 64
 #: Largest errors by dtype and provider: of the losses; of the gradient of the sampled rows, and of
 #: the others, relative to the largest entry of each. Comparators round their scores to 16 bits.
 LIMITS = {BF16: (3e-3, 2e-2), F32: (5e-6, 5e-5)}
 COMPARATOR_LIMITS = {BF16: (2e-2, 5e-2), F32: (1e-2, 1e-2)}
-GIB = 2**30
 
 
 class Size(NamedTuple):
@@ -103,11 +98,8 @@ def _truth(size: Size) -> tuple[Tensor, Tensor, Tensor]:
     """
     batch = size.batch()
     x = batch.x.detach().double().requires_grad_()
-    y, p, w = batch.y[:, None], batch.p[:, None], batch.w.double()
-    S = min(SAMPLED, len(x))
-    settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
-    losses = reference.row_losses(x[:S], y[:S], p[:S], w[:S], (x, y, p), 0, settings)
-    g = torch.linspace(0.5, 1.5, S, dtype=torch.float64, device=x.device)
+    losses = exact_row_losses(x, batch)
+    g = torch.linspace(0.5, 1.5, len(losses), dtype=torch.float64, device=x.device)
     (gradient,) = torch.autograd.grad((losses * g).sum(), x)
     return g, losses.detach(), gradient
 

@@ -115,9 +115,8 @@ def choose_dense(batch: Batch) -> None:
     from . import dense
 
     width = max(16, 1 << (batch.x.shape[1] - 1).bit_length())
-    kinds = ("forward", "pairs" if width > dense.REGISTER_D else "backward")
     run = functools.partial(provider("dense fused").step, batch)
-    for kind in kinds:
+    for kind in dense.kinds(width):
         times = {}
         for candidate in dense.candidates(kind, width):
             dense.chosen[kind, width] = candidate
@@ -139,6 +138,7 @@ def visited_pairs(stage: Stage, size: Size, batch: Batch) -> None:
     """Pairs inside the bands, and pairs of the tiles that meet them, of both sweeps together."""
     arithmetic = call.arithmetic(size.dtype)
     bucket = call.bucket(size.D, arithmetic)
+    where = call.architecture(torch.device(device.DEVICE))
     kinds = {"forward": "forward", "backward": "backward" if bucket else "wide"}
     found = dict.fromkeys(kinds, 0)
     in_bands = 0
@@ -147,18 +147,12 @@ def visited_pairs(stage: Stage, size: Size, batch: Batch) -> None:
         lo, hi = bands(ordered, ordered, WINDOW)
         in_bands += int((hi - lo).sum())
         for direction, kind in kinds.items():
-            tile = _tile(kind, bucket, arithmetic)
-            found[direction] += _pairs_of_tiles(lo, hi, *tile)
+            tile = call.config(kind, where, bucket, arithmetic)
+            found[direction] += _pairs_of_tiles(lo, hi, tile.BLOCK_I, tile.BLOCK_J)
     row = dict(provider="triton", **size.row())
     stage.add("pairs in bands", in_bands, **row)
     for direction, pairs in found.items():
         stage.add("visited pairs", pairs, mode=direction, **row)
-
-
-def _tile(kind: str, bucket: int, arithmetic: str) -> tuple[int, int]:
-    where = call.architecture(torch.device(device.DEVICE))
-    chosen = call.config(kind, where, bucket, arithmetic)
-    return chosen.BLOCK_I, chosen.BLOCK_J
 
 
 def _pairs_of_tiles(lo: Tensor, hi: Tensor, block_i: int, block_j: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from conr_kernels import ConRLoss
+from conr_kernels import conr_loss
 
 from ...batches import Batch, make_batch
 from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW, eager_losses
@@ -27,13 +27,8 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(N_INPUTS, WIDTH),
-            nn.GELU(),
-            nn.Linear(WIDTH, WIDTH),
-            nn.GELU(),
-            nn.Linear(WIDTH, N_FEATURES),
-        )
+        layers = [nn.Linear(N_INPUTS, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()]
+        self.body = nn.Sequential(*layers, nn.Linear(WIDTH, N_FEATURES))
         self.head = nn.Linear(N_FEATURES, 1)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,20 +36,12 @@ class Model(nn.Module):
         return features, CENTRE + SPREAD * self.head(features)[:, 0].float()
 
 
-def fused_loss() -> Callable[[Batch], Tensor]:
-    loss = ConRLoss(window=WINDOW, temperature=TEMPERATURE, push_scale=PUSH_SCALE)
-    return lambda rows: loss(rows.x, rows.y, rows.p, rows.w)
-
-
-def no_loss() -> Callable[[Batch], Tensor]:
-    return lambda rows: rows.x.new_zeros(())
-
-
+OPTIONS = dict(window=WINDOW, temperature=TEMPERATURE, push_scale=PUSH_SCALE)
 #: The ConR term of the objective by its provider; without one, what the rest of a step takes.
-LOSSES = {
-    "fused": fused_loss,
-    "eager": lambda: functools.partial(eager_losses, reduction="mean"),
-    "no ConR": no_loss,
+LOSSES: dict[str, Callable[[Batch], Tensor]] = {
+    "fused": lambda rows: conr_loss(rows.x, rows.y, rows.p, rows.w, **OPTIONS),
+    "eager": functools.partial(eager_losses, reduction="mean"),
+    "no ConR": lambda rows: rows.x.new_zeros(()),
 }
 
 
@@ -64,7 +51,7 @@ def trainer(n: int, provider: str) -> Callable[[], Tensor]:
     model = Model().to(device.DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = make_batch(device.small(n), N_INPUTS, device=device.DEVICE)
-    inputs, conr = batch.x.detach(), LOSSES[provider]()
+    inputs, conr = batch.x.detach(), LOSSES[provider]
 
     def step() -> Tensor:
         optimizer.zero_grad()

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from ...batches import Batch
 from ...static import compiled
 from ...static.compiled import Launch
 from .. import device
@@ -29,8 +30,8 @@ from ..rows import Stage
 from . import candidates, dense
 from .providers import BF16, F32
 
-#: One call: ``recorded_launches``'s arguments by name, maybe with a tile that is tried; or a dense
-#: comparator's kind and width.
+#: ``recorded_launches``'s arguments by name, maybe with a tile that is tried; or the width of the
+#: dense comparator.
 Call = tuple[tuple[str, object], ...]
 
 
@@ -79,41 +80,32 @@ def calls() -> list[Call]:
     found += [dict(N=n, D=64, dtype=F32, temperature=0.005, precision="highest")
               for n in (200, 1800)]  # fmt: skip
     found += [dict(N=n, D=64, dtype=BF16, precision="highest") for n in (100, 1500)]
-    of_dense = [
-        dict(kind=kind, width=width)
-        for width in (128, 512)
-        for kind in ("forward", "pairs" if width > dense.REGISTER_D else "backward")
-    ]
-    return [tuple(call.items()) for call in (*found, *of_dense)]
+    found += [dict(dense=width) for width in (128, 512)]
+    return [tuple(call.items()) for call in found]
 
 
 def launches(call: Call, architecture: int) -> list[Launch]:
     options = dict(call)
-    if "tried" in options:
-        kind, *_ = chosen = options.pop("tried")
-        with candidates.tried(*chosen):
-            found = compiled.recorded_launches(architecture=architecture, **options)
-        return [launch for launch in found if candidates.kind_of(launch.name) == kind]
-    if "kind" not in options:
+    if width := options.get("dense"):
+        return list(_of_dense(width, architecture))
+    with contextlib.ExitStack() as stack:
+        if "tried" in options:
+            stack.enter_context(candidates.tried(*options.pop("tried")))
         return compiled.recorded_launches(architecture=architecture, **options)
-    width, kind = options["width"], options["kind"]
-    q = torch.empty(4096, width, dtype=torch.bfloat16, device="meta")
-    v = torch.empty(4096, device="meta")
-    sums = torch.empty(4096, width, device="meta")
-    given = {
-        "forward": (v, v, v, v),
-        "backward": (v, v, v, v, sums),
-        "pairs": (v, v, v, v, torch.empty_like(q), 0),
-    }
-    found = []
-    for candidate in dense.candidates(kind, width):
-        with (
-            compiled.intercepted(architecture) as some,
-            mock.patch.dict(dense.chosen, {(kind, width): candidate}),
-        ):
-            dense.launch(kind, q, *given[kind])
-        found += some
-    return found
+
+
+def _of_dense(width: int, architecture: int) -> Iterator[Launch]:
+    """Of a step of the dense comparator with each of its candidates."""
+    y = torch.empty(4096, device="meta")
+    x = torch.empty(4096, width, dtype=BF16, device="meta", requires_grad=True)
+    for kind in dense.kinds(width):
+        for candidate in dense.candidates(kind, width):
+            with (
+                compiled.intercepted(architecture) as found,
+                mock.patch.dict(dense.chosen, {(kind, width): candidate}),
+            ):
+                torch.autograd.grad(dense.dense_losses(Batch(x, y, y, y), "mean"), x)
+            yield from found
 
 
 def key_of(launch: Launch) -> str:
@@ -179,8 +171,9 @@ def compile_all(
     return n_done, problems
 
 
-def warm(stage: Stage, architecture: int) -> int:
-    start = time.monotonic()
+def warm(stage: Stage) -> int:
+    start, (major, minor) = time.monotonic(), device.architecture()
+    architecture = 10 * major + minor
     wanted = calls()
     work = distinct([wanted[0], wanted[-1]] if device.REHEARSAL else wanted, architecture)
     if device.REHEARSAL:

@@ -1,0 +1,74 @@
+"""What a process is told once, by a ``UserWarning``: the silent ways in which nothing is learnt."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import ops
+from .batch import Batch
+from .core.counts import pair_counts
+
+_told: set[str] = set()
+
+
+def tell_once(topic: str, message: str) -> None:
+    if topic not in _told:
+        _told.add(topic)
+        warnings.warn(message, UserWarning, stacklevel=5)
+
+
+def look_for_ranks() -> None:
+    """Tells of a job of several processes whose loss has no group."""
+    if "ranks" in _told or torch.compiler.is_compiling():
+        return
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        tell_once(
+            "ranks",
+            f"this is one of {dist.get_world_size()} processes and the ConR loss has no group: "
+            "each process compares its own rows only. For the loss of all processes' rows pass "
+            'group="world" (looked up at each call; torch.distributed.group.WORLD is None before '
+            "init_process_group)",
+        )
+
+
+def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> None:
+    """Tells of a batch in which nothing can happen, where reading it costs nothing: on the CPU.
+
+    Args:
+        loss: what became of the batch; anything but 0 is no such case.
+        n_union: rows of the union whose part the batch is; None: the batch is the whole.
+    """
+    if "anchors" in _told or batch.x.device.type != "cpu" or not ops.is_plain(batch.x):
+        return
+    if loss.detach().any() or max(len(batch.x), n_union or 0) < 2:
+        return
+    reason = f"no row of the union's {n_union} has both a positive and a negative"
+    y_i, p_i = batch.y, batch.p
+    if batch.mask is not None:
+        y_i, p_i = y_i[batch.mask], p_i[batch.mask]
+    if n_union is None:
+        y_j, p_j = y_i, p_i
+        if batch.keys is not None:
+            y_j, p_j = torch.cat([y_i, batch.keys[1]]), torch.cat([p_i, batch.keys[2]])
+        of_pairs = (batch.settings.window, batch.settings.distance)
+        negatives = batch.settings.variant.negatives
+        n_i, m_i = pair_counts(y_i, p_i, y_j, p_j, *of_pairs, negatives)
+        if ((n_i > 0) & (m_i > 0)).any():
+            return  # weights of 0, say
+        reason = "no row has both a positive and a negative"
+        if not n_i.any():
+            reason = "no row has a positive: no two labels lie within the window of each other"
+        elif not m_i.any():
+            apart = "" if negatives == "all" else " and predictions within it"
+            reason = f"no row has a negative: no two rows have labels farther apart{apart}"
+    low, high = y_i.aminmax() if len(y_i) else (torch.nan, torch.nan)
+    tell_once(
+        "anchors",
+        f"the ConR loss of a batch of {len(y_i)} rows is 0 and trains nothing: {reason} "
+        f"(window={batch.settings.window:g}, labels from {low:g} to {high:g}). suggest_window "
+        "shows the shares of positives and negatives over windows; told once a process",
+    )

@@ -1,0 +1,127 @@
+"""``ConRLoss``: options that are read, set, checked, shown, copied and pickled."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from conr_kernels import ConRLoss, MemoryBank, Variant, conr_loss
+from tests.helpers.regimes import make_batch
+
+OPTIONS = dict(
+    window=3.0, temperature=0.05, push_scale=0.5, variant="released-age", distance="rmse",
+    reduction="sum", backend="reference",
+)  # fmt: skip
+
+
+def rows() -> list[torch.Tensor]:
+    batch = make_batch(40, L=2)
+    return [batch[name] for name in ("features", "targets", "predictions")]
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_takes_effect_when_it_is_set(name):
+    conr = ConRLoss()
+    conr(*rows())
+    setattr(conr, name, OPTIONS[name])
+    assert getattr(conr, name) == OPTIONS[name] and f"{name}={OPTIONS[name]!r}" in repr(conr)
+    assert torch.equal(conr(*rows()), conr_loss(*rows(), **{name: OPTIONS[name]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("temperature", 0.0, ValueError),
+        ("temperature", torch.tensor(1.0), TypeError),
+        ("window", -1, ValueError),
+        ("push_scale", -0.1, ValueError),
+        ("variant", "papers", ValueError),
+        ("distance", "l2", ValueError),
+        ("reduction", None, ValueError),
+        ("backend", "fast", ValueError),
+        ("group", "worlds", ValueError),
+    ],
+)
+def test_an_option_is_checked_when_it_is_set_and_then_kept(name, value, error):
+    conr = ConRLoss()
+    before = getattr(conr, name)
+    with pytest.raises(error, match=name):
+        setattr(conr, name, value)
+    with pytest.raises(error, match=name):
+        ConRLoss(**{name: value})
+    assert getattr(conr, name) == before
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.deepcopy,
+        copy.copy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: AveragedModel(m).module,
+    ],
+    ids=["deepcopy", "copy", "pickle", "AveragedModel"],
+)  # fmt: skip
+@pytest.mark.parametrize("group", [None, "world", "WORLD", "new"])
+def test_copies_and_pickles_keep_options_and_group(duplicate, group, one_rank):
+    given = {"WORLD": dist.group.WORLD, "new": dist.new_group([0])}.get(group, group)
+    model = nn.ModuleDict(dict(body=nn.Linear(7, 6), conr=ConRLoss(**OPTIONS, group=given)))
+    copied = duplicate(model)["conr"]
+    assert copied.options == model["conr"].options
+    if group == "new":
+        assert copied.group is given
+    assert (copied.group is None) == (group is None)
+    assert torch.equal(copied(*rows()), model["conr"](*rows()))
+
+
+def test_a_pickled_group_that_is_not_there_is_named_at_the_call(one_rank):
+    given = dist.new_group([0])
+    pickled = pickle.dumps(ConRLoss(group=given))
+    dist.destroy_process_group(given)
+    with pytest.raises(RuntimeError, match=f"'{given.group_name}'.* set the loss's group"):
+        pickle.loads(pickled)(*rows())
+
+
+def test_world_before_init_process_group_is_never_a_local_loss():
+    for call in (ConRLoss(group="world"), lambda *t: conr_loss(*t, group="world")):
+        with pytest.raises(RuntimeError, match='"world".*init_process_group'):
+            call(*rows())
+
+
+def test_world_is_looked_up_at_each_call(tmp_path):
+    conr = ConRLoss(group="world")
+    for k in range(2):
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path / str(k)}", rank=0, world_size=1
+        )
+        torch.testing.assert_close(conr(*rows()), conr_loss(*rows()))
+        dist.destroy_process_group()
+
+
+def test_a_memory_bank_itself_serves_as_keys():
+    x, y, p = rows()
+    bank = MemoryBank(64, 7, 2)
+    bank.push(x[20:], y[20:], p[20:])
+    expected = conr_loss(x[:20], y[:20], p[:20], keys=(x[20:], y[20:], p[20:]))
+    assert torch.equal(ConRLoss()(x[:20], y[:20], p[:20], keys=bank), expected)
+    half = conr_loss(x[:20].half(), y[:20], p[:20], keys=bank)
+    assert half.isfinite() and half > 0
+
+
+def test_help_documents_every_argument():
+    text = ConRLoss.__doc__
+    assert all(f"        {name}: " in text for name in (*OPTIONS, "group"))
+    assert ConRLoss(variant=Variant(pushing="none")).variant == Variant(pushing="none")
