@@ -88,7 +88,12 @@ class Backend(NamedTuple):
         return loss.detach().double(), x.grad.double()
 
     def loss(
-        self, batch: Batch, x: Tensor, keys: Batch | None, reduction: str, mask: Tensor | None = None
+        self,
+        batch: Batch,
+        x: Tensor,
+        keys: Batch | None,
+        reduction: str,
+        mask: Tensor | None = None,
     ) -> Tensor:
         if self.paths is not None:
             self.paths.DENSE_PAIRS = 2**40 if batch.is_dense else -1

@@ -78,7 +78,7 @@ class Case:
         return Batch(x.to(dtype), y, p, w, upstream, settings, self.is_dense)
 
 
-#: In the interpreter, where no number of examples is asked for: nearly all of their rows are anchors.
+#: In the interpreter, where no number of examples is asked for: nearly all rows are anchors.
 INTERPRETED = (
     Case(
         seed=288, N=9, D=5, L=2, step=0.25, places=3, predictions="collapsed", window=1.0,
