@@ -8,6 +8,7 @@ from .large_batch import MemoryBank, gradient_cache
 from .plan import available_backends
 from .statistics import ConRStatistics, conr_statistics
 from .variants import Variant
+from .window import WindowSuggestion, suggest_window
 
 __all__ = [
     "ConR",
@@ -16,10 +17,12 @@ __all__ = [
     "ConR_depth",
     "MemoryBank",
     "Variant",
+    "WindowSuggestion",
     "__version__",
     "available_backends",
     "conr_loss",
     "conr_statistics",
     "density_weights",
     "gradient_cache",
+    "suggest_window",
 ]

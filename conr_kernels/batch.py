@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, validation
+from .core.labels import accumulation_dtype, as_labels, as_weights
 from .plan import make_plan
 from .variants import DISTANCES, Settings, Variant, resolve_variant
 
@@ -103,11 +104,11 @@ def prepare(
         keys = keys.keys(getattr(features, "dtype", None))
     validation.check_tensors(features, targets, predictions, weights, keys, mask)
     plan = make_plan(options.backend, features.device, features.dtype)
-    y, p = _labels(targets), _labels(predictions)
+    y, p = as_labels(targets), as_labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys
-        keys = (key_x.detach(), _labels(key_y).to(y.dtype), _labels(key_p).to(p.dtype))
-    w = _weights(weights, features)
+        keys = (key_x.detach(), as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
+    w = as_weights(weights, features)
     mask = None if mask is None else mask.detach().reshape(-1)
     return Batch(features, y, p, w, keys, settings, options.reduction, plan.backend, mask)
 
@@ -220,24 +221,3 @@ def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: in
     n_absent = 0 if batch.n_absent is None else batch.n_absent
     rows = (x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset)
     return ops.without_autocast(reference.row_losses, x.device, *rows, batch.settings, n_absent)
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _labels(y: Tensor) -> Tensor:
-    """Labels as a contiguous [N, L] in the dtype in which they are compared."""
-    is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
-    y = y.detach().to(torch.float64 if is_wide else torch.float32)
-    return (y[:, None] if y.dim() == 1 else y).contiguous()
-
-
-def _weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
-    if w is None:
-        return None
-    dtype = accumulation_dtype(x)
-    if not isinstance(w, Tensor):
-        return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
-    w = w.detach().to(device=x.device, dtype=dtype)
-    return w.reshape(-1).expand(x.shape[0]).contiguous()

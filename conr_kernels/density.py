@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ SMOOTHINGS = ("gaussian", "triangular", "laplace")
 
 
 def density_weights(
-    targets: Tensor,
+    targets: Any,
     method: str = "inverse",
     bin_width: float = 1.0,
     smoothing: str | None = None,
@@ -33,9 +35,10 @@ def density_weights(
     Only occupied bins are stored: memory is O(N·L) however wide the labels' range is.
 
     Args:
-        targets: labels of the whole training set [N], [N, 1] or [N, L], any real values and signs.
-            For L > 1 each component has its own frequencies and a row's weight is the mean over its
-            components: joint bins of many components would hold one row each, all weighing alike.
+        targets: labels of the whole training set [N, …], any real values and signs: a Tensor, a
+            numpy array, a pandas column or a list. Of several components each has its own
+            frequencies, and a row's weight is the mean over its components: joint bins of many
+            components would hold one row each, all weighing alike.
         method: ``"inverse"`` or ``"sqrt_inverse"`` (milder).
         bin_width: width of a bin in the labels' units, > 0.
         smoothing: None or the kernel over offsets ``o`` in bins: ``"gaussian"`` ``exp(−o²/2σ²)``,
@@ -45,7 +48,8 @@ def density_weights(
 
     Returns:
         Weights [N] on the labels' device, computed on the CPU; float32 (float64 for float64).
-        A row with a non-finite label weighs NaN and is not counted; the others' mean is 1.
+        A row with a non-finite label weighs NaN and is not counted; the others' mean is 1. Warns
+        (``UserWarning``) where all weights are equal although the labels differ.
 
     Raises:
         TypeError, ValueError: bad input; the message names the argument, what was expected and
@@ -54,11 +58,12 @@ def density_weights(
     validation.check_choice("method", method, METHODS)
     if smoothing is not None:
         validation.check_choice("smoothing", smoothing, SMOOTHINGS)
-    validation.check_density(targets, bin_width, kernel_size, sigma)
-    dtype = torch.float64 if targets.dtype == torch.float64 else torch.float32
-    y = targets.detach().to("cpu")
+    validation.check_density(bin_width, kernel_size, sigma)
+    y = label_rows("targets", targets)
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    device = targets.device if isinstance(targets, Tensor) else "cpu"
     rounding = torch.finfo(y.dtype).eps / 2 if y.dtype.is_floating_point else 0.0
-    bins = _bin_index((y if y.dim() == 2 else y[:, None]).double(), float(bin_width), rounding)
+    bins = _bin_index(y.double(), float(bin_width), rounding)
     kernel = _kernel(smoothing, kernel_size, float(sigma))
 
     is_finite = bins.isfinite().all(dim=1)
@@ -67,7 +72,39 @@ def density_weights(
     w = (w / w.mean(dim=0)).mean(dim=1)
     weights = w.new_full((len(y),), torch.nan)
     weights[is_finite] = w / w.mean()
-    return weights.to(device=targets.device, dtype=dtype)
+    if len(w) > 0 and w.amax() - w.amin() <= 1e-9 and bool((y[is_finite] != y[is_finite][0]).any()):
+        warnings.warn(
+            f"all density weights are equal although the labels differ: with bin_width={bin_width} "
+            f"every one of {len(bins[is_finite].unique(dim=0))} bins holds as many of the "
+            f"{len(w)} labels. Bins too narrow hold one label each, bins too wide hold all",
+            UserWarning,
+            stacklevel=2,
+        )
+    return weights.to(device=device, dtype=dtype)
+
+
+def label_rows(name: str, labels: Any) -> Tensor:
+    """Labels as [N, L] on the CPU, of a Tensor, array, column or list [N, …] of numbers."""
+    if not isinstance(labels, Tensor):
+        kind = type(labels).__name__
+        try:
+            if hasattr(labels, "to_numpy"):  # a column of pandas, say
+                labels = labels.to_numpy()
+            if str(getattr(labels, "dtype", "")) == "object":
+                labels = labels.astype(float)
+            if isinstance(labels, (list, tuple)):
+                as_given = torch.tensor(labels)
+                is_float = as_given.is_floating_point()
+                labels = torch.tensor(labels, dtype=torch.float64) if is_float else as_given
+            elif hasattr(labels, "__array__"):
+                labels = torch.tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must hold numbers only, got a {kind}: {error}") from None
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"{name} must be a Tensor, an array, a column or a list, got {kind}")
+    validation.check_rows(name, {name: labels})
+    labels = labels.detach().cpu()
+    return labels[:, None] if labels.dim() == 1 else labels.flatten(1)
 
 
 def _bin_index(y: Tensor, bin_width: float, rounding: float) -> Tensor:

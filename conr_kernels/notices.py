@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
@@ -16,9 +17,13 @@ _told: set[str] = set()
 
 
 def tell_once(topic: str, message: str) -> None:
-    if topic not in _told:
-        _told.add(topic)
-        warnings.warn(message, UserWarning, stacklevel=5)
+    if topic in _told:
+        return
+    _told.add(topic)
+    level, frame = 1, sys._getframe()
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in ("conr_kernels", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def look_for_ranks() -> None:
@@ -33,6 +38,21 @@ def look_for_ranks() -> None:
             'group="world" (looked up at each call; torch.distributed.group.WORLD is None before '
             "init_process_group)",
         )
+
+
+def look_for_synchronisation(encoder: object) -> None:
+    """Tells of a job of several processes in which nobody averages an encoder's gradients."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+        return
+    modules = encoder.modules() if isinstance(encoder, torch.nn.Module) else ()
+    if any(hasattr(m, "no_sync") or hasattr(m, "set_requires_gradient_sync") for m in modules):
+        return
+    tell_once(
+        "gradients",
+        f"gradient_cache got a {type(encoder).__name__} without DistributedDataParallel or FSDP in "
+        f"one of {dist.get_world_size()} processes: each process keeps its own gradients, which "
+        "nobody averages. Give it the wrapped module, not what is inside",
+    )
 
 
 def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> None:

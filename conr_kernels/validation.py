@@ -220,11 +220,7 @@ def check_statistics(targets: Any, predictions: Any, keys: Any, mask: Any, weigh
     check_devices(named)
 
 
-def check_density(targets: Any, bin_width: Any, kernel_size: Any, sigma: Any) -> None:
-    if isinstance(targets, Tensor) and targets.dim() == 0:
-        raise ValueError("targets must have shape (N,), (N, 1) or (N, L), got ()")
-    n_rows = targets.shape[0] if isinstance(targets, Tensor) else 0
-    check_labels("targets", targets, n_rows, "targets")
+def check_density(bin_width: Any, kernel_size: Any, sigma: Any) -> None:
     for name, value in (("bin_width", bin_width), ("sigma", sigma)):
         check_number(name, value)
         if not math.isfinite(value) or value <= 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import validation
+from .. import notices, validation
 
 
 def gradient_cache(
@@ -57,7 +57,17 @@ def gradient_cache(
 
     Returns:
         The loss, detached and unscaled.
+
+    Raises:
+        TypeError, ValueError: bad input or outputs.
+        RuntimeError: gradients are disabled; or the second encoding of a chunk differs from the
+            first by more than rounding, so that the gradients would be of another loss.
     """
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "gradient_cache computes gradients: call it outside of torch.no_grad and inference_mode"
+        )
+    notices.look_for_synchronisation(encoder)
     validation.check_counts(chunk_size=chunk_size)
     is_named, named = isinstance(inputs, Mapping), _named(inputs)
     N = validation.check_inputs(named)
@@ -72,16 +82,14 @@ def gradient_cache(
 
     state = encoder if isinstance(encoder, nn.Module) else nn.Module()
     _share_buffers(state)
-    buffers = dict(state.named_buffers())
-    devices = {t.device for t in (*named.values(), *state.parameters(), *buffers.values())}
-    held = {name: t.clone() for name, t in buffers.items()}
+    devices = {t.device for t in (*named.values(), *state.parameters(), *state.buffers())}
+    buffers = _hold_buffers(state)
     random_states, encoded = [], []
     with torch.no_grad():
         for chunk in chunks:
             random_states.append(_random_state(devices))
             encoded.append(encode(chunk))
-        for name, t in buffers.items():
-            t.copy_(held[name])
+        _restore_buffers(buffers)
     features, predictions = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     del encoded
     validation.check_encoded(features, predictions, N)
@@ -102,6 +110,8 @@ def gradient_cache(
             waits = hasattr(encoder, "no_sync") and k < n_chunks - 1
             with encoder.no_sync() if waits else nullcontext(), torch.enable_grad():
                 outputs = encode(chunk)
+                for output, whole in zip(outputs, (features, predictions), strict=True):
+                    _check_repeats(output, whole.tensor_split(n_chunks)[k])
                 pairs = [
                     (output, whole.grad.tensor_split(n_chunks)[k])
                     for output, whole in zip(outputs, (features, predictions), strict=True)
@@ -130,6 +140,46 @@ def _share_buffers(encoder: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
             module._sync_buffers()
             module.require_forward_param_sync = False
+
+
+#: A module, a buffer's name, the buffer, and a copy of what it held.
+Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]
+
+
+def _hold_buffers(encoder: nn.Module) -> Buffers:
+    return [
+        (module, name, t, t.clone())
+        for module in encoder.modules()
+        for name, t in module._buffers.items()
+        if t is not None
+    ]
+
+
+def _restore_buffers(buffers: Buffers) -> None:
+    """Of each its values, and the tensor itself where the encoder has put another in its place."""
+    for module, name, t, held in buffers:
+        t.copy_(held)
+        module._buffers[name] = t
+
+
+def _check_repeats(second: Tensor, first: Tensor) -> None:
+    """Rounding may differ, by kernels chosen anew; a state or a random number may not."""
+    first, second = first.detach(), second.detach()
+    dtype = first.dtype if first.is_floating_point() else torch.float32
+    if torch.is_autocast_enabled(first.device.type):
+        dtype = torch.get_autocast_dtype(first.device.type)
+    eps = torch.finfo(dtype).eps
+    if first.device.type != "cpu":
+        eps = max(eps, 2**-10)  # of TF32
+    first, second = first.float(), second.float()
+    if (second - first).norm() > eps**0.5 * first.norm():  # neither where a number is not finite
+        raise RuntimeError(
+            "gradient_cache: the encoder's second encoding of a chunk differs from its first, so "
+            "that the gradients would be wrong. Likely causes: random numbers that are not "
+            "PyTorch's default ones (numpy, random, an own Generator), or state that is no buffer "
+            "of the module (an attribute, a counter, a cache). Draw them once per step outside of "
+            "the encoder, or register the state as a buffer"
+        )
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,19 @@ from .. import validation
 class MemoryBank(nn.Module):
     """The last ``size`` rows that were pushed, to serve as ``keys`` of ``conr_loss``.
 
-    The rows are buffers: they move with the module and are part of its state dict. Labels and
-    predictions keep their own dtype when the module changes dtype, since a window decides on them.
-    ::
+    The rows are buffers: they move with the module and are part of its state dict, of which they
+    are loaded with their number or not at all. Labels and predictions are never rounded, since a
+    window decides on them: they keep their dtype when the module changes its own, and wider ones
+    that are pushed or loaded widen it. ::
 
-        loss = conr(features, targets, predictions, keys=bank.keys(features.dtype))
+        loss = conr(features, targets, predictions, keys=bank)
         bank.push(features, targets, predictions)
 
     Keep the bank outside ``DistributedDataParallel``, which would copy rank 0's rows to every rank.
 
     Args:
         size: K, the most rows kept. n_features: D. n_labels: L, components of a label.
-        dtype, label_dtype: of the features, and of the labels and predictions.
+        dtype: of the features. label_dtype: of the labels and predictions, until wider ones come.
     """
 
     def __init__(
@@ -58,6 +60,10 @@ class MemoryBank(nn.Module):
         K = len(self)
         return self.features[:K].to(dtype), self.targets[:K], self.predictions[:K]
 
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self.n_pushed = 0
+
     @torch.no_grad()
     def push(self, features: Tensor, targets: Tensor, predictions: Tensor) -> None:
         """Appends rows [N, …] and drops the oldest; of more than ``size`` rows the last are
@@ -71,6 +77,7 @@ class MemoryBank(nn.Module):
                 f"the bank holds D = {D} features and L = {L} labels a row, got features "
                 f"{tuple(features.shape)} and targets {tuple(targets.shape)}"
             )
+        self._widen(targets=targets.dtype, predictions=predictions.dtype)
         kept = min(N, size)
         start = (self.n_pushed + N - kept) % size
         until_end = min(kept, size - start)
@@ -83,6 +90,35 @@ class MemoryBank(nn.Module):
             held[start : start + until_end] = rows[:until_end]
             held[: kept - until_end] = rows[until_end:]
         self.n_pushed += N
+
+    def _widen(self, **dtypes: torch.dtype) -> None:
+        for name, dtype in dtypes.items():
+            held = getattr(self, name)
+            setattr(self, name, held.to(torch.promote_types(held.dtype, dtype)))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *of_the_call: Any
+    ) -> None:
+        """Rows and their number, or neither: what a filter has left of a state loads nothing."""
+        found = {name: state_dict.get(prefix + name) for name in self._buffers}
+        is_whole = prefix + "_extra_state" in state_dict and all(
+            t is not None and t.shape == self._buffers[name].shape for name, t in found.items()
+        )
+        if is_whole:
+            self._widen(targets=found["targets"].dtype, predictions=found["predictions"].dtype)
+        else:
+            *_, missing_keys, _, error_messages = of_the_call
+            error_messages += [
+                f"size mismatch for {prefix}{name}: the state has {tuple(t.shape)}, the bank "
+                f"{tuple(self._buffers[name].shape)}"
+                for name, t in found.items()
+                if t is not None and t.shape != self._buffers[name].shape
+            ]
+            expected = (prefix + name for name in (*found, "_extra_state"))
+            missing_keys += [name for name in expected if name not in state_dict]
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+            of_the_call = (of_the_call[0], False, [], [], [])
+        super()._load_from_state_dict(state_dict, prefix, *of_the_call)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.n_pushed)

@@ -2,12 +2,8 @@
 
 import torch
 
-from .. import statistics
 from . import union
 
-union_loss = torch.compiler.disable(
-    union.union_loss, reason="group= exchanges sizes between processes before it computes"
-)
-union_statistics = torch.compiler.disable(
-    statistics.union_statistics, reason="group= exchanges sizes between processes first"
-)
+REASON = "group= exchanges sizes between processes before it computes"
+union_loss = torch.compiler.disable(union.union_loss, reason=REASON)
+union_statistics = torch.compiler.disable(union.union_statistics, reason=REASON)

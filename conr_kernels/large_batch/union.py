@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import notices, ops
 from ..batch import Batch, reference_losses, without_absent
 from ..core.rows import no_statistics, scale_statistics
+from ..core.sets import ConRStatistics, Rows, checked_rows, count
 from ..variants import Settings
 from .agreement import agree, way
 from .ranks import Union
@@ -68,6 +69,16 @@ def gather_labels(group: Any, rows: Any) -> tuple[Tensor, Tensor, Callable[[Tens
         return union.gather(own[None], [1] * union.n_ranks).sum(0)
 
     return y, p, total
+
+
+def union_statistics(group: Any, arguments: tuple[Any, ...]) -> ConRStatistics:
+    """The statistics of this rank's rows among those of all ranks of the group."""
+    try:
+        rows: Rows | Exception = checked_rows(*arguments)
+    except Exception as error:
+        rows = error
+    y_j, p_j, total = gather_labels(group, rows)
+    return count(rows, y_j, p_j, total)
 
 
 def _row_losses(batch: Batch, union: Union) -> Tensor:

@@ -268,10 +268,10 @@ def backward(
         return _project(G, q, inverse, settings.temperature).to(x.dtype)
     others = other_keys(keys, slice(self_offset, self_offset + len(x)), coef_j)
     if _are_few(len(x), others, coef_i.shape[1] == 5):
-        rows = Rows(x * inverse, y, p)
+        rows = anchors.take(None, None)
         _, pairs = one_tile_sums(rows, settings, False)
         G = _one_tile_gradient(*pairs, rows.q, coef_i, settings)
-        few.add_gradient(G, rows, coef_i, others, settings)
+        few.add_gradient(G, rows, others, settings)
     else:
         G = gradient_sums(anchors, others, _sweeps(anchors, others, settings), settings)
     poison = _poison_of_coefficients(coef_i)

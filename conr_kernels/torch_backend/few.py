@@ -1,8 +1,8 @@
 """Few anchors against many other keys, as of a memory bank: tiles of all pairs, no sort, nothing
 kept.
 
-The other keys have no row loss, so that their part of an anchor's gradient is its own coefficients
-times sums over keys: these are found with the loss, in one pass.
+Keys without a row loss leave an anchor a gradient that is its own coefficients times sums over
+keys: these are found with the loss, in one pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import pair_distance
 from ..variants import Settings
-from .pairs import LN_2, negative_weight, push, similarities
+from .pairs import LN_2, negative_weight, push, similarities, times_coefficients
 from .source import Source
 from .tiles import Rows
 
@@ -44,21 +44,21 @@ def add_sums(
         products: ``Σ_P exp(s_ij) q_j``, ``Σ_M φ exp(s_ij) q_j`` and, with ``log="inside"``,
             ``Σ_P q_j``, each [N, D], to be added to; None where no gradient is wanted.
     """
-    for q_j, s_ij, positive, negative, log_phi in _tiles(rows, others, settings):
+    for j, s_ij, positive, negative, log_phi in _tiles(rows, others, settings):
         sums["n"] += positive.sum(1)
         if counts_negatives:
             sums["m"] += negative.sign().sum(1)
         if settings.variant.log == "inside":
             sums["s_sum"] += (s_ij * positive).sum(1).to(sums["s_sum"].dtype) * LN_2
             if products is not None:
-                products[2].addmm_(positive, q_j)
+                products[2].addmm_(positive, j.q)
         positive.mul_(s_ij.exp2_())
         negative.mul_(push(s_ij, log_phi, False))
         sums["E"] += positive.sum(1)
         sums["B"] += negative.sum(1)
         if products is not None:
-            products[0].addmm_(positive, q_j)
-            products[1].addmm_(negative, q_j)
+            products[0].addmm_(positive, j.q)
+            products[1].addmm_(negative, j.q)
     if not counts_negatives:
         sums["m"] = sums["B"].sign()
 
@@ -71,25 +71,27 @@ def add_products(G: Tensor, products: list[Tensor], coef: Tensor) -> None:
         G.addcmul_(unweighted[0], coef[:, 1:2], value=-1)
 
 
-def add_gradient(G: Tensor, rows: Rows, coef: Tensor, others: Source, settings: Settings) -> None:
-    """The same from coefficients that are known, without the products."""
-    alpha, beta, gamma = coef[:, :1], coef[:, 1:2], coef[:, 2:3]
-    for q_j, s_ij, positive, negative, log_phi in _tiles(rows, others, settings):
-        linear = positive * beta if settings.variant.log == "inside" else None
-        H_ij = positive.mul_(s_ij.exp2_()).mul_(alpha)
-        H_ij.addcmul_(negative.mul_(push(s_ij, log_phi, False)), gamma)
-        G.addmm_(H_ij if linear is None else H_ij.sub_(linear), q_j)
+def add_gradient(G: Tensor, rows: Rows, others: Source, settings: Settings) -> None:
+    """Adds ``Σ_j H_ij q_j`` of the other keys to G [N, D]; these may be other ranks' anchors."""
+    for j, s_ij, positive, negative, log_phi in _tiles(rows, others, settings):
+        linear = None
+        if settings.variant.log == "inside":
+            linear = positive * (rows.beta + j.beta.mT)
+        H_ij = times_coefficients(positive.mul_(s_ij.exp2_()), rows.alpha, j.alpha)
+        negative.mul_(push(s_ij, log_phi, False))
+        H_ij += times_coefficients(negative, rows.gamma, j.gamma)
+        G.addmm_(H_ij if linear is None else H_ij.sub_(linear), j.q)
 
 
 def _tiles(
     rows: Rows, others: Source, settings: Settings
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
-    """Unit features of some keys, ``s_ij`` / ln 2, ``[j ∈ P_i]``, and ``negative_weight``'s two."""
+) -> Iterator[tuple[Rows, Tensor, Tensor, Tensor, Tensor | None]]:
+    """Some of the keys, ``s_ij`` / ln 2, ``[j ∈ P_i]``, and ``negative_weight``'s two."""
     width = max(TILE_PAIRS // len(rows.q), 1)
     for start in range(0, len(others), width):
         keys = others.part(slice(start, start + width)).take(None, None)
-        q_j = keys.q.contiguous()  # products round as the strides are
-        s_ij = similarities(rows.q, q_j, settings, as_powers_of_two=True)
+        keys.q = keys.q.contiguous()  # products round as the strides are
+        s_ij = similarities(rows.q, keys.q, settings, as_powers_of_two=True)
         d_ij = pair_distance(rows.y, keys.y, settings.distance)
         positive = torch.le(d_ij, settings.window, out=torch.empty_like(s_ij))
-        yield q_j, s_ij, positive, *negative_weight(d_ij, rows, keys, None, settings)
+        yield keys, s_ij, positive, *negative_weight(d_ij, rows, keys, None, settings)

@@ -154,7 +154,7 @@ def test_bad_input_is_refused_alike_on_every_backend_before_any_computation(
     def computes(*_):
         raise AssertionError("computed before it refused")
 
-    for work in ("row_losses", "_labels", "_weights"):
+    for work in ("row_losses", "as_labels", "as_weights"):
         monkeypatch.setattr(batches, work, computes)
     messages = set()
     for backend in BACKENDS:

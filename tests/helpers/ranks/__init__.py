@@ -3,12 +3,12 @@
 A check takes the group and returns a text to print.
 """
 
-from . import agreement, training, union
+from . import agreement, mask, training, union
 from .runner import WORLD, Outcomes, run_ranks, what_happened
 
 CHECKS = [
     value
-    for module in (union, agreement, training)
+    for module in (union, mask, agreement, training)
     for name, value in vars(module).items()
     if name.startswith("check_")
 ]

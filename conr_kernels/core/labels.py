@@ -1,0 +1,27 @@
+"""Labels and weights in the form and dtype in which backends take them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def as_labels(y: Tensor) -> Tensor:
+    """Labels as a contiguous [N, L] in the dtype in which they are compared."""
+    is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
+    y = y.detach().to(torch.float64 if is_wide else torch.float32)
+    return (y[:, None] if y.dim() == 1 else y).contiguous()
+
+
+def as_weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
+    if w is None:
+        return None
+    dtype = accumulation_dtype(x)
+    if not isinstance(w, Tensor):
+        return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
+    w = w.detach().to(device=x.device, dtype=dtype)
+    return w.reshape(-1).expand(x.shape[0]).contiguous()

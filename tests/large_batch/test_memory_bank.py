@@ -1,0 +1,109 @@
+"""Never phantom rows, never rounded labels, whichever way they take into a bank or out of it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from conr_kernels import MemoryBank, conr_loss
+
+
+def rows(n: int, dtype=torch.float32, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    y = (torch.randint(1, 9, (n,), generator=g).double() / 10).to(dtype)
+    return torch.randn(n, 4, generator=g), y, y + 0.1
+
+
+def filled(size: int = 8, n: int = 6) -> MemoryBank:
+    bank = MemoryBank(size, 4)
+    bank.push(*rows(n))
+    return bank
+
+
+def copies(bank: MemoryBank) -> list[torch.Tensor]:
+    held = bank.keys()
+    return [t.clone() for t in held]
+
+
+def fitting(state: dict, module: nn.Module) -> dict:
+    """The usual filter of a state before strict=False."""
+    own = module.state_dict()
+    return {k: t for k, t in state.items() if k in own and t.shape == own[k].shape}
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_a_filtered_state_of_another_size_loads_nothing(is_filled):
+    other = nn.ModuleDict(dict(bank=filled(16, 12)))
+    model = nn.ModuleDict(dict(bank=filled() if is_filled else MemoryBank(8, 4)))
+    before = copies(model["bank"])
+    missing, unexpected = model.load_state_dict(fitting(other.state_dict(), model), strict=False)
+    assert set(missing) == {f"bank.{name}" for name in ("features", "targets", "predictions")}
+    assert all(torch.equal(a, b) for a, b in zip(model["bank"].keys(), before, strict=True))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_another_size_raises_and_changes_nothing(strict):
+    bank = filled()
+    before = copies(bank)
+    with pytest.raises(RuntimeError, match=r"size mismatch for features.*\(16, 4\).*\(8, 4\)"):
+        bank.load_state_dict(filled(16, 12).state_dict(), strict=strict)
+    assert all(torch.equal(a, b) for a, b in zip(bank.keys(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["features", "targets", "_extra_state"])
+def test_a_state_with_a_part_missing_loads_nothing(name):
+    state = filled().state_dict()
+    del state[name]
+    bank = MemoryBank(8, 4)
+    with pytest.raises(RuntimeError, match=name):
+        bank.load_state_dict(state)
+    assert bank.load_state_dict(state, strict=False).missing_keys == [name] and len(bank) == 0
+
+
+def test_cleared_banks_have_no_rows_and_fill_again():
+    bank = filled()
+    bank.clear()
+    assert len(bank) == 0 and len(bank.keys()[0]) == 0
+    bank.push(*rows(3, seed=1))
+    assert torch.equal(bank.keys()[0], rows(3, seed=1)[0])
+
+
+WAYS = {
+    "push": lambda bank: bank,
+    "state dict": lambda bank: loaded(MemoryBank(8, 4), bank),
+    "assigned state dict": lambda bank: loaded(MemoryBank(8, 4), bank, assign=True),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda bank: pickle.loads(pickle.dumps(bank)),
+    "half": lambda bank: bank.half(),
+    "to": lambda bank: bank.to("cpu", torch.bfloat16),
+}
+
+
+def loaded(bank: MemoryBank, other: MemoryBank, **options) -> MemoryBank:
+    bank.load_state_dict(other.state_dict(), **options)
+    return bank
+
+
+@pytest.mark.parametrize("label_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS)
+def test_labels_come_out_as_they_went_in(way, dtype, label_dtype):
+    x, y, p = rows(6, dtype)
+    bank = MemoryBank(8, 4, label_dtype=label_dtype)
+    bank.push(x, y, p)
+    bank = WAYS[way](bank)
+    assert len(bank) == 6
+    assert torch.equal(bank.keys()[1][:, 0], y) and torch.equal(bank.keys()[2][:, 0], p)
+    bank.push(x, y, p)
+    assert torch.equal(bank.keys()[1][-2:, 0], y[:2])
+
+
+@pytest.mark.parametrize("window", [0.0, 0.1, 0.2])
+def test_float64_labels_of_a_default_bank_serve_as_the_same_rows_do(window):
+    own, rest = rows(40, torch.float64), rows(30, torch.float64, 1)
+    bank = MemoryBank(64, 4)
+    bank.push(*rest)
+    options = dict(window=window, variant="contrastive")
+    assert torch.equal(conr_loss(*own, keys=bank, **options), conr_loss(*own, keys=rest, **options))
