@@ -109,36 +109,6 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
     return text
 
 
-def check_masks(group: dist.ProcessGroup) -> str:
-    """Rows that a rank's mask leaves out are nobody's keys on any rank; rank 0 has no mask, and
-    labels where the others' absent rows would be, were they far from their own rank's alone.
-    """
-    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
-    sizes = UNEVEN[n_ranks]
-    for number, (backend, reduction, variant) in enumerate(
-        (("torch", "mean", "released-depth"), ("reference", "sum", "paper"),
-         ("torch", "none", "contrastive"))
-    ):  # fmt: skip
-        rows = make_rows(sum(sizes), number, torch.float64)
-        of_rank_0 = 85.0 + 2 * (torch.arange(sizes[0]).double()[:, None] // 2)
-        rows[1][: sizes[0]] = rows[2][: sizes[0]] = of_rank_0
-        is_present = torch.arange(sum(sizes)) % 3 != 1
-        is_present[: sizes[0]] = True
-        options = dict(reduction=reduction, variant=variant)
-        expected = conr_loss(*(t[is_present] for t in rows), backend="reference", **options)
-
-        for t in rows:
-            t[~is_present] = torch.nan
-        *mine, is_mine = part([*rows, is_present], sizes, rank)
-        mask = is_mine if rank > 0 else None
-        loss = conr_loss(*mine, mask=mask, backend=backend, group=group, **options)
-        if reduction == "none":
-            before = int(is_present[: sum(sizes[:rank])].sum())
-            expected, loss = expected[before : before + int(is_mine.sum())], loss[is_mine]
-        torch.testing.assert_close(loss, expected)
-    return f"3 cases on {n_ranks} ranks"
-
-
 def check_dtypes_of_labels(group: dist.ProcessGroup) -> str:
     """Labels and predictions are compared each in its own dtype: ties at the window tell."""
     rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
