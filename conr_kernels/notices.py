@@ -28,7 +28,7 @@ def tell_once(topic: str, message: str) -> None:
 
 def look_for_ranks() -> None:
     """Tells of a job of several processes whose loss has no group."""
-    if "ranks" in _told or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or "ranks" in _told:
         return
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         tell_once(
@@ -62,7 +62,7 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
         loss: what became of the batch; anything but 0 is no such case.
         n_union: rows of the union whose part the batch is; None: the batch is the whole.
     """
-    if "anchors" in _told or batch.x.device.type != "cpu" or not ops.is_plain(batch.x):
+    if not ops.is_plain(batch.x) or batch.x.device.type != "cpu" or "anchors" in _told:
         return
     if loss.detach().any() or max(len(batch.x), n_union or 0) < 2:
         return

@@ -4,7 +4,7 @@ Assumptions, all of them:
 
 - The machine: 132 multiprocessors at 1.755 GHz; each issues 4 warp instructions, evaluates 16
   exponentials and 64 float64 operations per cycle, multiplies 4,096 FLOP of 16-bit numbers, 2,048
-  of TF32 and 256 of float64, and moves 128 bytes to or from shared memory. 5.5 TB/s from the L2
+  of TF32 and 256 of float64, and moves 128 bytes to or from shared memory. 10.6 TB/s from the L2
   cache of 50 MB, shared evenly, at most 64 bytes per cycle and multiprocessor; 4.8 TB/s from HBM.
   Three-pass TF32 is three products; mma.sync reaches 60 % of wgmma. For sm_80 and sm_100, which get
   a bound but no time, the rates of products and of float64 and the shared memory are their own.
@@ -41,11 +41,11 @@ from . import tiles
 from .compiled import Launch
 from .loops import CodeLoop, Matched, Nest, code_loops, match, nest_of
 from .machine import MachineCode, is_tensor_core, opcode, product_flop
-from .passes import anchor_tiles, phases_of, sweep_of
+from .passes import anchor_tiles, phases_of, programs_per_tile, sweep_of, visited_here
 
 SMS, CLOCK = 132, 1.755e9
 ISSUE, MUFU, SHARED = 4, 16, 128
-L2_BANDWIDTH, L2_PORT, L2_BYTES, HBM_BANDWIDTH = 5.5e12, 64, 50e6, 4.8e12
+L2_BANDWIDTH, L2_PORT, L2_BYTES, HBM_BANDWIDTH = 10.6e12, 64, 50e6, 4.8e12
 LATENCY = 600
 #: Full and edge tiles of a tile of anchors, where what they share is spread over them.
 TYPICAL = 32
@@ -249,29 +249,35 @@ class Model:
 
     def _hbm_bytes(self) -> float:
         given = self.launch.arguments
-        unique = {id(t): t.numel() * t.element_size() for t in given.values()
-                  if isinstance(t, Tensor)}  # fmt: skip
+        unique = {id(t): t.numel() * t.element_size() for name, t in given.items()
+                  if isinstance(t, Tensor) and name != "H_ptr"}  # fmt: skip
         once = sum(unique.values())
         if sweep_of(self.launch) is None:
             return once
+        if "H_ptr" in given:
+            visited, share = visited_here(self.launch)
+            area = given["BLOCK_I"] * given["BLOCK_J"]
+            once = once * share + visited * area * given["H_ptr"].element_size()
         live = self._live_bytes()
-        return max(once, self.l2_bytes() * max(0.0, 1 - L2_BYTES / live))
+        return max(once, self.l2_bytes() * max(0.0, 1 - L2_BYTES / max(live, 1)))
 
     def _live_bytes(self) -> float:
         """What the resident programs of a sweep read and write again and again."""
         given, sweep = self.launch.arguments, sweep_of(self.launch)
         n, block_i = given["n_anchors"], given["BLOCK_I"]
         n_programs = min(self.launch.grid[0], SMS * self.resident)
-        rows = n_programs * block_i + tiles.band_rows(n, sweep)
+        own = -(-n_programs // programs_per_tile(self.launch)) * block_i
+        rows = own + tiles.band_rows(n, sweep)
         live, seen = 0.0, set()
         for name, value in given.items():
-            if not isinstance(value, Tensor) or name in ("x_ptr", "gradient_ptr"):
+            if not isinstance(value, Tensor) or name in ("x_ptr", "gradient_ptr", "H_ptr"):
                 continue
             if id(value) not in seen:
                 seen.add(id(value))
-                whole = name == "H_ptr" or value.numel() < n
-                share = 1.0 if whole else min(1.0, rows / n)
+                share = 1.0 if value.numel() < n else min(1.0, rows / n)
                 live += value.numel() * value.element_size() * share
+        if "H_ptr" in given:
+            live += own * tiles.band_rows(n, sweep) * given["H_ptr"].element_size()
         return live
 
 

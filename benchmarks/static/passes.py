@@ -18,17 +18,53 @@ def sweep_of(launch: Launch) -> str | None:
     return "positives" if is_first and "gather" not in launch.name else None
 
 
-def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
-    """Full and edge tiles of each tile of anchors of a sweep; one pair of ones elsewhere."""
-    sweep, given = sweep_of(launch), launch.arguments
-    if sweep is None:
-        return ((1, 1),)
+def programs_per_tile(launch: Launch) -> int:
+    """Programs that share a tile of anchors: its key tiles, or the columns of its product."""
+    given = launch.arguments
+    is_product = "BLOCK_K" in given
+    return given["D_PAD"] // given["BLOCK_D"] if is_product else given.get("n_slots", 1)
+
+
+def _visits(launch: Launch) -> tuple[tuple[int, int], ...]:
+    """Full and edge tiles of keys of every tile of anchors of a sweep."""
+    given, sweep = launch.arguments, sweep_of(launch)
     L = given["L"]
-    reach = float(given["h"]) * (1 if L == 1 else math.sqrt(L) if given["RMSE"] else L)
+    reach = given.get("h", 1.0) * (1.0 if L == 1 else math.sqrt(L) if given.get("RMSE") else L)
     return tiles.visits(
         given["n_anchors"], given["n_keys"], given["BLOCK_I"], given["BLOCK_J"], sweep, reach,
         L == 1, sweep == "negatives" and not given.get("CONFUSED", True),
     )  # fmt: skip
+
+
+def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
+    """Full and edge tiles of keys of each program of a sweep; one pair of ones elsewhere."""
+    if sweep_of(launch) is None:
+        return ((1, 1),)
+    given, visits, n_programs = launch.arguments, _visits(launch), programs_per_tile(launch)
+    if "H_ptr" in given:  # some rows and some of their keys, every tile an edge
+        most = given["row_size"] // given["BLOCK_J"]
+        here = visits[given["first"] :][: launch.grid[0] // n_programs]
+        counts = (min(max(full + edge - given["start"], 0), most) for full, edge in here)
+        visits = tuple((0, n) for n in counts)
+    if "BLOCK_K" in given:
+        return tuple(visit for visit in visits for _ in range(n_programs))
+    return tuple(
+        (_share(full, slot, n_programs), _share(edge, slot, n_programs))
+        for full, edge in visits
+        for slot in range(n_programs)
+    )
+
+
+def visited_here(launch: Launch) -> tuple[float, float]:
+    """Tiles of pairs of one launch for wide features, and their share of a sweep's."""
+    visited = sum(n for _, n in anchor_tiles(launch))
+    visited /= programs_per_tile(launch) if "BLOCK_K" in launch.arguments else 1
+    return visited, visited / max(sum(map(sum, _visits(launch))), 1)
+
+
+def _share(n: int, slot: int, n_slots: int) -> int:
+    """Of n tiles, those of one of the programs that share them."""
+    return n * (slot + 1) // n_slots - n * slot // n_slots
 
 
 def phases_of(
@@ -52,11 +88,6 @@ def phases_of(
                 kind = next(names)
                 n = kinds[kind] if known is None else times * known
                 yield kind, list(_subtree(loop, given, n)), n
-            elif loop.nest.has_pairs:
-                # Around a group of tiles and its product, or around all tiles of the anchors.
-                is_group = any(child.nest.exponentials for child in loop.loops)
-                n_groups = math.ceil((full + edge) / given.get("GROUP", 1))
-                yield from walk(loop, max(n_groups, 1) if is_group else times)
             elif loop.nest.has_product:
                 n = full + edge if pairs or sweep_of(launch) else times
                 yield "product", list(_products(loop, given, times, n)), n
@@ -73,9 +104,9 @@ def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
     if known is None:  # a part of D: so many columns, or chunks
         part = given.get("chunk", given.get("n_chunks", 0) * loop.nest.step)
         known = math.ceil(part / loop.nest.step) if part else None
-    passes = times * known if known is not None else n * (times / max(times, 1))
-    yield loop, passes
     steps = given["BLOCK_J"] // given.get("BLOCK_K", given["BLOCK_J"])
+    passes = times * known if known is not None else n * steps
+    yield loop, passes
     for child in loop.loops:
         inner = _trips(child.nest, given)
         yield child, passes * inner if inner is not None else n * (known or 1) * steps

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend.configs import Config
 
-from . import compiled
+from . import compiled, shipped
 from .cost import Model
 from .machine import machine_code, tensor_core_names
 
@@ -31,7 +31,7 @@ MARK = 1024
 def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[Config]:
     """Tile shapes, chunks, warps and stages worth a look; ``width`` 0 for rows read in chunks."""
     double = arithmetic == "float64"
-    if kind == "product":  # the launch is that of "wide"
+    if kind == "product":  # its tiles of pairs are those of "wide"
         wide = call.config("wide", arch, width, arithmetic)
         return [
             replace(wide, BLOCK_J=block_j, BLOCK_D=block_d)
@@ -65,17 +65,15 @@ def judge(
     the reason where it is rejected.
     """
     plain = call.config
-    # The second phase of the wide kernel is launched with the first one's options.
-    carrier = "wide" if kind == "product" else kind
 
     def launches(mark: int) -> list[compiled.Launch]:
         def config(asked: str, *key) -> Config:
             found = chosen if asked == kind else plain(asked, *key)
-            return replace(found, num_warps=found.num_warps + mark * (asked == carrier))
+            return replace(found, num_warps=found.num_warps + mark * (asked == kind))
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(call, "config", config))
-            if carrier == "wide":
+            if kind in ("wide", "product"):
                 stack.enter_context(mock.patch.object(call, "bucket", lambda *_: 0))
             return compiled.recorded_launches(
                 N, D, getattr(torch, arithmetic.split()[0]), arch, variant=variant,
@@ -83,8 +81,13 @@ def judge(
             )  # fmt: skip
 
     total, remarks = 0.0, []
+    models: dict[str, Model] = {}
     for launch, marked in zip(launches(0), launches(MARK), strict=True):
         if marked.options.get("num_warps", 0) < MARK:
+            continue
+        key = shipped.specialization(launch)
+        if key in models:  # wide features: once more, for other rows or keys
+            total += models[key].at(launch).microseconds()
             continue
         try:
             binary = compiled.compile_launch(launch, arch)
@@ -95,7 +98,7 @@ def judge(
             return chosen, None, f"spills {code.spill_bytes} bytes ({launch.name})"
         if code.shared_bytes > SHARED_LIMIT[arch]:
             return chosen, None, f"shared memory {code.shared_bytes} bytes ({launch.name})"
-        model = Model(launch, binary.asm["ttir"], code, arch)
+        model = models[key] = Model(launch, binary.asm["ttir"], code, arch)
         time = model.microseconds()
         total += time
         bounds = "/".join(f"{name}:{model.bound(name)}" for name in model.phases())

@@ -9,6 +9,8 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+#: Columns to which sums of a tile are folded in a loop; the rest is added behind it.
+FOLD = tl.constexpr(8)
 
 
 @triton.jit
@@ -28,18 +30,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def similarity(
-    q_i,
-    q_i_ptr,
-    q_j,
-    q_j_ptr,
-    width,
-    D_PAD: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    q_i, q_i_ptr, q_j, q_j_ptr, width, D_PAD: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """``log₂e·s_ij`` of a tile: of the loaded tiles, or over chunks of D where they do not fit.
 
     ``width`` is D_PAD at run time: a loop over a constant would be unrolled.
@@ -90,11 +84,18 @@ def distance_of(total, L: tl.constexpr, RMSE: tl.constexpr):
 
 
 @triton.jit
+def fold(tile):
+    """Sums over every FOLD-th column: additions within a thread, no exchange with others."""
+    return tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // FOLD, FOLD)), axis=1)
+
+
+@triton.jit
 def add_exponentials(total, top, t_ij, phi_ij, is_in, SHIFTED: tl.constexpr, MASKED: tl.constexpr):
     """Adds ``φ_ij·exp2(t_ij)`` of a tile's pairs to ``total·exp2(top)``.
 
-    Unshifted, ``total`` is a tile that is reduced after the loop, and ``top`` is not used; shifted,
-    both are one number a row. ``phi_ij`` is 0 outside the mask ``is_in``.
+    Unshifted, ``total`` is a tile, as wide as the pairs' or folded, that is reduced after the loop,
+    and ``top`` is not used; shifted, both are one number a row. ``phi_ij`` is 0 outside the mask
+    ``is_in``.
     """
     if SHIFTED:
         if MASKED:
@@ -104,8 +105,10 @@ def add_exponentials(total, top, t_ij, phi_ij, is_in, SHIFTED: tl.constexpr, MAS
         terms = tl.exp2(t_ij - shift[:, None]) * phi_ij
         total = total * tl.exp2(top - shift) + tl.sum(terms, axis=1)
         top = new_top
-    else:
+    elif total.shape[1] == t_ij.shape[1]:
         total += tl.exp2(t_ij) * phi_ij
+    else:
+        total += fold(tl.exp2(t_ij) * phi_ij)
     return total, top
 
 
@@ -162,22 +165,11 @@ def log_add(a, b):
 
 @triton.jit
 def finish_rows(
-    E,
-    B,
-    s_sum,
-    n,
-    has_negative,
-    w,
-    n_keys,
-    push_scale,
-    SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr,
-    UNIT_TERMS: tl.constexpr,
-    COUNT_SELF: tl.constexpr,
-    WEIGHTED_ROWS: tl.constexpr,
-):
-    """Losses and statistics (rows.py) in float64: ``(ℓ, α or sign, β, γ or sign, log|α|,
+    E, B, s_sum, n, has_negative, w, n_keys, push_scale,
+    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, UNIT_TERMS: tl.constexpr,
+    COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Losses and statistics (core/rows.py) in float64: ``(ℓ, α or sign, β, γ or sign, log|α|,
     log|γ|)``.
     """
     is_anchor = (n > 0) & has_negative
@@ -196,21 +188,13 @@ def finish_rows(
     count = n + 1 if COUNT_SELF else n
     log_alpha, log_gamma = tl.zeros_like(E), tl.zeros_like(E)
     if SHIFTED:
-        log_r = tl.log(tl.where(r == 0, 1.0, tl.abs(r)))
-        log_r = tl.where(r == 0, float("-inf"), log_r)
-        sign_r = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0)).to(tl.float64)
-        log_T, sign_T = log_r + B, sign_r
+        log_r = tl.where(r == 0, float("-inf"), tl.log(tl.where(r == 0, 1.0, r)))
+        log_T = log_r + B
         if UNIT_TERMS:
-            log_a = tl.log(n_keys - n)
-            gap = -tl.abs(log_a - log_T)
-            difference = tl.maximum(log_a, log_T) + log1p(-tl.exp(gap))
-            is_down = r < 0
-            sign_T = tl.where(is_down & (log_T > log_a), -1.0, 1.0).to(tl.float64)
-            log_T = tl.where(is_down, difference, log_add(log_a, log_T))
-        x = log_T - E
-        down = log1p(-tl.exp(tl.where(sign_T < 0, x, float("-inf"))))
-        excess = tl.where(sign_T < 0, down, log_add(tl.zeros_like(x), x))
+            log_T = log_add(tl.log(n_keys - n), log_T)
+        excess = log_add(tl.zeros_like(E), log_T - E)
         log_Z = E + excess
+        gamma = one
         if INSIDE:
             loss = (n * log_Z - s_sum) / count
             alpha, beta = one, 1 / count
@@ -218,9 +202,8 @@ def finish_rows(
             log_gamma = log_alpha + log_r
         else:
             loss = tl.log(n) + excess
-            alpha, beta = -sign_T, tl.zeros_like(E)
+            alpha, beta = -one, tl.zeros_like(E)
             log_alpha, log_gamma = log_T - log_Z - E, log_r - log_Z
-        gamma = sign_r
     else:
         other = B * r
         if UNIT_TERMS:

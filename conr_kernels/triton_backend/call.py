@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..variants import Settings
 from .availability import interpreted
-from .configs import HEAVY, TABLE, Config, bucket, config
+from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
 
 #: Up to this many pairs the kernels without a sort serve.
 DENSE_PAIRS = 1024 * 1024
@@ -29,12 +29,11 @@ class Call:
     def __init__(
         self, x: Tensor, y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, s: Settings
     ) -> None:
-        self.x, self.y, self.p = x, y.contiguous(), p.contiguous()
+        # Rows stand one behind the other: no bit of a result depends on how they are handed over.
+        self.x, self.y, self.p = x.contiguous(), y.contiguous(), p.contiguous()
         self.has_keys = keys is not None
-        if keys is None:
-            self.key_x, self.key_y, self.key_p = self.x, self.y, self.p
-        else:
-            self.key_x, self.key_y, self.key_p = keys[0], keys[1].contiguous(), keys[2].contiguous()
+        given = (self.x, self.y, self.p) if keys is None else keys
+        self.key_x, self.key_y, self.key_p = (t.contiguous() for t in given)
         self.self_offset, self.settings = self_offset, s
         self.N, self.D = x.shape
         self.K, self.L = self.key_x.shape[0], y.shape[1]
@@ -70,10 +69,12 @@ class Call:
         return torch.cuda.device(self.x.device) if self.x.is_cuda else contextlib.nullcontext()
 
     def config(self, kind: str) -> Config:
-        is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
-        is_heavy = is_heavy and self.x.dtype.itemsize == 2
-        row = HEAVY if is_heavy and kind in TABLE[HEAVY] else self.arithmetic
-        return config(kind, architecture(self.x.device), self.D_bucket, row)
+        rows, key = [], (kind, architecture(self.x.device), self.D_bucket)
+        if self.x.dtype.itemsize == 2:
+            is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
+            rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]
+        row = next((row for row in rows if entry(*key, row)), self.arithmetic)
+        return config(*key, row)
 
     def options(self, chosen: Config) -> dict[str, Any]:
         """Launch options; squares of differences must not be fused into the sum that follows."""
@@ -132,14 +133,6 @@ def architecture(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 100 if major >= 10 else 90 if major == 9 else 80
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors; no bit of a result depends on it."""
-    if device.type != "cuda":
-        return 132  # the interpreter: an H200's
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def padded(n: int) -> int:

@@ -30,9 +30,15 @@ class Config:
 
 
 #: Largest D whose gradient tile stays in the registers.
-REGISTER_D = {"float16": 256, "bfloat16": 256, "float32": 128, "float32 highest": 64, "float64": 64}
+REGISTER_D = {
+    "float16": 256,
+    "bfloat16": 256,
+    "float32": 128,
+    "float32 highest": 128,
+    "float64": 64,
+}
 #: "dense backward" multiplies tiles as wide as those of "dense"; "product" is the second phase of
-#: "wide", of the same BLOCK_I and launch: BLOCK_J keys a step into BLOCK_D columns.
+#: "wide", of the same BLOCK_I: BLOCK_J keys a step into BLOCK_D columns.
 KINDS = ("forward", "backward", "wide", "product", "dense", "dense backward")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
@@ -53,17 +59,22 @@ _HALVES = {
         (80, 0, (128, 64, 64, 8, 2)),
         (None, 0, (128, 128, 64, 8, 3)),
         (80, None, (128, 64, None, 8, 2)),
-        (100, 256, (64, 64, None, 4, 2)),
+        (None, 256, (64, 64, None, 4, 2)),
+        (90, 128, (64, 64, None, 4, 3)),
+        (90, None, (64, 64, None, 4, 4)),
         (None, None, (128, 128, None, 8, 2)),
     ],
     # An architecture above 100 may have no more shared memory than 86: sm_120.
     "backward": [
+        (90, 256, (64, 64, None, 4, 2)),
+        (90, 128, (64, 128, None, 4, 2)),
+        (90, None, (64, 64, None, 4, 3)),
         (100, 256, (64, 64, None, 8, 2)),
         (80, None, (64, 64, None, 8, 2)),
         (None, None, (128, 64, None, 8, 2)),
     ],
     "wide": [(90, None, (128, 128, 64, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
-    "product": [(90, None, (128, 64, 128, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
+    "product": [(90, None, (128, 64, 256, 8, 3)), (None, None, (128, 64, 128, 8, 3))],
     "dense": [
         (None, 16, (16, 64, 16, 4, 2)),
         (None, 32, (16, 64, 32, 4, 2)),
@@ -90,16 +101,20 @@ _FLOAT32 = {
 _FLOAT32_HIGHEST = {
     "forward": [
         (None, 0, (64, 64, 32, 4, 2)),
+        (None, 128, (64, 64, 32, 4, 2)),
         (80, None, (64, 32, None, 8, 2)),
         (None, None, (64, 64, None, 4, 2)),
     ],
     "backward": [
+        (90, 128, (64, 32, 32, 4, 2)),
+        (80, 128, (32, 32, 32, 4, 2)),
+        (100, 128, (64, 32, 32, 8, 2)),
         (80, None, (32, 32, None, 4, 2)),
         (90, None, (64, 32, None, 4, 2)),
         (None, None, (64, 32, None, 8, 2)),
     ],
     "wide": [(80, None, (64, 32, 32, 4, 2)), (None, None, (64, 64, 32, 4, 2))],
-    "product": [(None, None, (64, 32, 32, 4, 2))],
+    "product": [(None, None, (64, 32, 64, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
     "dense backward": [(None, 0, (16, 32, 128, 4, 3)), (None, None, (16, 32, 32, 4, 3))],
 }
@@ -112,17 +127,28 @@ _FLOAT64 = {
     "dense backward": [(None, None, (16, 16, 32, 4, 1))],
 }
 #: Rescaled products are a second tile as wide as G in the registers.
-_FLOAT16 = {**_HALVES, "backward": [(None, 256, (64, 64, None, 8, 2)), *_HALVES["backward"][1:]]}
+_FLOAT16 = {
+    **_HALVES,
+    "backward": [
+        (None, 256, (64, 64, None, 8, 2)),
+        *(row for row in _HALVES["backward"] if row[1] != 256),
+    ],
+    "product": [(None, None, (128, 64, 128, 8, 3))],
+}
 #: 16-bit features with vector labels or a window near 0, whose pairs take more registers.
 HEAVY = "16-bit heavy"
 _HEAVY = {
     "forward": [(None, 0, (64, 32, 64, 4, 3)), (None, None, (64, 32, None, 4, 2))],
     "backward": [(None, 256, (64, 32, None, 8, 2)), (None, None, (64, 32, None, 4, 2))],
     "wide": [(80, None, (64, 32, 32, 4, 3)), (None, None, (64, 32, 64, 4, 3))],
-    "product": [(None, None, (64, 32, 64, 4, 3))],
+    "product": [(None, None, (64, 32, 128, 4, 3))],
 }
+#: 16-bit features with large exponents: two exponentials a pair.
+SHIFTED = "16-bit shifted"
+_SHIFTED = {"backward": [(90, 128, (64, 64, None, 4, 3))]}
 TABLE = {
     HEAVY: _HEAVY,
+    SHIFTED: _SHIFTED,
     "float16": _FLOAT16,
     "bfloat16": _HALVES,
     "float32": _FLOAT32,
@@ -131,12 +157,25 @@ TABLE = {
 }
 
 
+Entry = tuple[int, int, int | None, int, int]
+
+
 @functools.cache
-def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
-    """The configuration of a kernel: ``architecture`` 80, 90 or 100, the largest not above the
+def entry(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Entry | None:
+    """The first that matches; ``architecture`` 80, 90 or 100, the largest not above the
     device's.
     """
-    for on, width, (block_i, block_j, block_d, num_warps, num_stages) in TABLE[arithmetic][kind]:
+    for on, width, found in TABLE[arithmetic].get(kind, ()):
         if on in (None, architecture) and width in (None, D_bucket):
-            return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)
-    raise KeyError((kind, architecture, D_bucket, arithmetic))
+            return found
+    return None
+
+
+@functools.cache
+def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
+    """The configuration of a kernel."""
+    found = entry(kind, architecture, D_bucket, arithmetic)
+    if found is None:
+        raise KeyError((kind, architecture, D_bucket, arithmetic))
+    block_i, block_j, block_d, num_warps, num_stages = found
+    return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .call import ROW_PAD, WIDE_PAD, Call, padded, processors, tiles
+from .call import ROW_PAD, WIDE_PAD, Call, padded, tiles
 
-#: Keys whose H_ij a program of the wide backward kernel keeps.
-WIDE_KEYS = 1024
+#: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
+#: most that share a forward pass's tile of anchors.
+PROGRAMS = 1056
+SLOTS = 8
+#: Numbers of H_ij that are kept at a time: as many as the features', times this, but not fewer
+#: than WORKSPACE; programs that then multiply them by the keys' features, about.
+WIDE_FEATURES = 4
+WORKSPACE = 2**25
+WIDE_PROGRAMS = 528
 GATHER_ROWS = 32
+FINISH_ROWS = 64
 
 
 class _Sorted:
@@ -33,9 +43,9 @@ class _Sorted:
             coef=x.new_empty((columns, n), dtype=self.call.dtype) if columns else None,
         )
 
-    @property
-    def n_rows(self) -> int:
-        return padded(self.call.K) + (padded(self.call.N) if self.call.has_keys else 0)
+    @staticmethod
+    def named(copies: dict[str, Tensor | None], names: str) -> list[Tensor | None]:
+        return [copies[name] for name in names.split()]
 
     def gather(
         self, layout: Tensor, negatives: bool, w: Tensor | None = None, poison: Tensor | None = None
@@ -44,14 +54,14 @@ class _Sorted:
 
         call = self.call
         coef_j, coef_i = self.coef
-        conr_gather_kernel[(self.n_rows // GATHER_ROWS,)](
+        n_rows = padded(call.K) + (padded(call.N) if call.has_keys else 0)
+        conr_gather_kernel[(n_rows // GATHER_ROWS,)](
             layout, call.key_x, call.key_y, call.key_p, coef_j, *self.j.values(),
             call.x, call.y, call.p, w, coef_i, *self.i.values(), poison,
-            call.N, call.K, call.D_pad, *call.key_x.stride(), *call.x.stride(), call.scale,
+            call.N, call.K, call.D_pad, call.scale,
             NEGATIVES=negatives, HAS_KEYS=call.has_keys, D=call.D, D_PAD=call.D_pad, L=call.L,
-            COLUMNS=self.columns, ROWS=GATHER_ROWS, CHUNK=min(call.D_pad, 128)
-            if call.D_bucket else 64,
-            num_warps=4,
+            COLUMNS=self.columns, ROWS=GATHER_ROWS,
+            CHUNK=min(call.D_pad, 128) if call.D_bucket else 64, num_warps=4,
         )  # fmt: skip
 
 
@@ -92,102 +102,128 @@ def _write_layout(call: Call, layout: Tensor) -> None:
     )
 
 
+def _flags(call: Call, negatives: bool) -> dict[str, Any]:
+    """Constants of a sweep; what the other one alone depends on has one value."""
+    return dict(
+        NEGATIVES=negatives, CONFUSED=call.is_confused and negatives, SAME=not call.has_keys,
+        D_PAD=call.D_pad, INSIDE=call.is_inside and not negatives,
+        PUSHING=call.settings.variant.pushing if negatives else "none",
+    )  # fmt: skip
+
+
 def forward_sweeps(
     call: Call, w: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor
 ) -> None:
     from . import sweeps as kernels
 
-    chosen, s = call.config("forward"), call.settings
+    chosen, s, variant = call.config("forward"), call.settings, call.settings.variant
     _write_layout(call, layout)
     rows = _Sorted(call, None, None)
-    poison = call.x.new_empty(rows.n_rows, dtype=torch.float32)
-    E = call.x.new_empty(call.N, dtype=torch.float64)
-    s_sum = torch.empty_like(E) if call.is_inside else E
-    n = call.x.new_empty(call.N, dtype=torch.int32)
-    common = dict(
-        D_PAD=call.D_pad, SAME=not call.has_keys, INSIDE=call.is_inside,
-        **call.pair_flags, **call.options(chosen),
-    )  # fmt: skip
-    grid = (tiles(call.N, chosen.BLOCK_I),)
-
-    rows.gather(layout, negatives=False, w=w, poison=poison)
-    kernels.conr_forward_positives_kernel[grid](
-        layout, rows.i["q"], rows.i["y"], rows.j["q"], rows.j["y"],
-        poison, E, s_sum, n, call.N, call.K, call.D_pad, call.window, **common,
-    )  # fmt: skip
-    if call.is_confused:
-        rows.gather(layout, negatives=True)
-    kernels.conr_forward_negatives_kernel[grid](
-        layout, rows.i["q"], rows.i["y"], rows.i["p"], rows.j["q"], rows.j["y"], rows.j["p"],
-        w, E, s_sum, n, loss, stats,
-        call.N, call.K, call.D_pad, call.window, s.push_scale,
-        TINY=call.is_tiny, **call.row_flags, **common,
+    n_tiles = tiles(call.N, chosen.BLOCK_I)
+    n_slots = min(tiles(PROGRAMS, n_tiles), SLOTS)
+    poison = call.x.new_empty(call.K + call.N * call.has_keys, dtype=torch.float32)
+    sums = call.x.new_empty((2, 3, n_slots, call.N), dtype=call.dtype)
+    n = call.x.new_empty((n_slots, call.N), dtype=torch.int32)
+    for negatives in (False, True):
+        if call.is_confused or not negatives:
+            rows.gather(layout, negatives, *((None, None) if negatives else (w, poison)))
+        kernels.conr_forward_kernel[(n_tiles * n_slots,)](
+            layout, *rows.named(rows.i, "q y p"), *rows.named(rows.j, "q y p"), sums, n,
+            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
+            TINY=call.is_tiny and negatives, **_flags(call, negatives), **call.pair_flags,
+            **call.options(chosen),
+        )  # fmt: skip
+    kernels.conr_finish_kernel[(tiles(call.N, FINISH_ROWS),)](
+        sums, n, poison, w, loss, stats, call.N, call.K, n_slots, s.push_scale,
+        SAME=not call.has_keys, SHIFTED=call.pair_flags["SHIFTED"], INSIDE=call.is_inside,
+        PUSHING=variant.pushing, UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
+        WEIGHTED_ROWS=variant.weighted_rows, TINY=call.is_tiny, ROWS=FINISH_ROWS, SLOTS=SLOTS,
+        num_warps=4,
     )  # fmt: skip
 
 
 def backward_sweeps(
     call: Call, coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor
 ) -> None:
-    from . import gradient as kernels
-
-    s, x = call.settings, call.x
     rows = _Sorted(call, coef_i, coef_j)
-    common = dict(
-        D=call.D, D_PAD=call.D_pad, SAME=not call.has_keys, RESCALE=x.dtype == torch.float16,
-        **call.pair_flags,
-    )  # fmt: skip
-    rows_i, rows_j = rows.i, rows.j
     # ∂L/∂q_i = (1/τ) Σ_j H_ij q_j, and the sorted copies hold √(log₂e/τ)·q_j.
-    kappa = 1 / (s.temperature * call.scale)
-    rows.gather(layout, negatives=False)
+    kappa = 1 / (call.settings.temperature * call.scale)
     if call.D_bucket == 0:
-        _backward_wide(call, rows, layout, gradient, kappa, common)
-        return
-    chosen = call.config("backward")
-    grid, common = (tiles(call.N, chosen.BLOCK_I),), {**common, **call.options(chosen)}
+        _backward_wide(call, rows, layout, gradient, kappa)
+    else:
+        _backward(call, rows, layout, gradient, kappa)
+
+
+def _backward(call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa: float) -> None:
+    from .gradient import conr_backward_kernel
+
+    chosen, s, x = call.config("backward"), call.settings, call.x
     # The positives' part waits where the gradient will stand: 16-bit ones as two bfloat16 summands.
     G, G_rest = gradient, None
     if x.dtype.itemsize == 2:
         G = gradient.view(torch.bfloat16)
         G_rest = torch.empty_like(G)
-    kernels.conr_backward_positives_kernel[grid](
-        layout, rows_i["q"], rows_i["y"], rows_i["coef"], rows_j["q"], rows_j["y"], rows_j["coef"],
-        G, G_rest, call.N, call.K, call.window, INSIDE=call.is_inside, **common,
-    )  # fmt: skip
-    if call.is_confused:
-        rows.gather(layout, negatives=True)
-    kernels.conr_backward_negatives_kernel[grid](
-        layout, rows_i["q"], rows_i["y"], rows_i["p"], rows_i["coef"], rows_i["inverse"],
-        rows_j["q"], rows_j["y"], rows_j["p"], rows_j["coef"], x, G, G_rest, gradient,
-        call.N, call.K, *x.stride(), call.window, s.push_scale, kappa,
-        PUSHING=s.variant.pushing, CONFUSED=call.is_confused, **common,
-    )  # fmt: skip
+    for negatives in (False, True):
+        if call.is_confused or not negatives:
+            rows.gather(layout, negatives)
+        conr_backward_kernel[(tiles(call.N, chosen.BLOCK_I),)](
+            layout, *rows.named(rows.i, "q y p coef inverse"), *rows.named(rows.j, "q y p coef"),
+            x, G, G_rest, gradient, call.N, call.K, call.D_pad, call.window, s.push_scale, kappa,
+            D=call.D, RESCALE=x.dtype == torch.float16, **_flags(call, negatives),
+            **call.pair_flags, **call.options(chosen),
+        )  # fmt: skip
+
+
+def _even(n: int, most: int) -> int:
+    """The size of equal parts of n, of ``most`` at most."""
+    return tiles(n, tiles(n, max(most, 1)))
 
 
 def _backward_wide(
-    call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa: float, common: dict
+    call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa: float
 ) -> None:
-    from .wide import conr_backward_wide_kernel
+    from . import wide as kernels
 
-    s, x, chosen, product = call.settings, call.x, call.config("wide"), call.config("product")
+    chosen, product = call.config("wide"), call.config("product")
+    s, x, n_tiles = call.settings, call.x, tiles(call.N, chosen.BLOCK_I)
+    is_rescaled = x.dtype == torch.float16
     columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
-    n_programs = processors(x.device) * 8 // chosen.num_warps
-    n_programs = min(n_programs, tiles(call.N, chosen.BLOCK_I))
-    group = max(WIDE_KEYS // chosen.BLOCK_J, 1)
-    H = x.new_empty(n_programs * chosen.BLOCK_I * group * chosen.BLOCK_J)
-    # As many bits as the features': float16's range is kept by a factor for each row of a tile.
-    H_scale = x.new_empty(n_programs * group * chosen.BLOCK_I, dtype=call.dtype)
+    n_tiles_j = padded(call.K) // chosen.BLOCK_J
+    # A row may meet every key, and no number of the device's is known here: as many rows at a time
+    # as the workspace holds with all keys, but enough to fill a GPU, and what keys then fit.
+    most = max(WIDE_FEATURES * x.numel(), WORKSPACE) // (chosen.BLOCK_I * chosen.BLOCK_J)
+    part = _even(n_tiles, max(most // n_tiles_j, tiles(WIDE_PROGRAMS, call.D_pad // columns)))
+    row_tiles = _even(n_tiles_j, min(most // part, 2**16))
+    row_size = row_tiles * chosen.BLOCK_J
+    n_slots = min(tiles(PROGRAMS, part), row_tiles)
+    H = x.new_empty((part * chosen.BLOCK_I, row_size))
+    H_scale = None
+    if is_rescaled:
+        H_scale = x.new_empty(H.numel() // chosen.BLOCK_J, dtype=call.dtype)
     G = x.new_empty((call.N, call.D_pad), dtype=call.dtype)
+    of_product = {name: call.pair_flags[name] for name in ("L", "PRECISION", "UPCAST")}
     for negatives in (False, True):
-        if negatives and call.is_confused:
-            rows.gather(layout, negatives=True)
-        conr_backward_wide_kernel[(n_programs,)](
-            layout,
-            *(rows.i[name] for name in ("q", "y", "p", "coef", "inverse")),
-            *(rows.j[name] for name in ("q", "y", "p", "coef")),
-            x, H, H_scale if common["RESCALE"] else None, G, gradient,
-            call.N, call.K, n_programs, call.D_pad, *x.stride(), call.window, s.push_scale, kappa,
-            NEGATIVES=negatives, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
-            CONFUSED=call.is_confused, GROUP=group, BLOCK_K=product.BLOCK_J, BLOCK_G=columns,
-            **common, **call.options(chosen),
-        )  # fmt: skip
+        if call.is_confused or not negatives:
+            rows.gather(layout, negatives)
+        windows = itertools.product(range(0, n_tiles, part), range(0, n_tiles_j, row_tiles))
+        for first, start in windows:
+            n_here = min(part, n_tiles - first)
+            kernels.conr_wide_scores_kernel[(n_here * n_slots,)](
+                layout, *rows.named(rows.i, "q y p coef"), *rows.named(rows.j, "q y p coef"),
+                H, H_scale, call.N, call.K, n_slots, first, start, row_size, call.D_pad,
+                call.window, s.push_scale,
+                RESCALE=is_rescaled, **_flags(call, negatives), **call.pair_flags,
+                **call.options(chosen),
+            )  # fmt: skip
+            kernels.conr_wide_product_kernel[(n_here * (call.D_pad // columns),)](
+                layout, rows.j["q"], H, H_scale, G, call.N, call.K, first, start, row_size,
+                NEGATIVES=negatives, CONFUSED=call.is_confused and negatives,
+                SAME=not call.has_keys, D_PAD=call.D_pad, RESCALE=is_rescaled, **of_product,
+                BLOCK_I=chosen.BLOCK_I, BLOCK_J=chosen.BLOCK_J, BLOCK_D=columns,
+                BLOCK_K=product.BLOCK_J, **product.launch,
+            )  # fmt: skip
+    kernels.conr_wide_gradient_kernel[(padded(call.N) // GATHER_ROWS,)](
+        layout, *rows.named(rows.i, "coef inverse"), x, G, gradient,
+        call.N, call.K, call.D_pad, kappa, CONFUSED=call.is_confused, SAME=not call.has_keys,
+        D=call.D, D_PAD=call.D_pad, ROWS=GATHER_ROWS, CHUNK=64, num_warps=4,
+    )  # fmt: skip

@@ -7,9 +7,6 @@ import triton.language as tl
 
 from .arithmetic import to_base_2
 
-#: Sorted arrays are padded to a multiple of this: zero features, NaN labels, which no set contains.
-ROW_PAD = 128
-
 
 @triton.jit(do_not_specialize=["n_keys"])
 def conr_spread_kernel(y_ptr, p_ptr, spread_ptr, n_keys, L: tl.constexpr, BLOCK: tl.constexpr):
@@ -33,20 +30,10 @@ def conr_spread_kernel(y_ptr, p_ptr, spread_ptr, n_keys, L: tl.constexpr, BLOCK:
 
 @triton.jit(do_not_specialize=["n_keys", "n_anchors"])
 def conr_sort_keys_kernel(
-    spread_ptr,
-    key_y_ptr,
-    key_p_ptr,
-    y_ptr,
-    p_ptr,
-    key_values_ptr,
-    anchor_values_ptr,
-    n_keys,
-    n_anchors,
-    HAS_KEYS: tl.constexpr,
-    L: tl.constexpr,
-    L_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    spread_ptr, key_y_ptr, key_p_ptr, y_ptr, p_ptr, key_values_ptr, anchor_values_ptr,
+    n_keys, n_anchors,
+    HAS_KEYS: tl.constexpr, L: tl.constexpr, L_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The widest component of labels and of predictions, of keys and of anchors: [2, K] and [2,
     N].
     """
@@ -71,28 +58,34 @@ def conr_sort_keys_kernel(
 
 
 @triton.jit
+def padded(n):
+    """Sorted arrays are padded to a multiple of 128: zero features, NaN labels, which no set
+    contains.
+    """
+    return tl.cdiv(n, 128) * 128
+
+
+@triton.jit
+def parts_of(layout_ptr, n_anchors, n_keys):
+    """Behind a head of 128 numbers, whose first is the choice of sweep, for the order of the labels
+    and that of the predictions: the orders of keys and of anchors, the anchors' places among the
+    keys (once), the first keys of their bands and the first beyond.
+    """
+    keys, anchors = padded(n_keys), padded(n_anchors)
+    order_i_ptr = layout_ptr + 128 + 2 * keys
+    self_ptr = order_i_ptr + 2 * anchors
+    lo_ptr = self_ptr + anchors
+    return layout_ptr + 128, order_i_ptr, self_ptr, lo_ptr, lo_ptr + 2 * anchors
+
+
+@triton.jit
 def _band_tile(
-    pid,
-    key_values_ptr,
-    key_order_ptr,
-    anchor_values_ptr,
-    anchor_order_ptr,
-    order_j_ptr,
-    order_i_ptr,
-    lo_ptr,
-    hi_ptr,
-    self_ptr,
-    n_anchors,
-    n_keys,
-    self_offset,
-    n_steps,
-    reach,
-    HAS_KEYS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    pid, key_values_ptr, key_order_ptr, anchor_values_ptr, anchor_order_ptr,
+    order_j_ptr, order_i_ptr, lo_ptr, hi_ptr, self_ptr,
+    n_anchors, n_keys, self_offset, n_steps, reach, HAS_KEYS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     rows = pid * ROWS + tl.arange(0, ROWS)
-    n_padded_keys = tl.cdiv(n_keys, ROWS) * ROWS
-    n_padded = tl.cdiv(n_anchors, ROWS) * ROWS
+    n_padded_keys, n_padded = padded(n_keys), padded(n_anchors)
     order = tl.load(key_order_ptr + rows, mask=rows < n_keys, other=n_keys).to(tl.int32)
     tl.store(order_j_ptr + rows, order, mask=rows < n_padded_keys)
     i = tl.minimum(rows, n_anchors - 1)
@@ -133,36 +126,19 @@ def _band_tile(
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "self_offset", "n_steps"])
 def conr_bands_kernel(
-    key_y_ptr,
-    key_y_order_ptr,
-    anchor_y_ptr,
-    anchor_y_order_ptr,
-    key_p_ptr,
-    key_p_order_ptr,
-    anchor_p_ptr,
-    anchor_p_order_ptr,
-    layout_ptr,
-    n_anchors,
-    n_keys,
-    self_offset,
-    n_steps,
-    reach: tl.float64,
-    HAS_KEYS: tl.constexpr,
-    HAS_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    key_y_ptr, key_y_order_ptr, anchor_y_ptr, anchor_y_order_ptr,
+    key_p_ptr, key_p_order_ptr, anchor_p_ptr, anchor_p_order_ptr, layout_ptr,
+    n_anchors, n_keys, self_offset, n_steps, reach: tl.float64,
+    HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Every sorted anchor's band, by binary search on ``|y_i − y_j| ≤ reach`` itself; a program
     per ROWS rows.
 
     ``lo_i = min { j : y_i − y_j ≤ reach }``, ``hi_i = min { j : not y_j − y_i ≤ reach }``.
     """
     pid = tl.program_id(0)
-    keys, anchors = tl.cdiv(n_keys, ROWS) * ROWS, tl.cdiv(n_anchors, ROWS) * ROWS
-    order_j_ptr = layout_ptr + ROWS
-    order_i_ptr = order_j_ptr + 2 * keys
-    self_ptr = order_i_ptr + 2 * anchors
-    lo_ptr = self_ptr + anchors
-    hi_ptr = lo_ptr + 2 * anchors
+    keys, anchors = padded(n_keys), padded(n_anchors)
+    order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
     _band_tile(
         pid, key_y_ptr, key_y_order_ptr, anchor_y_ptr, anchor_y_order_ptr,
         order_j_ptr, order_i_ptr, lo_ptr, hi_ptr, self_ptr,
@@ -184,20 +160,14 @@ def conr_bands_kernel(
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
 def conr_choose_kernel(
-    layout_ptr,
-    n_anchors,
-    n_keys,
-    EXACT: tl.constexpr,
-    HAS_P: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    layout_ptr, n_anchors, n_keys,
+    EXACT: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Writes 1 to ``layout[0]`` where the negatives are cheaper outside the label bands; one
     program.
     """
-    keys, anchors = tl.cdiv(n_keys, ROWS) * ROWS, tl.cdiv(n_anchors, ROWS) * ROWS
-    lo_ptr = layout_ptr + ROWS + 2 * keys + 3 * anchors
-    hi_ptr = lo_ptr + 2 * anchors
+    anchors = padded(n_anchors)
+    _, _, _, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
     in_bands = tl.zeros((BLOCK,), tl.int64)
     outside = tl.zeros((BLOCK,), tl.int64)
     if HAS_P:
@@ -220,43 +190,22 @@ def conr_choose_kernel(
 
 
 @triton.jit
-def _load_rows(
-    x_ptr, rows, is_row, columns, stride_n, stride_d, D: tl.constexpr, dtype: tl.constexpr
-):  # fmt: skip
-    offsets = rows[:, None] * stride_n + columns[None, :] * stride_d
+def _load_rows(x_ptr, rows, is_row, columns, D: tl.constexpr, dtype: tl.constexpr):
     mask = is_row[:, None] & (columns < D)[None, :]
-    return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(dtype)
+    return tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
 def _gather_tile(
-    pid,
-    order_ptr,
-    x_ptr,
-    y_ptr,
-    p_ptr,
-    w_ptr,
-    coef_ptr,
-    q_ptr,
-    inverse_ptr,
-    sorted_y_ptr,
-    sorted_p_ptr,
-    sorted_coef_ptr,
-    poison_ptr,
-    n_rows,
-    width,
-    stride_n,
-    stride_d,
-    scale,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    L: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    pid, order_ptr, given, w_ptr, coef_ptr, copies, sorted_coef_ptr, poison_ptr,
+    n_rows, width, scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    x_ptr, y_ptr, p_ptr = given
+    q_ptr, inverse_ptr, sorted_y_ptr, sorted_p_ptr = copies
     here = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n_padded = tl.cdiv(n_rows, 128).to(tl.int64) * 128
+    n_padded = padded(n_rows).to(tl.int64)
     rows = tl.load(order_ptr + here)
     is_row = rows < n_rows
     rows = rows.to(tl.int64)
@@ -266,12 +215,12 @@ def _gather_tile(
     squares = tl.zeros((ROWS,), dtype)
     poison = tl.zeros((ROWS,), tl.float32)
     if D_PAD == CHUNK:
-        x = _load_rows(x_ptr, rows, is_row, columns, stride_n, stride_d, D, dtype)
+        x = _load_rows(x_ptr, rows, is_row, columns, D, dtype)
         squares += tl.sum(x * x, axis=1)
         poison += tl.sum((x * 0).to(tl.float32), axis=1)
     else:
         for k in range(0, width, CHUNK):
-            x = _load_rows(x_ptr, rows, is_row, k + columns, stride_n, stride_d, D, dtype)
+            x = _load_rows(x_ptr, rows, is_row, k + columns, D, dtype)
             squares += tl.sum(x * x, axis=1)
             poison += tl.sum((x * 0).to(tl.float32), axis=1)
     # A row's factor multiplies all its exponents, which reach 200: it is rounded once.
@@ -285,7 +234,7 @@ def _gather_tile(
         tl.store(q_ptrs, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
     else:
         for k in range(0, width, CHUNK):
-            x = _load_rows(x_ptr, rows, is_row, k + columns, stride_n, stride_d, D, dtype)
+            x = _load_rows(x_ptr, rows, is_row, k + columns, D, dtype)
             tl.store(q_ptrs + k, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
 
     for c in range(L):
@@ -293,12 +242,12 @@ def _gather_tile(
         p = tl.load(p_ptr + rows * L + c, mask=is_row, other=float("nan"))
         tl.store(sorted_y_ptr + c * n_padded + here, y)
         tl.store(sorted_p_ptr + c * n_padded + here, p)
-        poison += tl.where(is_row, (y * 0 + p * 0).to(tl.float32), 0.0)
+        poison += (y * 0 + p * 0).to(tl.float32)
     if w_ptr is not None:
         w = tl.load(w_ptr + rows, mask=is_row, other=0.0)
         poison += (w * 0).to(tl.float32)
     if poison_ptr is not None:
-        tl.store(poison_ptr + here, poison)
+        tl.store(poison_ptr + rows, poison, mask=is_row)
     if coef_ptr is not None:
         coef_ptrs, sorted_ptrs = coef_ptr + rows * COLUMNS, sorted_coef_ptr + here
         beta = tl.load(coef_ptrs + 1, mask=is_row, other=0.0)
@@ -314,93 +263,75 @@ def _gather_tile(
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
 def conr_gather_kernel(
-    layout_ptr,
-    key_x_ptr,
-    key_y_ptr,
-    key_p_ptr,
-    key_coef_ptr,
-    q_j_ptr,
-    inverse_j_ptr,
-    y_j_ptr,
-    p_j_ptr,
-    coef_j_ptr,
-    x_ptr,
-    y_ptr,
-    p_ptr,
-    w_ptr,
-    coef_ptr,
-    q_i_ptr,
-    inverse_i_ptr,
-    y_i_ptr,
-    p_i_ptr,
-    coef_i_ptr,
-    poison_ptr,
-    n_anchors,
-    n_keys,
-    width,
-    key_stride_n,
-    key_stride_d,
-    stride_n,
-    stride_d,
-    scale: tl.float64,
-    NEGATIVES: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    L: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    layout_ptr, key_x_ptr, key_y_ptr, key_p_ptr, key_coef_ptr,
+    q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr,
+    x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr, q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
+    poison_ptr, n_anchors, n_keys, width, scale: tl.float64,
+    NEGATIVES: tl.constexpr, HAS_KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    L: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Unit features times the scale, labels and coefficients in one order; a program per ROWS rows.
-    Poison, 0 or NaN, shows what is not finite in a row: of the keys, then of the anchors.
+    Poison, 0 or NaN, shows what is not finite in a row of the keys, then of the anchors, in the
+    caller's order.
 
     The order of the labels, or for the negatives that of the predictions; where the choice fell on
     the order of the labels, the copies made for the positives serve the negatives too.
     """
-    PAD: tl.constexpr = 128
     pid = tl.program_id(0)
-    keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
-    order_ptr = layout_ptr + PAD
-    order_i_ptr = order_ptr + 2 * keys
+    order_j_ptr, order_i_ptr, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys)
     is_stale = True
     if NEGATIVES:
         is_stale = tl.load(layout_ptr) == 0
-        order_ptr += keys
-        order_i_ptr += anchors
+        order_j_ptr += padded(n_keys)
+        order_i_ptr += padded(n_anchors)
+    n_programs = padded(n_keys) // ROWS
     if is_stale:
-        if HAS_KEYS:
-            n_programs = keys // ROWS
-            if pid < n_programs:
-                _gather_tile(
-                    pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, None, key_coef_ptr,
-                    q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_ptr,
-                    n_keys, width, key_stride_n, key_stride_d, scale,
-                    D, D_PAD, L, COLUMNS, ROWS, CHUNK,
-                )  # fmt: skip
-            else:
-                anchor_poison_ptr = None if poison_ptr is None else poison_ptr + keys
-                _gather_tile(
-                    pid - n_programs, order_i_ptr, x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr,
-                    q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, anchor_poison_ptr,
-                    n_anchors, width, stride_n, stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
-                )  # fmt: skip
-        else:
+        if pid < n_programs:
             _gather_tile(
-                pid, order_ptr, key_x_ptr, key_y_ptr, key_p_ptr, w_ptr, key_coef_ptr,
-                q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, poison_ptr,
-                n_keys, width, key_stride_n, key_stride_d, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                pid, order_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),
+                None if HAS_KEYS else w_ptr, key_coef_ptr,
+                (q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr), coef_j_ptr, poison_ptr,
+                n_keys, width, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+            )  # fmt: skip
+        elif HAS_KEYS:
+            _gather_tile(
+                pid - n_programs, order_i_ptr, (x_ptr, y_ptr, p_ptr), w_ptr, coef_ptr,
+                (q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr), coef_i_ptr,
+                None if poison_ptr is None else poison_ptr + n_keys,
+                n_anchors, width, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
             )  # fmt: skip
 
 
 @triton.jit
-def segments(
-    tile, lo_ptr, hi_ptr, self_ptr, n_anchors,
-    SELF: tl.constexpr, SAME: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+def sweep_of(
+    layout_ptr, n_anchors, n_keys,
+    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles of an anchor tile: its band ``[lo, hi)``, those in all anchors' bands ``[f0, f1)``,
-    and within these the tiles ``[s0, s1)`` that may hold a pair of an anchor with itself."""
+    """Whether the negatives are visited outside the label bands, and what the layout says of the
+    sweep's anchors: their order, their places among the keys, their bands.
+    """
+    order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
+    order_ptr = order_j_ptr if SAME else order_i_ptr
+    is_outside = tl.load(layout_ptr) != 0
+    if NEGATIVES and CONFUSED:
+        anchors = tl.where(is_outside, 0, padded(n_anchors))
+        order_ptr += tl.where(is_outside, 0, padded(n_keys)) if SAME else anchors
+        lo_ptr += anchors
+        hi_ptr += anchors
+    return is_outside, order_ptr, self_ptr, lo_ptr, hi_ptr
+
+
+@triton.jit
+def key_tiles(
+    tile, layout_ptr, n_anchors, n_keys, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
+    SAME: tl.constexpr, EXACT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The key tiles that a tile of anchors visits: all; those whose every pair lies in the anchors'
+    bands, but for tiles that may hold an anchor's pair with itself; the others.
+    """
+    is_outside, _, self_ptr, lo_ptr, hi_ptr = sweep_of(
+        layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
+    )
     first = tile * BLOCK_I
     last = tl.minimum(first + BLOCK_I, n_anchors) - 1
     lo = tl.load(lo_ptr + first) // BLOCK_J
@@ -411,20 +342,44 @@ def segments(
         f1 = tl.load(hi_ptr + first) // BLOCK_J
         is_empty = f1 <= f0
         f0, f1 = tl.where(is_empty, hi, f0), tl.where(is_empty, hi, f1)
-    s0, s1 = f1, f1
-    if SELF:
+    if not NEGATIVES:
         if SAME:
             self_first, self_last = first, last
         else:
             self_first, self_last = tl.load(self_ptr + first), tl.load(self_ptr + last)
         s0 = tl.minimum(tl.maximum(self_first // BLOCK_J, f0), f1)
         s1 = tl.minimum(tl.maximum(self_last // BLOCK_J + 1, f0), f1)
-    return lo, hi, f0, f1, s0, s1
+        every = _union(lo, hi, hi, hi)
+        full, edges = _union(f0, s0, s1, f1), (lo, f0, s0, s1, f1, hi)
+    else:
+        end = tl.cdiv(n_keys, BLOCK_J)
+        if CONFUSED:
+            # Outside: all but the tiles that hold positives alone, and no predictions are known.
+            lo, hi = tl.where(is_outside, 0, lo), tl.where(is_outside, end, hi)
+            g0 = tl.where(is_outside, f1, f0)
+            every = _union(lo, tl.where(is_outside, f0, f1), f1, hi)
+            full, edges = _union(g0, f1, f1, f1), _union(lo, f0, f1, hi)
+        else:
+            every = _union(0, f0, f1, end)
+            full, edges = every, _union(end, end, end, end)
+    return every, full, edges
 
 
 @triton.jit
-def tile_at(t, a0, a1, b0, b1, c0):
-    """The t-th tile of ``[a0, a1) ∪ [b0, b1) ∪ [c0, …)``."""
+def _union(a0, a1, b0, b1):
+    return a0, a1, b0, b1, b1, b1
+
+
+@triton.jit
+def count_of(pieces):
+    a0, a1, b0, b1, c0, c1 = pieces
+    return a1 - a0 + b1 - b0 + c1 - c0
+
+
+@triton.jit
+def tile_at(t, pieces):
+    """The t-th tile of ``[a0, a1) ∪ [b0, b1) ∪ [c0, c1)``."""
+    a0, a1, b0, b1, c0, _ = pieces
     n_a, n_b = a1 - a0, b1 - b0
     after_a = tl.where(t < n_a + n_b, b0 + t - n_a, c0 + t - n_a - n_b)
     return tl.where(t < n_a, a0 + t, after_a)

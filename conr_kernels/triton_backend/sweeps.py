@@ -1,23 +1,27 @@
-"""The Triton kernels of the two banded sweeps, forward.
+"""The Triton kernels of the two banded sweeps, forward, and what every sweep does with its pairs.
 
-A program owns BLOCK_I sorted anchors. Tiles of keys outside its bands are never visited; tiles
-inside every anchor's band (*full*) and those across a border (*edge*) go through separate loops.
+Tiles of keys outside the bands of a tile of anchors are never visited; those inside every anchor's
+band (*full*) and those across a border (*edge*) go through separate loops.
 """
 
 import triton
 import triton.language as tl
 
 from .arithmetic import (
+    FOLD,
+    LN2,
+    LOG2E,
     add_exponentials,
     distance_of,
     finish_rows,
+    fold,
     load_tile,
     pair_total,
     similarity,
     store_rows,
     sum_of,
 )
-from .layout import segments, tile_at
+from .layout import count_of, key_tiles, padded, sweep_of, tile_at
 
 
 @triton.jit
@@ -42,269 +46,207 @@ def negative_weights(
 
 
 @triton.jit
-def negative_segments(
-    tile, layout_ptr, n_anchors, n_keys, EXACT: tl.constexpr, CONFUSED: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+def anchors_of(
+    tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale,
+    SAME: tl.constexpr, BLOCK_I: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The order of the negatives (1: of the labels), its full tiles ``[f0, f1) ∪ [g0, g1)`` and
-    its edges.
+    """What the pairs of a tile of anchors have in common: the anchors' labels, predictions and own
+    places among the keys; window and push scale.
     """
-    PAD: tl.constexpr = 128
-    keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
-    lo_ptr = layout_ptr + PAD + 2 * keys + 3 * anchors
-    is_dense = tl.load(layout_ptr)
-    if CONFUSED:
-        band_ptr = lo_ptr + tl.where(is_dense == 0, anchors, 0)
-    else:
-        band_ptr = lo_ptr
-    lo, hi, f0, f1, s0, s1 = segments(
-        tile, band_ptr, band_ptr + 2 * anchors, band_ptr, n_anchors,
-        False, True, EXACT, BLOCK_I, BLOCK_J,
-    )  # fmt: skip
-    n_tiles = tl.cdiv(n_keys, BLOCK_J)
-    if CONFUSED:
-        e0 = tl.where(is_dense == 0, lo, 0)
-        e3 = tl.where(is_dense == 0, hi, n_tiles)
-        g0 = tl.where(is_dense == 0, f0, f1)
-        return g0, f1, f1, f1, e0, f0, f1, e3
-    else:
-        return 0, f0, f1, n_tiles, 0, 0, 0, 0
-
-
-@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
-def conr_forward_positives_kernel(
-    layout_ptr,
-    q_i_ptr,
-    y_i_ptr,
-    q_j_ptr,
-    y_j_ptr,
-    poison_ptr,
-    E_ptr,
-    s_sum_ptr,
-    n_ptr,
-    n_anchors,
-    n_keys,
-    width,
-    h: tl.float64,
-    D_PAD: tl.constexpr,
-    L: tl.constexpr,
-    RMSE: tl.constexpr,
-    SAME: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """``E_i = Σ_P exp(s_ij)`` or its logarithm, ``Σ_P s_ij`` and ``n_i``, in the caller's order.
-
-    A row that is not finite has n_i = −1; keys that are not are shared out to all rows.
-    """
-    PAD: tl.constexpr = 128
-    EXACT: tl.constexpr = L == 1
-    LN2: tl.constexpr = 0.6931471805599453
-    tile = tl.program_id(0)
-    keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
-    order_i_ptr = layout_ptr + PAD + (0 if SAME else 2 * keys)
-    self_ptr = layout_ptr + PAD + 2 * keys + 2 * anchors
-    lo_ptr = self_ptr + anchors
-    hi_ptr = lo_ptr + 2 * anchors
-    lo, hi, f0, f1, s0, s1 = segments(
-        tile, lo_ptr, hi_ptr, self_ptr, n_anchors, True, SAME, EXACT, BLOCK_I, BLOCK_J
-    )
-
-    i0 = tile.to(tl.int64) * BLOCK_I
-    rows, columns = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
-    q_i_ptr += i0 * D_PAD
-    y_i_ptrs = y_i_ptr + i0 + rows
-    y_i = tl.load(y_i_ptrs)
-    h = tl.full((), h, y_i.dtype)
-    if SAME:
-        self_i = tile * BLOCK_I + rows
-    else:
-        self_i = tl.load(self_ptr + i0 + rows)
-    q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
-
-    dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
-    if SHIFTED:
-        E = tl.zeros((BLOCK_I,), dtype)
-    else:
-        E = tl.zeros((BLOCK_I, BLOCK_J), dtype)
-    top = tl.full((BLOCK_I,), float("-inf"), dtype)
-    s_sum = tl.zeros((BLOCK_I,), dtype)
-    count = tl.zeros((BLOCK_I,), tl.int32)
-
-    for t in range(s0 - f0 + f1 - s1):
-        j0 = tile_at(t, f0, s0, s1, f1, f1).to(tl.int64) * BLOCK_J
-        q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
-        s_ij = similarity(
-            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
-            D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
-        )  # fmt: skip
-        if INSIDE:
-            s_sum += tl.sum(s_ij, axis=1)
-        E, top = add_exponentials(E, top, s_ij, 1.0, True, SHIFTED, False)
-
-    for t in range(f0 - lo + s1 - s0 + hi - f1):
-        j0 = tile_at(t, lo, f0, s0, s1, f1).to(tl.int64) * BLOCK_J
-        q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
-        s_ij = similarity(
-            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
-            D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
-        )  # fmt: skip
-        total = pair_total(y_i, y_i_ptrs, anchors, y_j_ptr + j0 + columns, keys, L, RMSE)
-        is_in = (total <= h) & (self_i[:, None] != (j0.to(tl.int32) + columns)[None, :])
-        weight = tl.where(is_in, 1.0, 0.0).to(dtype)
-        if INSIDE:
-            s_sum += tl.sum(s_ij * weight, axis=1)
-        if not EXACT:
-            count += tl.sum(is_in.to(tl.int32), axis=1)
-        E, top = add_exponentials(E, top, s_ij, weight, is_in, SHIFTED, True)
-
-    row = tl.load(order_i_ptr + i0 + rows)
-    is_row = row < n_anchors
-    if EXACT:
-        count = tl.load(hi_ptr + i0 + rows) - tl.load(lo_ptr + i0 + rows) - 1
-    if SAME:
-        poison = tl.load(poison_ptr + i0 + rows)
-    else:
-        poison = tl.load(poison_ptr + keys + i0 + rows)
-        of_keys = tl.zeros((BLOCK_I,), tl.float32)
-        for start in range(tile * BLOCK_I, keys, tl.num_programs(0) * BLOCK_I):
-            of_keys += tl.load(poison_ptr + start + rows, mask=start + rows < keys, other=0.0)
-        poison += tl.sum(of_keys, axis=0)
-    count = tl.where(poison == 0, count, -1)
-    tl.store(n_ptr + row, count, mask=is_row)
-    tl.store(E_ptr + row, sum_of(E, top, SHIFTED), mask=is_row)
-    if INSIDE:
-        tl.store(s_sum_ptr + row, s_sum.to(tl.float64) * LN2, mask=is_row)
-
-
-@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
-def conr_forward_negatives_kernel(
-    layout_ptr,
-    q_i_ptr,
-    y_i_ptr,
-    p_i_ptr,
-    q_j_ptr,
-    y_j_ptr,
-    p_j_ptr,
-    w_ptr,
-    E_ptr,
-    s_sum_ptr,
-    n_ptr,
-    loss_ptr,
-    stats_ptr,
-    n_anchors,
-    n_keys,
-    width,
-    h: tl.float64,
-    push_scale: tl.float64,
-    D_PAD: tl.constexpr,
-    L: tl.constexpr,
-    RMSE: tl.constexpr,
-    SAME: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr,
-    CONFUSED: tl.constexpr,
-    UNIT_TERMS: tl.constexpr,
-    COUNT_SELF: tl.constexpr,
-    WEIGHTED_ROWS: tl.constexpr,
-    TINY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """``Σ_M φ_ij exp(s_ij)``, then the loss and the statistics of the row, in the caller's order.
-
-    TINY: φ·exp(s) may underflow, so that a positive sum is no proof of a negative: look at φ
-    itself.
-    """
-    PAD: tl.constexpr = 128
-    EXACT: tl.constexpr = L == 1
-    LOG2E: tl.constexpr = 1.4426950408889634
-    tile = tl.program_id(0)
-    keys, anchors = tl.cdiv(n_keys, PAD) * PAD, tl.cdiv(n_anchors, PAD) * PAD
-    f0, f1, g0, g1, e0, e1, e2, e3 = negative_segments(
-        tile, layout_ptr, n_anchors, n_keys, EXACT, CONFUSED, BLOCK_I, BLOCK_J
-    )
-    i0 = tile.to(tl.int64) * BLOCK_I
-    rows, columns = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
-    q_i_ptr += i0 * D_PAD
-    y_i_ptrs, p_i_ptrs = y_i_ptr + i0 + rows, p_i_ptr + i0 + rows
+    rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    y_i_ptrs, p_i_ptrs = y_i_ptr + rows, p_i_ptr + rows
     y_i, p_i = tl.load(y_i_ptrs), tl.load(p_i_ptrs)
-    h = tl.full((), h, y_i.dtype)
-    dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
+    self_i = rows
+    if not SAME:
+        self_i = tl.load(self_ptr + rows)
     exponent = tl.full((), push_scale * LOG2E, dtype)
+    h = tl.full((), h, y_i.dtype)
+    return y_i, y_i_ptrs, p_i, p_i_ptrs, self_i, padded(n_anchors), h, exponent
+
+
+@triton.jit
+def pairs_of(
+    s_ij, anchors, j0, y_j_ptr, p_j_ptr, n_keys,
+    NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, PUSHING: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """``[j ∈ P_i]`` or ``[j ∈ M_i]``, ``φ_ij`` (0 outside the set) and the exponent of a tile."""
+    y_i, y_i_ptrs, p_i, p_i_ptrs, self_i, step_i, h, exponent = anchors
+    j, step_j = j0 + tl.arange(0, BLOCK_J), padded(n_keys)
+    if NEGATIVES:
+        is_in, phi_ij, t_ij = negative_weights(
+            y_i, y_i_ptrs, y_j_ptr + j, p_i, p_i_ptrs, p_j_ptr + j, step_i, step_j, h, exponent,
+            s_ij, EDGE and CONFUSED, L, RMSE, PUSHING,
+        )  # fmt: skip
+    elif EDGE:
+        total = pair_total(y_i, y_i_ptrs, step_i, y_j_ptr + j, step_j, L, RMSE)
+        is_in = (total <= h) & (self_i[:, None] != j.to(tl.int32)[None, :])
+        phi_ij, t_ij = tl.where(is_in, 1.0, 0.0).to(s_ij.dtype), s_ij
+    else:
+        is_in, phi_ij, t_ij = True, 1.0, s_ij
+    return is_in, phi_ij, t_ij
+
+
+@triton.jit
+def _add_tile(
+    sums, tile_j, anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, n_keys, width,
+    EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sums with those of a tile of pairs added."""
+    total, top, extra, n = sums
+    j0 = tile_j.to(tl.int64) * BLOCK_J
+    q_j_ptr += j0 * D_PAD
+    q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
+    s_ij = similarity(
+        q_i, q_i_ptr, q_j, q_j_ptr, width, D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST
+    )
+    is_in, phi_ij, t_ij = pairs_of(
+        s_ij, anchors, j0, y_j_ptr, p_j_ptr, n_keys,
+        NEGATIVES, EDGE, CONFUSED, L, RMSE, PUSHING, BLOCK_J,
+    )  # fmt: skip
+    if NEGATIVES and TINY:
+        extra += fold(is_in.to(extra.dtype))
+    if INSIDE and not NEGATIVES:
+        extra += fold(s_ij * phi_ij)
+    if L > 1 and not NEGATIVES:
+        n += fold(is_in.to(tl.int32))
+    total, top = add_exponentials(total, top, t_ij, phi_ij, is_in, SHIFTED, EDGE or NEGATIVES)
+    return total, top, extra, n
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
+def conr_forward_kernel(
+    layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
+    n_anchors, n_keys, n_slots, width, h: tl.float64, push_scale: tl.float64,
+    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Parts of a row's sums in the caller's order: of the n_slots programs that share a tile of
+    anchors, each takes an equal part of its key tiles.
+
+    sums [2 sweeps, 3, n_slots, N]: ``Σ_P exp(s_ij)`` or ``Σ_M φ_ij exp(s_ij)``, where exponents are
+    large divided by ``exp2(top)``; ``top``; ``Σ_P s_ij/log 2`` (INSIDE) or the number of negatives
+    (TINY: φ·exp(s) may underflow, so that a sum of 0 is no proof that there is none). n [n_slots,
+    N]: positives.
+    """
+    pid = tl.program_id(0)
+    tile, slot = pid // n_slots, pid % n_slots
+    _, order_ptr, self_ptr, lo_ptr, hi_ptr = sweep_of(
+        layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
+    )
+    _, full, edges = key_tiles(
+        tile, layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J
+    )
+    dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
+    anchors = anchors_of(
+        tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
+    )
+    q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
     q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
-
-    if SHIFTED:
-        B = tl.zeros((BLOCK_I,), dtype)
-    else:
-        B = tl.zeros((BLOCK_I, BLOCK_J), dtype)
+    total = tl.zeros((BLOCK_I,) if SHIFTED else (BLOCK_I, FOLD), dtype)
     top = tl.full((BLOCK_I,), float("-inf"), dtype)
-    found = tl.zeros((BLOCK_I,), tl.int32)
+    extra = tl.zeros((BLOCK_I, FOLD), dtype)
+    n = tl.zeros((BLOCK_I, FOLD), tl.int32)
+    n_full, n_edges = count_of(full), count_of(edges)
+    for t in range(n_full * slot // n_slots, n_full * (slot + 1) // n_slots):
+        total, top, extra, n = _add_tile(
+            (total, top, extra, n), tile_at(t, full), anchors, q_i, q_i_ptr, q_j_ptr,
+            y_j_ptr, p_j_ptr, n_keys, width, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
+            INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
+    for t in range(n_edges * slot // n_slots, n_edges * (slot + 1) // n_slots):
+        total, top, extra, n = _add_tile(
+            (total, top, extra, n), tile_at(t, edges), anchors, q_i, q_i_ptr, q_j_ptr,
+            y_j_ptr, p_j_ptr, n_keys, width, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
+            INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
 
-    for t in range(f1 - f0 + g1 - g0):
-        j0 = tile_at(t, f0, f1, g0, g1, g1).to(tl.int64) * BLOCK_J
-        q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
-        s_ij = similarity(
-            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
-            D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
-        )  # fmt: skip
-        is_in, phi_ij, t_ij = negative_weights(
-            y_i, y_i_ptrs, y_j_ptr + j0 + columns, p_i, p_i_ptrs, p_j_ptr + j0 + columns,
-            anchors, keys, h, exponent, s_ij, False, L, RMSE, PUSHING,
-        )  # fmt: skip
-        if TINY:
-            found |= tl.max(is_in.to(tl.int32), axis=1)
-        B, top = add_exponentials(B, top, t_ij, phi_ij, is_in, SHIFTED, True)
-
-    for t in range(e1 - e0 + e3 - e2):
-        j0 = tile_at(t, e0, e1, e2, e3, e3).to(tl.int64) * BLOCK_J
-        q_j = load_tile(q_j_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
-        s_ij = similarity(
-            q_i, q_i_ptr, q_j, q_j_ptr + j0 * D_PAD, width,
-            D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
-        )  # fmt: skip
-        is_in, phi_ij, t_ij = negative_weights(
-            y_i, y_i_ptrs, y_j_ptr + j0 + columns, p_i, p_i_ptrs, p_j_ptr + j0 + columns,
-            anchors, keys, h, exponent, s_ij, CONFUSED, L, RMSE, PUSHING,
-        )  # fmt: skip
-        if TINY:
-            found |= tl.max(is_in.to(tl.int32), axis=1)
-        B, top = add_exponentials(B, top, t_ij, phi_ij, is_in, SHIFTED, True)
-
-    order_ptr = layout_ptr + PAD + (0 if SAME else 2 * keys)
-    if CONFUSED:
-        order_ptr += tl.where(tl.load(layout_ptr) == 0, keys if SAME else anchors, 0)
-    row = tl.load(order_ptr + i0 + rows).to(tl.int64)
+    rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    row = tl.load(order_ptr + rows)
     is_row = row < n_anchors
-    total = sum_of(B, top, SHIFTED)
+    stride = n_slots.to(tl.int64) * n_anchors
+    parts = slot.to(tl.int64) * n_anchors + row
+    sums_ptrs = sums_ptr + (3 * stride if NEGATIVES else 0) + parts
     if SHIFTED:
-        has_negative = top > float("-inf")
-    elif TINY:
-        has_negative = found != 0
+        tl.store(sums_ptrs, total, mask=is_row)
+        tl.store(sums_ptrs + stride, top, mask=is_row)
     else:
-        has_negative = total > 0
-    n = tl.load(n_ptr + row, mask=is_row, other=0).to(tl.float64)
-    poison = tl.where(n < 0, float("nan"), 0.0).to(tl.float64)
-    E = tl.load(E_ptr + row, mask=is_row, other=0.0)
-    s_sum, w = tl.zeros_like(E), tl.full(E.shape, 1.0, tl.float64)
-    if INSIDE:
-        s_sum = tl.load(s_sum_ptr + row, mask=is_row, other=0.0)
+        tl.store(sums_ptrs, tl.sum(total, axis=1), mask=is_row)
+    if TINY if NEGATIVES else INSIDE:
+        tl.store(sums_ptrs + 2 * stride, tl.sum(extra, axis=1), mask=is_row)
+    if not NEGATIVES:
+        if L == 1:
+            in_band = tl.load(hi_ptr + rows) - tl.load(lo_ptr + rows) - 1
+            n_here = tl.where(slot == 0, in_band, 0)
+        else:
+            n_here = tl.sum(n, axis=1)
+        tl.store(n_ptr + parts, n_here, mask=is_row)
+
+
+@triton.jit
+def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.constexpr):
+    """A row's sum or its logarithm, and what stands in the third column, in float64."""
+    total = tl.load(sums_ptrs, mask=is_part, other=0.0).to(tl.float64)
+    extra = tl.zeros((total.shape[0],), tl.float64)
+    top = extra
+    if SHIFTED:
+        tops = tl.load(sums_ptrs + stride, mask=is_part, other=float("-inf")).to(tl.float64)
+        top = tl.max(tops, axis=1)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.sum(total * tl.exp2(tops - shift[:, None]), axis=1)
+    if EXTRA:
+        parts = tl.load(sums_ptrs + 2 * stride, mask=is_part, other=0.0)
+        extra = tl.sum(parts.to(tl.float64), axis=1)
+    return sum_of(total, top, SHIFTED), extra
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
+def conr_finish_kernel(
+    sums_ptr, n_ptr, poison_ptr, w_ptr, loss_ptr, stats_ptr,
+    n_anchors, n_keys, n_slots, push_scale: tl.float64,
+    SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
+    UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
+    TINY: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Losses and statistics of ROWS rows from at most SLOTS parts of their sums; a program each.
+
+    What is not finite among further keys is shared out to all rows.
+    """
+    pid = tl.program_id(0)
+    rows, slots = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
+    is_row = rows < n_anchors
+    is_part = is_row[:, None] & (slots < n_slots)[None, :]
+    stride = n_slots.to(tl.int64) * n_anchors
+    parts = slots.to(tl.int64)[None, :] * n_anchors + rows[:, None]
+    E, s_sum = _sum_of_parts(sums_ptr + parts, stride, is_part, SHIFTED, INSIDE)
+    B, found = _sum_of_parts(sums_ptr + 3 * stride + parts, stride, is_part, SHIFTED, TINY)
+    n = tl.sum(tl.load(n_ptr + parts, mask=is_part, other=0), axis=1).to(tl.float64)
+    if SHIFTED:
+        has_negative = float("-inf") < B
+    elif TINY:
+        has_negative = found > 0
+    else:
+        has_negative = B > 0
+    poison = tl.load(poison_ptr + (0 if SAME else n_keys) + rows, mask=is_row, other=0.0)
+    if not SAME:
+        of_keys = tl.zeros((ROWS,), tl.float32)
+        for start in range(pid * ROWS, n_keys, tl.num_programs(0) * ROWS):
+            here = start + tl.arange(0, ROWS)
+            of_keys += tl.load(poison_ptr + here, mask=here < n_keys, other=0.0)
+        poison += tl.sum(of_keys, axis=0)
+    w = tl.full((ROWS,), 1.0, tl.float64)
     if w_ptr is not None:
-        w = tl.load(w_ptr + row, mask=is_row, other=0.0).to(tl.float64)
+        w = tl.load(w_ptr + rows, mask=is_row, other=0.0).to(tl.float64)
     loss, alpha, beta, gamma, log_alpha, log_gamma = finish_rows(
-        E, total, s_sum, n, has_negative, w, n_keys.to(tl.float64), push_scale,
+        E, B, s_sum * LN2, n, has_negative, w, n_keys.to(tl.float64), push_scale,
         SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
     )  # fmt: skip
     store_rows(
-        loss_ptr, stats_ptr, row, is_row, poison,
+        loss_ptr, stats_ptr, rows.to(tl.int64), is_row, poison.to(tl.float64),
         loss, alpha, beta, gamma, log_alpha, log_gamma, SHIFTED,
     )  # fmt: skip

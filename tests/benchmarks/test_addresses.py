@@ -18,9 +18,9 @@ MATRICES = {"q_i_ptr", "q_j_ptr", "x_ptr", "key_x_ptr", "G_ptr", "G_rest_ptr", "
 
 @pytest.mark.parametrize(
     ("name", "N", "D"),
-    [("gather", 1500, 1984), ("forward_positives", 1500, 1984), ("forward_negatives", 1500, 64),
-     ("backward_positives", 1500, 248), ("backward_negatives", 1500, 248),
-     ("backward_wide", 1500, 1984), ("gram", 500, 1984),
+    [("gather", 1500, 1984), ("forward_kernel", 1500, 1984), ("forward_kernel", 1500, 64),
+     ("backward_kernel", 1500, 248), ("wide_scores", 1500, 1984), ("wide_product", 1500, 1984),
+     ("wide_gradient", 1500, 1984), ("gram", 500, 1984),
      ("forward_dense", 500, 124), ("feature_gradient", 500, 1984)],
 )  # fmt: skip
 def test_rows_are_addressed_in_64_bits(name: str, N: int, D: int) -> None:

@@ -39,7 +39,7 @@ CONSTANTS = {
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
-                     "L_PAD", "GROUP", "BLOCK_K", "BLOCK_G")),
+                     "L_PAD", "SLOTS", "BLOCK_K")),
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {
@@ -163,12 +163,12 @@ def test_the_committed_table_has_every_shipped_kernel(committed) -> None:
 
 #: Compiled here; ``python -m benchmarks.static --check`` compiles every row.
 SAMPLE = [
-    ("conr_forward_negatives_kernel", "paper", 128, 80),
-    ("conr_backward_positives_kernel", "paper", 128, 90),
-    ("conr_backward_wide_kernel", "paper", 2048, 90),
+    ("conr_forward_kernel", "paper", 128, 80),
+    ("conr_backward_kernel", "paper", 128, 90),
+    ("conr_wide_product_kernel", "paper", 2048, 90),
     ("conr_forward_dense_kernel", "released-age few rows", 128, 90),
     ("conr_gather_kernel", "paper", 128, 100),
-    ("conr_backward_negatives_kernel", "paper", 128, 100),
+    ("conr_backward_kernel", "paper", 128, 100),
 ]
 
 
@@ -214,7 +214,7 @@ def test_an_architecture_above_100_with_less_shared_memory_runs_its_tiles() -> N
 
 def with_products(committed) -> list[dict[str, str]]:
     """The rows of kernels that multiply tiles."""
-    kinds = ("ward_", "gram", "feature_gradient")
+    kinds = ("ward_", "gram", "feature_gradient", "wide_scores", "wide_product")
     rows = [row for row in committed if any(kind in row["kernel"] for kind in kinds)]
     # Where a launch before multiplies few rows, the forward kernel has no product.
     before = {(r["arch"], r["arithmetic"], r["D"]) for r in rows if "gram" in r["kernel"]}
@@ -265,10 +265,10 @@ def test_every_loop_over_pairs_was_taken_apart(committed) -> None:
     for row in committed:
         if "L=3" in row["call"] or row["call"].startswith("contrastive"):
             continue  # full tiles or edges are none, and the compiler drops their loop
-        has_pairs = "ward_" in row["kernel"] or "pair_gradient" in row["kernel"]
+        has_pairs = any(kind in row["kernel"] for kind in ("ward_", "pair_gradient", "wide_scores"))
         assert (row["per_pair_edge"] != "") == has_pairs, row
         assert (row["bound_rest"] != "") == (not has_pairs and not row["per_pair_product"]), row
-        if "ward_" in row["kernel"] and "wide" not in row["kernel"] and row["sweep"]:
+        if "ward_" in row["kernel"] and row["sweep"]:
             # In float64 and three passes the products decide, and the order of instructions.
             slack = 1.1 if row["arithmetic"] in ("float64", "float32 highest") else 1.0
             assert 0 < float(row["per_pair_full"]) <= slack * float(row["per_pair_edge"]), row
@@ -276,16 +276,16 @@ def test_every_loop_over_pairs_was_taken_apart(committed) -> None:
 
 def test_instructions_per_pair_are_within_the_targets(committed) -> None:
     targets = {
-        "conr_forward_positives_kernel": 4.5,
-        "conr_forward_negatives_kernel": 9.5,
-        "conr_backward_positives_kernel": 8.7,
-        "conr_backward_negatives_kernel": 16,
+        ("conr_forward_kernel", "positives"): 4.5,
+        ("conr_forward_kernel", "negatives"): 9.5,
+        ("conr_backward_kernel", "positives"): 8.7,
+        ("conr_backward_kernel", "negatives"): 16,
     }
-    for kernel, most in targets.items():
+    for (kernel, sweep), most in targets.items():
         (row,) = (
             row for row in committed
-            if (row["kernel"], row["arch"], row["arithmetic"], row["D"], row["call"])
-            == (kernel, "90", "bfloat16", "128", "paper")
+            if (row["kernel"], row["sweep"], row["arch"], row["arithmetic"], row["D"], row["call"])
+            == (kernel, sweep, "90", "bfloat16", "128", "paper")
         )  # fmt: skip
         assert 0 < float(row["per_pair_full"]) <= most
 

@@ -77,17 +77,19 @@ def guarded_allocations():
 def forced(regime: str):
     """The kernels of the regime at any size, with guarded buffers.
 
-    "groups": sweeps whose wide backward kernel walks over anchor tiles and groups.
+    "parts": sweeps that keep H_ij of one tile of pairs at a time.
     """
     pairs = call.DENSE_PAIRS if "dense" in regime else -1
-    keys, n_programs = (1, 1) if regime == "groups" else (launch_sweeps.WIDE_KEYS, 132)
+    workspace, programs = (1, 1) if regime == "parts" else (2**25, 528)
     chunks = 0 if regime == "dense-split" else launch_dense.DENSE_CHUNKS
     with (
         mock.patch.object(call, "DENSE_PAIRS", pairs),
         mock.patch.object(launch_dense, "DENSE_CHUNKS", chunks),
         mock.patch.object(launch_dense, "DENSE_PART", 1 if chunks == 0 else 4),
-        mock.patch.object(launch_sweeps, "WIDE_KEYS", keys),
-        mock.patch.object(launch_sweeps, "processors", lambda device: n_programs),
+        mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
+        mock.patch.object(launch_sweeps, "WORKSPACE", workspace),
+        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
+        mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         guarded_allocations(),
     ):
         yield
@@ -180,9 +182,9 @@ CASES = [
     *(Case(40, 20, v, K=50, regime=r)
       for v, r in itertools.product(("paper", "released-age", "contrastive"), ("sweeps", "dense"))),
     Case(33, 150, "released-age", K=40),
-    Case(140, 150, labels="ages", regime="groups"),
-    Case(130, 150, "released-age", K=20, labels="ages", regime="groups"),
-    Case(140, 130, "contrastive", regime="groups"),
+    Case(140, 150, labels="ages", regime="parts"),
+    Case(130, 150, "released-age", K=20, labels="ages", regime="parts"),
+    Case(140, 130, "contrastive", regime="parts"),
     Case(40, 20, "released-depth", K=95, L=3, distance="rmse"),
     *(Case(70, 24, v, labels="decimal", window=0.2) for v in ("paper", "released-age")),
     Case(70, 24, "paper", labels="decimal", window=0.2, L=2, distance="rmse"),
@@ -210,7 +212,7 @@ HALVES = [
         ((33, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
     *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
-    Case(140, 257, dtype=F16, regime="groups"),
+    Case(140, 257, dtype=F16, regime="parts"),
 ]  # fmt: skip
 
 
@@ -350,7 +352,10 @@ def test_the_choice_of_sweep_is_made_from_the_bands(collapsed: bool) -> None:
     given = case.inputs()
     given["p"] = torch.zeros_like(given["y"]) if collapsed else given["y"] + 50
     settings = Settings(100.0, 0.2, 0.01, PRESETS["paper"])
-    with mock.patch.object(call, "DENSE_PAIRS", -1):
+    with (
+        mock.patch.object(call, "DENSE_PAIRS", -1),
+        mock.patch.object(launch_sweeps, "PROGRAMS", 1),
+    ):
         arguments = (given["x"], given["y"], given["p"], given["w"], None, 0, settings)
         _, _, layout = triton_backend.forward(*arguments)
     assert layout[0] == collapsed

@@ -136,7 +136,7 @@ def test_inductor() -> None:
 def test_compiled_group_says_why_it_is_not_traced() -> None:
     torch._dynamo.reset()
     x, y, p = make_rows(5)
-    loss = ConRLoss(group="a group")
+    loss = ConRLoss(group="world")
     step = torch.compile(lambda: loss(x, y, p), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="exchanges sizes between processes"):
         step()

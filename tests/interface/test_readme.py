@@ -13,15 +13,16 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs_and_gives_a_gradient(number):
+def test_example_runs_and_a_loss_gives_a_gradient(number):
     names: dict = {}
     exec(EXAMPLES[number], names)
-    assert torch.isfinite(names["loss"]) and names["x"].grad.abs().max() > 0
+    if "loss" in names:
+        assert torch.isfinite(names["loss"]) and names["x"].grad.abs().max() > 0
 
 
 def test_there_are_examples_and_the_files_that_are_named_exist():
     text = README.read_text(encoding="utf-8")
-    assert len(EXAMPLES) >= 2
+    assert sum("loss.backward()" in example for example in EXAMPLES) >= 2
     for target in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (README.parent / target).exists(), target
 

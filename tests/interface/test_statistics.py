@@ -33,7 +33,7 @@ def test_counts_are_those_of_all_pairs(monkeypatch, device, n, n_components, dis
     monkeypatch.setattr(counts, "BLOCK_PAIRS", 300)
     for seed, window in enumerate((0.0, 0.1, 0.2, 0.5, float("inf"))):
         y, p = grid(n, n_components, seed, device)
-        if seed % 2:
+        if seed in (1, 4):
             y[::5], p[::7] = torch.nan, torch.nan
         y_j, p_j = (
             torch.cat(t) for t in zip((y, p), grid(50, n_components, 9, device), strict=True)
@@ -147,3 +147,20 @@ def test_count_self_lowers_the_floor():
         conr_statistics(y, p, variant=Variant("inside", count_self=c)).floor for c in (False, True)
     )
     torch.testing.assert_close(counted, plain * 2 / 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_nothing_is_synchronised_on_a_gpu():
+    y, p = grid(500, 1, 0, "cuda")
+    mask = y[:, 0] > 0.2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = conr_statistics(y, p, window=0.2, mask=mask, weights=2.0, variant="released-age")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.n_positives[mask], by_pairs(y[mask], p[mask], 0.2)[0])
+
+
+def test_a_group_by_another_name_is_refused():
+    with pytest.raises(ValueError, match="group must be a process group, 'world' or None"):
+        conr_statistics(torch.ones(4), torch.ones(4), group="worlds")

@@ -1,0 +1,1 @@
+"""Does ConR help deep imbalanced regression, and what does it cost?"""
