@@ -19,7 +19,8 @@ class Fault:
         file: relative to the root of the project.
         text, by: what is replaced, which occurs exactly once in the file, and by what.
         why: the promise that it breaks; of an equivalent, the proof that it breaks none.
-        tests: arguments of pytest, a process each, the one that should notice first.
+        tests: arguments of pytest, a process each, the one that should notice first; variables
+            of its environment in front.
         is_equivalent: nothing can notice it; it is not run.
         may_hang: a run beyond its time limit counts as noticed.
     """
@@ -40,8 +41,15 @@ class Fault:
         return [file_of(test) for test in self.tests]
 
 
+def split_test(test: str) -> tuple[dict[str, str], list[str]]:
+    """Variables of the environment, ``NAME=value`` in front, and pytest's arguments."""
+    words = shlex.split(test)
+    n = next(k for k, word in enumerate(words) if "=" not in word)
+    return dict(word.split("=", 1) for word in words[:n]), words[n:]
+
+
 def file_of(test: str) -> str:
-    return shlex.split(test)[0].split("::")[0]
+    return split_test(test)[1][0].split("::")[0]
 
 
 def read_faults(folder: Path = FOLDER) -> list[Fault]:
@@ -110,7 +118,7 @@ def problems(faults: list[Fault], root: Path) -> list[str]:
 
 def _exists(test: str, root: Path) -> bool:
     """Whether the test's file is there and defines the function that it names, if any."""
-    at, function = root / file_of(test), shlex.split(test)[0].split("::")[1:]
+    at, function = root / file_of(test), split_test(test)[1][0].split("::")[1:]
     if not function:
         return at.exists()
     return at.is_file() and f"def {function[0].split('[')[0]}(" in at.read_text()

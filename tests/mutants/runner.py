@@ -8,7 +8,6 @@ import json
 import os
 import queue
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -19,15 +18,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .fault import Fault, file_of
+from .fault import Fault, file_of, split_test
 
 #: What tests need of the project; a result holds as long as none of the first four changes.
 SOURCES = ("conr_kernels", "csrc", "benchmarks", "tests/helpers")
 COPIED = (*SOURCES[:3], "tests", "pyproject.toml", "setup.py", "README.md", "Makefile")
 #: A run may take this many times what the same tests take without a fault, and at least (seconds).
 PATIENCE, LEAST_LIMIT = 10.0, 120.0
-#: Tests that TRITON_INTERPRET=1 makes run, in a process that has it from its start.
-INTERPRETED = "tests/helpers/triton_"
 
 
 @dataclass(frozen=True)
@@ -103,15 +100,14 @@ class Copies:
 
     def run(self, copy: Path, test: str, limit: float) -> Outcome:
         """Runs pytest with these arguments in a process of its own and reads its summary."""
+        variables, arguments = split_test(test)
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-x", "-q", "-rfEs"]
-        command += ["--tb=line", "-p", "no:cacheprovider", *shlex.split(test)]
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command += ["--tb=line", "-p", "no:cacheprovider", *arguments]
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
         environment |= dict(
             PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", COLUMNS="500",
             PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",  # half of the time of a short run
         )  # fmt: skip
-        if test.startswith(INTERPRETED):
-            environment["TRITON_INTERPRET"] = "1"
         start = time.perf_counter()
         process = subprocess.Popen(
             command, cwd=copy, env=environment, text=True, start_new_session=True,
