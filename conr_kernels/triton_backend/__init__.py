@@ -68,7 +68,8 @@ def _forward(
     w = None if w is None else w.contiguous()
     (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
     if not few.serves(N, K, D, x.dtype):
-        forward_sweeps(Call(x, y, p, keys, self_offset, settings), w, loss, stats, layout)
+        call = Call(x, y, p, keys, self_offset, settings)
+        forward_sweeps(call, w, n_absent, loss, stats, layout)
         return
     x, y, p, keys = _contiguous(x, y, p, keys)
     plan = few.plan_of(x, y, keys, self_offset, settings, "none")

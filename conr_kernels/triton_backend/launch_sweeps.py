@@ -107,7 +107,7 @@ def _write_layout(call: Call, layout: Tensor) -> None:
     if not has_p:
         arguments *= 2
     run_kernel(
-            call.place, module.conr_bands_kernel, padded(max(K, N)) // ROW_PAD,
+        call.place, module.conr_bands_kernel, padded(max(K, N)) // ROW_PAD,
         *arguments, layout, N, K, call.self_offset, K.bit_length(), reach,
         HAS_KEYS=call.has_keys, HAS_P=has_p, ROWS=ROW_PAD, num_warps=4,
     )  # fmt: skip
@@ -144,8 +144,9 @@ def _flags(call: Call, negatives: bool) -> dict[str, Any]:
 
 
 def forward_sweeps(
-    call: Call, w: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor
-) -> None:
+    call: Call, w: Tensor | None, n_absent: Tensor | None, loss: Tensor, stats: Tensor,
+    layout: Tensor,
+) -> None:  # fmt: skip
     module = kernels("sweeps")
     chosen, s, variant = call.config("forward"), call.settings, call.settings.variant
     _write_layout(call, layout)
@@ -166,8 +167,8 @@ def forward_sweeps(
             **call.options(chosen),
         )  # fmt: skip
     run_kernel(
-            call.place, module.conr_finish_kernel, tiles(call.N, FINISH_ROWS),
-        sums, n, poison, w, loss, stats, call.N, call.K, n_slots, s.push_scale,
+        call.place, module.conr_finish_kernel, tiles(call.N, FINISH_ROWS),
+        sums, n, poison, w, n_absent, loss, stats, call.N, call.K, n_slots, s.push_scale,
         SAME=not call.has_keys, SHIFTED=call.pair_flags["SHIFTED"], INSIDE=call.is_inside,
         PUSHING=variant.pushing, UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
         WEIGHTED_ROWS=variant.weighted_rows, TINY=call.is_tiny, ROWS=FINISH_ROWS, SLOTS=SLOTS,

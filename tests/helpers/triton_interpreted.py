@@ -341,6 +341,29 @@ def test_columns_behind_the_last_key_add_nothing_where_exponents_are_large(N: in
     assert (x.grad - exact.grad).abs().max() <= 1e-4 * scale
 
 
+@pytest.mark.parametrize("variant", ["released-age", "released-depth", "contrastive"])
+@pytest.mark.parametrize("regime", ["sweeps", "dense", "dense-recomputed"])
+def test_masked_rows_take_no_part(regime: str, variant: str) -> None:
+    case = Case(45, 12, variant, F64, regime, labels="ages")
+    given = case.inputs()
+    mask = torch.arange(case.N) % 3 != 1
+    present = {name: t[mask] for name, t in given.items()}
+    x = given["x"].masked_fill(~mask[:, None], torch.nan).requires_grad_()
+    y = given["y"].masked_fill(~mask[:, None], torch.nan)
+    options = dict(variant=variant, reduction="none")
+    with forced(regime):
+        rows = conr_loss(x, y, given["p"], given["w"], **options, backend="triton", mask=mask)
+        (rows * given["upstream"]).sum().backward()
+    features = present["x"].requires_grad_()
+    expected = conr_loss(
+        features, present["y"], present["p"], present["w"], **options, backend="reference"
+    )
+    (expected * present["upstream"]).sum().backward()
+    torch.testing.assert_close(rows[mask], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(x.grad[mask], features.grad, rtol=1e-7, atol=1e-10)
+    assert not rows[~mask].any() and not x.grad[~mask].any()
+
+
 @pytest.mark.parametrize("regime", ["sweeps", "dense"])
 def test_an_empty_batch_has_no_rows(regime: str) -> None:
     x = torch.zeros(0, 5, requires_grad=True)
