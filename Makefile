@@ -1,5 +1,5 @@
-# make test, make bench, make abi, make train: prepare .venv on first use and run. make gpu: on a machine with a CUDA GPU,
-# as it is.
+# make test, make bench, make abi, make train: prepare .venv on first use and run. make mutants: do
+# the tests notice planted faults? make gpu: on a machine with a CUDA GPU, as it is.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -15,7 +15,7 @@ PYTHONS ?=
 # make fuzz: so many new batches of each property (tests/properties); make golden: tests/golden.
 EXAMPLES ?= 5000
 
-.PHONY: test lint fuzz golden bench train train-full static abi gpu clean
+.PHONY: test lint fuzz golden mutants bench train train-full static abi gpu clean
 
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
@@ -41,6 +41,9 @@ fuzz: $(READY)
 
 golden: $(READY)
 	$(PYTHON) -m tests.golden.make_golden
+
+mutants: $(READY)
+	$(PYTHON) -m tests.mutants
 
 bench: $(READY)
 	$(PYTHON) -m benchmarks

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Batch(NamedTuple):
 
     ``keys`` are the caller's further rows [K, …] in the same form, or None. ``mask``, bool [N]: the
     rows that take part, None for all; ``n_absent``, a scalar: how many keys do not, which are far
-    from all others by then (``without_absent``).
+    from all others by then (``without_absent``). ``reduces``: the backend gives the reduced loss at
+    once; labels and predictions are then as given where ``ops.takes_any_labels``.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     backend: str
     mask: Tensor | None = None
     n_absent: Tensor | None = None
+    reduces: bool = False
 
     def all_keys(self) -> Keys | None:
         """The batch's rows and then the further keys; None where there are none of these."""
@@ -75,18 +77,72 @@ class Options(NamedTuple):
         return Settings(*map(float, scalars), variant, self.distance)
 
 
-#: A training run asks for the same settings at every step.
-_check_often = functools.lru_cache(maxsize=64)(Options.check)
+@functools.lru_cache(maxsize=64, typed=True)
+def _check_often(*options: Any) -> Settings:
+    """A training run asks for the same settings at every step."""
+    return Options(*options).check()
+
+
+@functools.lru_cache(maxsize=64)
+def _one(settings: Settings) -> Settings:
+    """The same object for equal settings: plans are found by it."""
+    return settings
 
 
 def _settings(options: Options) -> Settings:
-    if torch.compiler.is_compiling():
-        from . import tracing
+    try:
+        return _check_often(*options)
+    except TypeError:  # an option that cannot be looked up, or an illegal one
+        return _one(options.check())
 
-        scalars = map(tracing.constant, options[:3])
-        return Options(*scalars, *options[3:]).check()
-    is_hashable = all(type(option) in (float, int, str, Variant) for option in options)
-    return _check_often(options) if is_hashable else options.check()
+
+def _traced_settings(options: Options) -> Settings:
+    from . import tracing
+
+    scalars = map(tracing.constant, options[:3])
+    return Options(*scalars, *options[3:]).check()
+
+
+#: The backend of every form of input that passed the checks; None on the CPU, where it depends on
+#: more.
+_passed: dict[tuple[Any, ...], str | None] = {}
+FORMS = 256
+
+
+def _checked_backend(
+    x: Tensor, y: Tensor, p: Tensor, w: Tensor | float | None, backend: str
+) -> str:
+    """The backend that serves input without keys and mask, checked where its form is a new one."""
+    form = _form_of(x, y, p, w, backend)
+    found = None if form is None else _passed.get(form)
+    if found is not None:
+        return found
+    if form is None or form not in _passed:
+        validation.check_tensors(x, y, p, w, None)
+    found = make_plan(backend, x.device, x.dtype).backend
+    if form is not None:
+        if len(_passed) >= FORMS:
+            _passed.clear()
+        _passed[form] = None if x.device.type == "cpu" else found
+    return found
+
+
+def _form_of(
+    x: Tensor, y: Tensor, p: Tensor, w: Tensor | float | None, backend: str
+) -> tuple[Any, ...] | None:
+    """All that the checks read; None where it is not that of plain tensors."""
+    kinds = type(x), type(y), type(p), type(w)
+    if not ops.PLAIN.issuperset(kinds[:3]) or x.is_nested or y.is_nested or p.is_nested:
+        return None
+    of_weights: tuple[Any, ...] = (kinds[3],)
+    if kinds[3] in ops.PLAIN:
+        if w.is_nested:
+            return None
+        of_weights = (w.shape, w.dtype, w.layout, w.device)
+    return (
+        backend, x.shape, x.dtype, x.layout, x.device, y.shape, y.dtype, y.layout, y.device,
+        p.shape, p.dtype, p.layout, p.device, of_weights,
+    )  # fmt: skip
 
 
 def prepare(
@@ -97,20 +153,33 @@ def prepare(
     keys: Keys | None,
     mask: Tensor | None,
     options: Options,
+    in_group: bool = False,
 ) -> Batch:
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
-    settings = _settings(options)
+    is_traced = torch.compiler.is_compiling()
+    settings = _traced_settings(options) if is_traced else _settings(options)
     if isinstance(keys, torch.nn.Module):  # a MemoryBank
         keys = keys.keys(getattr(features, "dtype", None))
-    validation.check_tensors(features, targets, predictions, weights, keys, mask)
-    plan = make_plan(options.backend, features.device, features.dtype)
+    x, reduction = features, options.reduction
+    if keys is None and mask is None and not is_traced:
+        backend = _checked_backend(x, targets, predictions, weights, options.backend)
+        of_call = (settings, reduction, backend)
+        is_raw = not in_group and ops.takes_any_labels(x, backend)
+        if is_raw and ops.reduces(x, targets, None, *of_call):
+            rows = (x, targets, predictions, as_weights(weights, x), None)
+            return Batch(*rows, *of_call, reduces=True)
+    else:
+        validation.check_tensors(x, targets, predictions, weights, keys, mask)
+        backend = make_plan(options.backend, x.device, x.dtype).backend
     y, p = as_labels(targets), as_labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys
         keys = (key_x.detach(), as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
-    w = as_weights(weights, features)
+    w = as_weights(weights, x)
+    is_reduced = mask is None and not in_group and not is_traced
+    is_reduced = is_reduced and ops.reduces(x, y, keys, settings, reduction, backend)
     mask = None if mask is None else mask.detach().reshape(-1)
-    return Batch(features, y, p, w, keys, settings, options.reduction, plan.backend, mask)
+    return Batch(x, y, p, w, keys, settings, reduction, backend, mask, reduces=is_reduced)
 
 
 def try_prepare(
@@ -124,7 +193,7 @@ def try_prepare(
 ) -> Batch | Exception:
     """The batch, or the error that came instead of it: what the ranks of a group agree on."""
     try:
-        return prepare(features, targets, predictions, weights, keys, mask, options)
+        return prepare(features, targets, predictions, weights, keys, mask, options, in_group=True)
     except Exception as error:
         return error
 
@@ -133,10 +202,8 @@ def loss(batch: Batch) -> Tensor:
     """The batch's loss, reduced as it asks for."""
     if batch.mask is not None:
         return _loss_of_present(batch)
-    x, y, p, w, keys, settings, reduction, backend, *_ = batch
-    reduced = ops.reduced_loss(x, y, p, w, keys, settings, reduction, backend)
-    if reduced is not None:
-        return reduced
+    if batch.reduces:
+        return ops.reduced_loss(*batch[:8])
     rows = row_losses(batch, batch.all_keys())
     if batch.reduction == "none":
         return rows

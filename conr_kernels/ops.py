@@ -8,7 +8,15 @@ once to a backend module. Every backend module provides
   keeps for backward; dtype is the accumulation dtype;
 - ``forward(x, y, p, w, keys, self_offset, settings, n_absent) -> (loss [N], stats [N, 3 or 5],
   layout)``;
-- ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``.
+- ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``;
+
+and, where one call finds the reduced loss and prepares its gradient,
+
+- ``reduces(x, y, further, settings, wants_gradient) -> bool``: whether it does so for these rows
+  and further keys;
+- ``reduced(x, y, p, w, further, settings, reduction, wants_gradient) -> (loss, saved
+  tensors, plan)``;
+- ``reduced_gradient(x, saved, plan, upstream) -> gradient of x``.
 
 Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y,
 key_p)`` are all rows that can be positives or negatives, anchor i being key ``self_offset + i``,
@@ -23,7 +31,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +125,25 @@ torch.library.register_fake("conr_kernels::forward", _forward_fake, lib=_library
 torch.library.register_fake("conr_kernels::backward", _backward_fake, lib=_library)
 
 
+class Call(NamedTuple):
+    """What a call gives its backend beside the features; one argument for autograd's machinery."""
+
+    y: Tensor
+    p: Tensor
+    w: Tensor | None
+    keys: Keys | None
+    self_offset: int
+    settings: Settings
+    backend: str
+    n_absent: Tensor | None = None
+
+    def operands(self) -> tuple[Any, ...]:
+        """As the forward operator takes them, after the features."""
+        keys = self.keys or (None,) * 3
+        scalars = (self.self_offset, *self.settings.scalars, self.backend)
+        return self.y, self.p, self.w, *keys, self.n_absent, *scalars
+
+
 def row_losses(
     x: Tensor,
     y: Tensor,
@@ -129,14 +156,33 @@ def row_losses(
     n_absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
+    call = Call(y, p, w, keys, self_offset, settings, backend, n_absent)
     if is_plain(x):
-        function = _EagerForward.apply
-    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        function = _TransformedForward.apply
-    else:
-        function = torch.ops.conr_kernels.forward
-    scalars = (self_offset, *settings.scalars, backend)
-    return function(x, y, p, w, *(keys or (None,) * 3), n_absent, *scalars)
+        return _EagerForward.apply(x, call)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _TransformedForward.apply(x, *call.operands())
+    return torch.ops.conr_kernels.forward(x, *call.operands())
+
+
+#: Types of tensors without a behaviour of their own.
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def reduces(
+    x: Tensor, y: Tensor, further: Keys | None, settings: Settings, reduction: str, backend: str
+) -> bool:
+    """Whether one call of the backend gives the reduced loss of these rows, prepared for its
+    gradient; in eager mode. ``further``: keys beside the batch's own rows.
+    """
+    if reduction == "none" or backend == "reference" or not is_untransformed(x):
+        return False
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    return backend_module(backend).reduces(x, y, further, settings, wants_gradient)
+
+
+def takes_any_labels(x: Tensor, backend: str) -> bool:
+    """Whether ``reduced_loss`` takes labels of any real dtype, [N] or [N, L]."""
+    return backend == "triton" and not x.is_cpu and backend_module(backend).takes_any_labels(x)
 
 
 def reduced_loss(
@@ -148,54 +194,64 @@ def reduced_loss(
     settings: Settings,
     reduction: str,
     backend: str,
-) -> Tensor | None:
-    """The mean or sum of ``ℓ_i``, where one pass can give it with its gradient; else None.
-
-    ``further``: keys beside the batch's own rows.
-    """
-    is_served = backend == "torch" and reduction != "none" and is_plain(x)
-    if not is_served or not torch.is_grad_enabled() or not x.requires_grad:
-        return None
-    if not backend_module(backend).finds_gradient(y, further, settings):
-        return None
-    return _EagerReduced.apply(x, y, p, w, further, settings, reduction == "mean", backend)
+) -> Tensor:
+    """The mean or sum of ``ℓ_i``, where ``reduces`` says so."""
+    call = Reduction(backend_module(backend), y, p, w, further, settings, reduction)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _EagerReduced.apply(x, call)
+    return call.forward(x, False)[0]
 
 
 def is_plain(x: Tensor) -> bool:
     """A plain tensor in plain eager mode: no compiler, function transform, subclass or tracer."""
+    return not torch.compiler.is_compiling() and is_untransformed(x)
+
+
+def is_untransformed(x: Tensor) -> bool:
+    """The same where no compiler is at work."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in PLAIN
         and not x.is_meta
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
+class Reduction(NamedTuple):
+    """The call of a reduced loss, beside the features."""
+
+    module: ModuleType
+    y: Tensor
+    p: Tensor
+    w: Tensor | None
+    further: Keys | None
+    settings: Settings
+    reduction: str
+
+    def forward(self, x: Tensor, wants_gradient: bool) -> tuple[Tensor, tuple, Any]:
+        module, *rows = self
+        return without_autocast(module.reduced, x.device, x, *rows, wants_gradient)
+
+
 class _EagerReduced(torch.autograd.Function):
     """Mean or sum of the row losses of a small batch, with the gradient found on the way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        *rows, backend = args
-        function = backend_module(backend).loss_with_gradient
-        loss, gradient = without_autocast(function, x.device, x, *rows)
-        ctx.save_for_backward(x, gradient)
+    def forward(ctx: Any, x: Tensor, call: Reduction) -> Tensor:
+        loss, saved, plan = call.forward(x, True)
+        ctx.save_for_backward(x, *saved)
+        ctx.gradient, ctx.plan = call.module.reduced_gradient, plan
         return loss
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
         refuse_batched(g)
-        x, gradient = ctx.saved_tensors
-        return once(_scale, x, gradient, g), *(None,) * 7
+        x, *saved = ctx.saved_tensors
+        return once(ctx.gradient, x, saved, ctx.plan, g), None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
         refuse()
-
-
-def _scale(x: Tensor, gradient: Tensor, g: Tensor) -> Tensor:
-    return (gradient * g).to(x.dtype)
 
 
 def once(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -222,17 +278,32 @@ class _EagerForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _forward(*args)
-        _save(ctx, args, output)
+    def forward(ctx: Any, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        y, p, w, keys, self_offset, settings, backend, n_absent = call
+        rows = (x, y, p, w, keys, self_offset, settings, n_absent)
+        output = without_autocast(backend_module(backend).forward, x.device, *rows)
+        _, stats, layout = output
+        ctx.mark_non_differentiable(stats, layout)
+        ctx.set_materialize_grads(False)
+        if ctx.needs_input_grad[0]:
+            y, p = own_copies(y, p)
+        ctx.save_for_backward(stats, layout, x, y, p, *(keys or (None,) * 3))
+        ctx.call = (self_offset, settings, backend)
         return output
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
         refuse_batched(g)
-        # A graph of the gradient goes through the operator, which refuses to be differentiated.
-        operator = torch.ops.conr_kernels.backward if torch.is_grad_enabled() else _backward
-        return _differentiate(ctx, g, operator)
+        if g is None:
+            return None, None
+        self_offset, settings, backend = ctx.call
+        coefficients, layout, x, y, p, *keys = _scaled(ctx.saved_tensors, g, self_offset)
+        if torch.is_grad_enabled():
+            # A graph of the gradient goes through the operator, which refuses to be differentiated.
+            operands = (*coefficients, layout, x, y, p, *keys, self_offset, *settings.scalars)
+            return torch.ops.conr_kernels.backward(*operands, backend), None
+        rows = (*coefficients, layout, x, y, p, _keys(*keys), self_offset, settings)
+        return without_autocast(backend_module(backend).backward, x.device, *rows), None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -304,15 +375,18 @@ def _differentiate(
     no_grads = (None,) * (7 + len(ctx.scalars))
     if g is None:
         return None, *no_grads
-    stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
-    coef_i = scale_statistics(stats, g)
-    coef_j = None
+    coefficients, *saved = _scaled(ctx.saved_tensors, g, ctx.scalars[0])
+    return backward_operator(*coefficients, *saved, *ctx.scalars), *no_grads
+
+
+def _scaled(saved: tuple[Tensor, ...], g: Tensor, self_offset: int) -> tuple[Any, ...]:
+    """What the backward operator takes before the scalars, the coefficients as a pair."""
+    stats, layout, x, y, p, key_x, key_y, key_p = saved
+    coef_i, coef_j = scale_statistics(stats, g), None
     if key_x is not None:  # keys that are no anchors have no row loss
-        offset = ctx.scalars[0]
         coef_j = no_statistics(key_x.shape[0], coef_i)
-        coef_j[offset : offset + x.shape[0]] = coef_i
-    gradient = backward_operator(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars)
-    return gradient, *no_grads
+        coef_j[self_offset : self_offset + x.shape[0]] = coef_i
+    return (coef_i, coef_j), layout, x, y, p, key_x, key_y, key_p
 
 
 def _differentiate_operator(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -38,10 +38,10 @@ def main() -> int:
         print(f"not run: {reason}")
         return 0
     if device.REHEARSAL:
-        from conr_kernels.triton_backend import call
+        from conr_kernels.triton_backend import launch_dense
 
         torch.set_num_threads(1)
-        call.DENSE_PAIRS = REHEARSAL_PAIRS
+        launch_dense.DENSE_PAIRS = REHEARSAL_PAIRS
     status = 0
     for name in options.stage.split(","):
         stage = Stage(name, options.seconds, options.done)

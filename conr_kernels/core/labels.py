@@ -21,6 +21,9 @@ def as_weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
     if w is None:
         return None
     dtype = accumulation_dtype(x)
+    is_there = isinstance(w, Tensor) and w.dtype == dtype and w.device == x.device
+    if is_there and w.shape == x.shape[:1] and not w.requires_grad:
+        return w.contiguous()
     if not isinstance(w, Tensor):
         return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
     w = w.detach().to(device=x.device, dtype=dtype)

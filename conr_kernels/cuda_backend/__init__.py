@@ -4,6 +4,6 @@ Called by ops.py (the four functions of every backend) and by ``python -m conr_k
 describes the build. Imports core, reference and variants, never another backend; compiles nothing.
 """
 
-from .backend import backward, describe, forward, layout_size, unavailable
+from .backend import backward, describe, forward, layout_size, reduces, unavailable
 
-__all__ = ["backward", "describe", "forward", "layout_size", "unavailable"]
+__all__ = ["backward", "describe", "forward", "layout_size", "reduces", "unavailable"]

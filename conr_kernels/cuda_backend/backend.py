@@ -170,6 +170,13 @@ def backward(
     return gradient
 
 
+def reduces(
+    x: Tensor, y: Tensor, further: Keys | None, settings: Settings, wants_gradient: bool
+) -> bool:
+    """Whether one call gives the reduced loss: its kernels leave row losses."""
+    return False
+
+
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 

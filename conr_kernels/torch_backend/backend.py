@@ -164,23 +164,26 @@ def shared_backward(
     return G
 
 
-def finds_gradient(y: Tensor, further: Keys | None, settings: Settings) -> bool:
-    """Whether ``loss_with_gradient`` serves these rows and further keys."""
-    if further is None or len(further[0]) == 0:
-        return 0 < len(y) <= KEPT_ROWS
+def reduces(
+    x: Tensor, y: Tensor, further: Keys | None, settings: Settings, wants_gradient: bool
+) -> bool:
+    """Whether ``reduced`` serves these rows and further keys."""
+    if not wants_gradient or further is None or len(further[0]) == 0:
+        return wants_gradient and 0 < len(y) <= KEPT_ROWS
     others = Source(further[0], None, *further[1:])
     return _are_few(len(y), others, _is_shifted(y, _with_rows(y, further), settings))
 
 
-def loss_with_gradient(
+def reduced(
     x: Tensor,
     y: Tensor,
     p: Tensor,
     w: Tensor | None,
     further: Keys | None,
     settings: Settings,
-    is_mean: bool,
-) -> tuple[Tensor, Tensor]:
+    reduction: str,
+    wants_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor], None]:
     """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
 
     ``further``: keys beside the batch's own rows, or None.
@@ -208,13 +211,19 @@ def loss_with_gradient(
     loss, stats = loss.to(norm.dtype), _stored(stats, norm.dtype, settings, is_shifted)
     if not is_shifted and not settings.exponent_is_small:
         stats = collapse_statistics(stats)
-    if is_mean:
+    if reduction == "mean":
         stats[:, :3].mul_(1 / len(x))
     G = _one_tile_gradient(*pairs, rows.q, stats, settings)
     if others is not None:
         few.add_products(G, products, stats)
-    loss = loss.mean() if is_mean else loss.sum()
-    return loss, _project(G, rows.q, inverse, settings.temperature)
+    loss = loss.mean() if reduction == "mean" else loss.sum()
+    return loss, (_project(G, rows.q, inverse, settings.temperature),), None
+
+
+def reduced_gradient(x: Tensor, saved: tuple[Tensor], plan: None, upstream: Tensor) -> Tensor:
+    """The gradient that ``reduced`` found, times the upstream gradient."""
+    (gradient,) = saved
+    return (gradient * upstream).to(x.dtype)
 
 
 def _stored(stats: Tensor, dtype: torch.dtype, settings: Settings, is_shifted: bool) -> Tensor:

@@ -1,34 +1,40 @@
 """ConR in Triton: one visit of each pair forward, one backward, no N×N value stored, no host
 synchronisation.
 
-Up to ``DENSE_PAIRS`` pairs: every pair, no sort. Above: two sweeps over the exact bands of the
-sorted labels and predictions, or, chosen on the device where that is less, the negatives outside
-the label bands.
+Few rows (``launch_dense.serves``): every pair, no sort. More: two sweeps over the exact bands of
+the sorted labels and predictions, or, chosen on the device where that is less, the negatives
+outside the label bands.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..variants import Settings
-from . import call as calls
+from . import launch_dense as few
 from .availability import unavailable
-from .call import ROW_PAD, Call, Keys, padded
-from .launch_dense import backward_dense, forward_dense, row_of_s
+from .call import ROW_PAD, Call, Keys, padded, tiles
+from .launch import kernels, on_device, place_of, run_kernel
 from .launch_sweeps import backward_sweeps, forward_sweeps
 
-__all__ = ["backward", "forward", "layout_size", "unavailable"]
+__all__ = [
+    "backward", "forward", "layout_size", "reduced", "reduced_gradient", "reduces",
+    "takes_any_labels", "unavailable",
+]  # fmt: skip
 
 
 def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
-    """Few pairs: s_ij and the inverse norms. Else a head (the choice of sweep), both orders of keys
-    and anchors, the anchors' places, the bands.
+    """Few rows: what ``few.kept_size`` says. Else a head (the choice of sweep), both orders of
+    keys and anchors, the anchors' places, the bands; between them D decides which it is.
     """
-    if n_anchors * n_keys <= calls.DENSE_PAIRS:
-        numbers = n_anchors * row_of_s(n_keys) + n_anchors + n_keys
-        return numbers * (2 if dtype == torch.float64 else 1)
-    return ROW_PAD + 2 * padded(n_keys) + 7 * padded(n_anchors)
+    of_sweeps = ROW_PAD + 2 * padded(n_keys) + 7 * padded(n_anchors)
+    if n_anchors * n_keys > few.DENSE_PAIRS:
+        return of_sweeps
+    of_dense = few.kept_size(n_anchors, n_keys) * (2 if dtype == torch.float64 else 1)
+    return of_dense if n_anchors * n_keys <= few.KEPT_PAIRS else max(of_dense, of_sweeps)
 
 
 def forward(
@@ -44,18 +50,30 @@ def forward(
     """Row losses [N], row statistics (rows.py), and what ``layout_size`` says for the backward
     pass.
     """
-    call = Call(x, y, p, keys, self_offset, settings)
-    loss = x.new_empty(call.N, dtype=call.dtype)
-    stats = x.new_empty((call.N, 3 if settings.exponent_is_small else 5), dtype=call.dtype)
-    layout = x.new_empty(layout_size(call.N, call.K, call.dtype, settings), dtype=torch.int32)
-    if call.N > 0:
-        w = None if w is None else w.contiguous()
-        with call.device_guard():
-            if call.is_dense:
-                forward_dense(call, w, loss, stats, layout)
-            else:
-                forward_sweeps(call, w, loss, stats, layout)
+    N, K = x.shape[0], (x if keys is None else keys[0]).shape[0]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    loss = x.new_empty(N, dtype=dtype)
+    stats = x.new_empty((N, 3 if settings.exponent_is_small else 5), dtype=dtype)
+    layout = x.new_empty(layout_size(N, K, dtype, settings), dtype=torch.int32)
+    if N > 0:
+        rows = (y, p, w, keys, self_offset, settings, n_absent, loss, stats, layout)
+        on_device(_forward, x, *rows)
     return loss, stats, layout
+
+
+def _forward(
+    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | None, self_offset: int,
+    settings: Settings, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
+) -> None:  # fmt: skip
+    w = None if w is None else w.contiguous()
+    (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
+    if not few.serves(N, K, D, x.dtype):
+        call = Call(x, y, p, keys, self_offset, settings)
+        forward_sweeps(call, w, n_absent, loss, stats, layout)
+        return
+    x, y, p, keys = _contiguous(x, y, p, keys)
+    plan = few.plan_of(x, y, keys, self_offset, settings, "none")
+    few.forward_dense(plan, place_of(x), x, y, p, w, keys, n_absent, loss, stats, layout)
 
 
 def backward(
@@ -70,14 +88,105 @@ def backward(
     settings: Settings,
 ) -> Tensor:
     """Gradient of the features [N, D] from the scaled statistics of anchors and keys."""
-    call = Call(x, y, p, keys, self_offset, settings)
     gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if call.N > 0:
+    if x.shape[0] > 0:
         coef_i = coef_i.contiguous()
         coef_j = coef_i if coef_j is None else coef_j.contiguous()
-        with call.device_guard():
-            if call.is_dense:
-                backward_dense(call, coef_i, coef_j, layout, gradient)
-            else:
-                backward_sweeps(call, coef_i, coef_j, layout, gradient)
+        on_device(_backward, x, y, p, keys, self_offset, settings, coef_i, coef_j, layout, gradient)
     return gradient
+
+
+def _backward(
+    x: Tensor, y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, settings: Settings,
+    coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
+) -> None:  # fmt: skip
+    (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
+    if not few.serves(N, K, D, x.dtype):
+        call = Call(x, y, p, keys, self_offset, settings)
+        backward_sweeps(call, coef_i, coef_j, layout, gradient)
+        return
+    x, y, p, keys = _contiguous(x, y, p, keys)
+    plan = few.plan_of(x, y, keys, self_offset, settings, "none")
+    few.backward_dense(plan, place_of(x), x, y, p, keys, coef_i, coef_j, layout, gradient)
+
+
+def _contiguous(
+    x: Tensor, y: Tensor, p: Tensor, keys: Keys | None
+) -> tuple[Tensor, Tensor, Tensor, Keys | None]:
+    if keys is not None:
+        key_x, key_y, key_p = keys
+        keys = key_x.contiguous(), key_y.contiguous(), key_p.contiguous()
+    return x.contiguous(), y.contiguous(), p.contiguous(), keys
+
+
+def reduces(
+    x: Tensor, y: Tensor, further: Keys | None, settings: Settings, wants_gradient: bool
+) -> bool:
+    """Whether ``reduced`` serves these rows."""
+    return further is None and x.shape[0] > 0
+
+
+def takes_any_labels(x: Tensor) -> bool:
+    """Whether ``reduced`` takes labels of any real dtype, [N] or [N, L]: its kernels convert."""
+    N, D = x.shape
+    return few.serves(N, N, D, x.dtype)
+
+
+def reduced(
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    w: Tensor | None,
+    further: None,
+    settings: Settings,
+    reduction: str,
+    wants_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+    """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``."""
+    N, D = x.shape
+    if few.serves(N, N, D, x.dtype):
+        return on_device(_reduced, x, y, p, w, settings, reduction, wants_gradient)
+    # The caller may change his own labels before the backward pass.
+    pair = torch.stack((y, p))
+    rows, stats, layout = forward(x, *pair, w, None, 0, settings)
+    factor = 1 / N if reduction == "mean" else 1.0
+    loss = on_device(_total, rows, factor)
+    return loss, (stats, layout, pair), (settings, factor)
+
+
+def _reduced(
+    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, reduction: str,
+    wants_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], few.Plan]:  # fmt: skip
+    x, y, p = x.contiguous(), y.contiguous(), p.contiguous()
+    plan = few.plan_of(x, y, None, 0, settings, reduction)
+    loss, workspace = few.reduced_dense(plan, place_of(x), x, y, p, w, wants_gradient)
+    return loss, (workspace,), plan
+
+
+def _total(rows: Tensor, factor: float) -> Tensor:
+    loss = rows.new_empty(())
+    run_kernel(
+        place_of(rows), kernels("dense_rows").conr_total_kernel, 1,
+        rows, loss, rows.shape[0], 0, factor, BLOCK=8192, num_warps=16,
+    )  # fmt: skip
+    return loss
+
+
+def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: Tensor) -> Tensor:
+    """The gradient of the features for an upstream gradient of the reduced loss."""
+    if len(saved) == 1:
+        return on_device(few.reduced_gradient, x, *saved, plan, upstream)
+    stats, layout, (y, p) = saved
+    settings, factor = plan
+    coef = on_device(_scaled, stats, upstream, factor)
+    return backward(coef, None, layout, x, y, p, None, 0, settings)
+
+
+def _scaled(stats: Tensor, upstream: Tensor, factor: float) -> Tensor:
+    coef, (N, columns) = torch.empty_like(stats), stats.shape
+    run_kernel(
+        place_of(stats), kernels("dense_rows").conr_scale_kernel, tiles(N, 1024),
+        stats, upstream, coef, N, factor, COLUMNS=columns, ROWS=1024, num_warps=4,
+    )  # fmt: skip
+    return coef

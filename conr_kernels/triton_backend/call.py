@@ -13,9 +13,8 @@ from torch import Tensor
 from ..variants import Settings
 from .availability import interpreted
 from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
+from .launch import place_of
 
-#: Up to this many pairs the kernels without a sort serve.
-DENSE_PAIRS = 1024 * 1024
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
 ROW_PAD = 128
@@ -34,11 +33,11 @@ class Call:
         self.has_keys = keys is not None
         given = (self.x, self.y, self.p) if keys is None else keys
         self.key_x, self.key_y, self.key_p = (t.contiguous() for t in given)
+        self.place = place_of(self.x)
         self.self_offset, self.settings = self_offset, s
         self.N, self.D = x.shape
         self.K, self.L = self.key_x.shape[0], y.shape[1]
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.is_dense = self.N * self.K <= DENSE_PAIRS
         self.arithmetic = arithmetic(x.dtype)
         self.D_bucket = bucket(self.D, self.arithmetic)
         self.D_pad = self.D_bucket or WIDE_PAD * math.ceil(self.D / WIDE_PAD)

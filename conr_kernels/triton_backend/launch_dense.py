@@ -1,88 +1,308 @@
-"""Launches of the kernels for few rows (dense.py): every pair, no sort."""
+"""Launches of the kernels for few rows (dense.py, dense_gradient.py): every pair, no sort."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .call import Call, tiles
-from .configs import Config
+from ..variants import Settings
+from .availability import interpreted
+from .call import arithmetic, largest_total, precision, tiles
+from .launch import NOTHING, Launch, Place, Pointer, bind, place_of, pointer
 
-#: Chunks of columns that one program of their forward kernel reads; where it would be more, a
-#: launch before it splits tiles and D over about DENSE_PROGRAMS programs, DENSE_PART chunks at
-#: least each.
-DENSE_CHUNKS = 32
-DENSE_PROGRAMS = 512
-DENSE_PART = 4
+#: Up to this many pairs the kernels without a sort serve, where a row of the gradient stays in the
+#: registers; up to KEPT_PAIRS they do for any D, and the forward pass leaves s_ij.
+DENSE_PAIRS = 4096 * 4096
+KEPT_PAIRS = 1024 * 1024
+#: Programs that a launch is cut into where its tiles allow; no device is asked, for equal bits.
+PROGRAMS = 528
+#: Most parts of the keys in which row sums, and gradients, wait for their addition.
+SUM_PARTS = 32
+GRADIENT_PARTS = 8
+#: Chunks of columns that one program reads for its tiles; where it would be more, a launch before
+#: it splits tiles and D over about PROGRAMS programs, GRAM_PART chunks at least each.
+GRAM_CHUNKS = 32
+GRAM_PART = 4
+#: Rows that one program finishes.
+ROWS = 16
+#: Largest D whose gradient tile stays in the registers, by the size of a feature.
+REGISTER_D = {2: 256, 4: 128, 8: 64}
+PAD = 16
+
+Keys = tuple[Tensor, Tensor, Tensor]
 
 
-def row_of_s(n_keys: int) -> int:
-    """The stride of the kept s_ij: rows that start on 64 bytes are read 16 bytes at a time."""
-    return math.ceil(n_keys / 16) * 16
+class Tile(NamedTuple):
+    """BLOCK_I anchors × BLOCK_J keys × BLOCK_D columns, and how the tile is launched."""
+
+    BLOCK_I: int
+    BLOCK_J: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int = 2
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_I": self.BLOCK_I, "BLOCK_J": self.BLOCK_J, "BLOCK_D": self.BLOCK_D}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def _gram(call: Call, chosen: Config) -> tuple[Tensor | None, int]:
-    """Partial products of the rows where they are too many for one program; None elsewhere."""
-    from . import dense
+def serves(n_anchors: int, n_keys: int, D: int, dtype: torch.dtype) -> bool:
+    n_pairs = n_anchors * n_keys
+    return n_pairs <= DENSE_PAIRS and (n_pairs <= KEPT_PAIRS or REGISTER_D[dtype.itemsize] >= D)
 
-    tiles_j, chunks = tiles(call.K, chosen.BLOCK_J), tiles(call.D, chosen.BLOCK_D)
-    if chunks == 1 or tiles_j * chunks <= DENSE_CHUNKS:
-        return None, 1
-    n_tiles = tiles(call.N, chosen.BLOCK_I) * tiles_j
-    n_parts = min(tiles(DENSE_PROGRAMS, n_tiles), tiles(chunks, DENSE_PART))
+
+def kept_size(n_anchors: int, n_keys: int) -> int:
+    """Numbers that backward needs: inverse norms, factors and, of few pairs, s_ij."""
+    is_kept = n_anchors * n_keys <= KEPT_PAIRS
+    return 2 * _padded(n_anchors) + _padded(n_keys) * (1 + (n_anchors if is_kept else 0))
+
+
+def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Tile]:
+    """Of the sums and of the gradient; small ones where there are few rows."""
+    is_one_chunk = REGISTER_D[dtype.itemsize] >= D
+    width = max(1 << (D - 1).bit_length(), 16) if is_one_chunk else 0
+    if dtype == torch.float64:
+        return Tile(16, 16, 32, 4), Tile(16, 16, 32 if is_kept else width, 4)
+    block, warps = (16, 4) if n <= 256 else (32, 4) if n <= 512 else (64, 8)
+    if dtype.itemsize == 2:
+        chunk = 64 if width in (0, 256) else width
+        if is_kept:
+            columns = min(width or 64, 64 if block == 64 else 32)
+            return Tile(block, block, chunk, warps), Tile(block, block, columns, 4)
+        return Tile(128, 64, chunk, 8), Tile(64, 64, width, 8 if width == 256 else 4)
+    is_highest = arithmetic(dtype).endswith("highest")
+    block_j, chunk = min(block, 32), min(width or 64, 32 if is_highest else 64)
+    gradient = Tile(block, block_j, 32, 4)
+    if not is_kept:
+        gradient = Tile(32 if is_highest else 64, 32, width, 4)
+    return Tile(block, block_j, chunk, 4), gradient
+
+
+class Form(NamedTuple):
+    """What a plan depends on beside the settings. ``reduction``: of the losses, ``"none"`` where
+    the operators are called.
+    """
+
+    N: int
+    K: int
+    D: int
+    L: int
+    dtype: torch.dtype
+    labels: torch.dtype
+    self_offset: int
+    reduction: str
+
+
+class Plan:
+    """The launches of one form of call; all but their pointers."""
+
+    def __init__(self, form: Form, s: Settings) -> None:
+        from . import dense, dense_gradient, dense_rows
+
+        N, K, D, L, dtype, labels, self_offset, reduction = form
+        variant = s.variant
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        is_wide = labels == torch.float64 and interpreted()
+        window = largest_total(s.window, L, s.distance, "float64" if is_wide else "float32")
+        columns = 3 if s.exponent_is_small else 5
+        is_kept, is_inside = N * K <= KEPT_PAIRS, variant.log == "inside"
+        of_sums, of_gradient = _tiles(max(N, K), D, dtype, is_kept)
+        tiles_i, tiles_j = tiles(N, of_sums.BLOCK_I), tiles(K, of_sums.BLOCK_J)
+        per_part, n_parts = _cut(tiles_j, tiles_i, SUM_PARTS)
+        n_tiles = tiles(N, of_gradient.BLOCK_I) * tiles(D, of_gradient.BLOCK_D)
+        gradient_tiles_j = tiles(K, of_gradient.BLOCK_J)
+        gradient_per_part, gradient_parts = _cut(gradient_tiles_j, n_tiles, GRADIENT_PARTS)
+        self.gram_size, gram_chunks, gram_parts = _cut_gram(of_sums, tiles_i * tiles_j, per_part, D)
+
+        self.kept_size, n_padded = kept_size(N, K), _padded(N)
+        n_fields = 7 if columns == 5 else 5 if is_inside else 4
+        self.sums_size = n_fields * n_parts * n_padded
+        G_size = _padded(gradient_parts * N * D)
+        self.gradient_size = G_size + gradient_parts * n_padded
+        # One workspace where the losses are reduced: kept, statistics, losses, then the sums, and
+        # when these have served, the gradient's parts. The operators' have one tensor each.
+        is_reduced = reduction != "none"
+        stats_at = self.kept_size if is_reduced else 0
+        loss_at = stats_at + _padded(N * columns) if is_reduced else 0
+        sums_at = G_at = loss_at + n_padded if is_reduced else 0
+        self.work_size = sums_at + self.sums_size
+        self.work_size_with_gradient = sums_at + max(self.sums_size, self.gradient_size)
+        factor = 1 / max(N, 1) if reduction == "mean" else 1.0
+
+        # The interpreter multiplies 16-bit tiles wrongly.
+        is_upcast = interpreted() and dtype.itemsize == 2
+        products = dict(PRECISION=precision(arithmetic(dtype)), UPCAST=is_upcast)
+        rows = dict(SHIFTED=columns == 5, INSIDE=is_inside, PUSHING=variant.pushing)
+        is_rmse = s.distance == "rmse" and L > 1
+        pairs = dict(
+            D=D, L=L, RMSE=is_rmse, **rows, CONFUSED=variant.negatives == "confused",
+            KEPT=is_kept, WIDE=is_wide, **products,
+        )  # fmt: skip
+        # Squares of differences must not be fused into the sum that follows.
+        fusion = {"enable_fp_fusion": False} if is_rmse else {}
+        self.gram = Launch(
+            bind(dense.conr_gram_kernel, of_sums.options, D=D, **products, **of_sums.blocks),
+            tiles_i * tiles_j * gram_parts, N, K, tiles_j, gram_chunks, D,
+        )  # fmt: skip
+        self.sums = Launch(
+            bind(
+                dense.conr_dense_sums_kernel, of_sums.options | fusion, **pairs, **of_sums.blocks
+            ),
+            tiles_i * n_parts, N, K, self_offset, tiles_j, per_part, gram_parts, sums_at, D,
+            window, s.push_scale, math.log2(math.e) / s.temperature,
+        )  # fmt: skip
+        self.rows = Launch(
+            bind(
+                dense_rows.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
+                UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
+                WEIGHTED_ROWS=variant.weighted_rows, ROWS=ROWS,
+                PARTS=1 << (n_parts - 1).bit_length(),
+            ),
+            tiles(N, ROWS), N, K, n_parts, sums_at, loss_at, stats_at, s.push_scale,
+        )  # fmt: skip
+        self.total = Launch(
+            bind(dense_rows.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, loss_at, factor
+        )
+        self.gradient = Launch(
+            bind(
+                dense_gradient.conr_dense_gradient_kernel, of_gradient.options | fusion,
+                **pairs, **of_gradient.blocks,
+            ),
+            n_tiles * gradient_parts, N, K, self_offset, gradient_tiles_j, gradient_per_part,
+            stats_at, G_at, G_at + G_size, loss_at, window, s.push_scale, factor,
+        )  # fmt: skip
+        width = min(1 << (D - 1).bit_length(), 256)
+        finish_rows = 8 if width >= D else 4
+        self.finish = Launch(
+            bind(
+                dense_gradient.conr_dense_finish_kernel, {"num_warps": 4}, D=D, COLUMNS=columns,
+                ROWS=finish_rows, BLOCK_D=width,
+            ),
+            tiles(N, finish_rows) * tiles(D, width), N, gradient_parts, stats_at, G_at,
+            G_at + G_size, factor, 1 / s.temperature,
+        )  # fmt: skip
+
+
+def _cut(tiles_j: int, tiles_i: int, most: int) -> tuple[int, int]:
+    """Tiles of keys a part, and parts, for about PROGRAMS programs."""
+    n_parts = min(max(tiles(PROGRAMS, tiles_i), 1), tiles_j, most)
+    per_part = tiles(tiles_j, n_parts)
+    return per_part, tiles(tiles_j, per_part)
+
+
+def _cut_gram(of_sums: Tile, n_tiles: int, per_part: int, D: int) -> tuple[int, int, int]:
+    """Numbers in the partial products (0: there is no launch for them), chunks a part, parts."""
+    chunks = tiles(D, of_sums.BLOCK_D)
+    if chunks == 1 or per_part * chunks <= GRAM_CHUNKS:
+        return 0, chunks, 1
+    n_parts = min(tiles(PROGRAMS, n_tiles), tiles(chunks, GRAM_PART))
     per_part = tiles(chunks, n_parts)
     n_parts = tiles(chunks, per_part)
-    size = chosen.BLOCK_I * chosen.BLOCK_J + chosen.BLOCK_I + chosen.BLOCK_J
-    gram = call.x.new_empty(n_parts * n_tiles * size, dtype=call.dtype)
-    dense.conr_gram_kernel[(n_tiles * n_parts,)](
-        call.x, call.key_x, gram, call.N, call.K, *call.strides(), tiles_j, per_part, call.D,
-        D=call.D, PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"],
-        **chosen.tiles, **chosen.launch,
+    block_i, block_j = of_sums.BLOCK_I, of_sums.BLOCK_J
+    return n_parts * n_tiles * (block_i * block_j + block_i + block_j), per_part, n_parts
+
+
+def _padded(n: int) -> int:
+    return tiles(n, PAD) * PAD
+
+
+#: Plans by the identity of their settings, which the entry keeps alive, then by form.
+_plans: dict[int, tuple[Settings, dict[tuple[Any, ...], Plan]]] = {}
+PLANS = 64
+
+
+def plan_of(
+    x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
+) -> Plan:
+    entry = _plans.get(id(s))
+    if entry is None:
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        entry = _plans[id(s)] = (s, {})
+    N, D = x.shape
+    K = N if keys is None else keys[0].shape[0]
+    form = (
+        N, K, D, 1 if y.ndim == 1 else y.shape[1], x.dtype, y.dtype, self_offset, reduction,
+        x.dtype == torch.float32 and torch.get_float32_matmul_precision(),
+        KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART,
     )  # fmt: skip
-    return gram, n_parts
+    plan = entry[1].get(form)
+    if plan is None:
+        if len(entry[1]) >= PLANS:
+            entry[1].clear()
+        plan = entry[1][form] = Plan(Form(*form[:8]), s)
+    return plan
+
+
+def _rows(x: Tensor, y: Tensor, p: Tensor, keys: Keys | None) -> list[Pointer]:
+    """Pointers to anchors and keys."""
+    anchors = [pointer(x), pointer(y), pointer(p)]
+    return anchors + (anchors if keys is None else [pointer(t) for t in keys])
+
+
+def _gram(plan: Plan, place: Place | None, x: Tensor, rows: list[Pointer]) -> Pointer:
+    gram = pointer(x.new_empty(plan.gram_size, dtype=plan.dtype))
+    plan.gram(place, rows[0], rows[3], gram)
+    return gram
 
 
 def forward_dense(
-    call: Call, w: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor
-) -> None:
-    from . import dense
-
-    chosen, s = call.config("dense"), call.settings
-    gram, n_parts = _gram(call, chosen)
-    dense.conr_forward_dense_kernel[(tiles(call.N, chosen.BLOCK_I),)](
-        call.x, call.y, call.p, w, call.key_x, call.key_y, call.key_p, gram, loss, stats,
-        layout.view(call.dtype),
-        call.N, call.K, call.self_offset, *call.strides(), row_of_s(call.K),
-        tiles(call.K, chosen.BLOCK_J), n_parts, call.D,
-        call.window, s.push_scale, call.scale * call.scale,
-        D=call.D, INSIDE=call.is_inside, **call.pair_flags, **call.row_flags,
-        **call.options(chosen),
-    )  # fmt: skip
+    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
+    keys: Keys | None, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
+) -> None:  # fmt: skip
+    """Losses, statistics and what the gradient reads."""
+    rows = _rows(x, y, p, keys)
+    sums = pointer(x.new_empty(plan.sums_size, dtype=plan.dtype))
+    gram = _gram(plan, place, x, rows) if plan.gram_size else NOTHING
+    plan.sums(place, *rows, gram, pointer(layout.view(plan.dtype)), sums)
+    plan.rows(place, pointer(w), pointer(n_absent), sums, pointer(loss), pointer(stats))
 
 
 def backward_dense(
-    call: Call, coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor
-) -> None:
-    from . import dense
+    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, keys: Keys | None,
+    coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
+) -> None:  # fmt: skip
+    """The gradient of x from coefficients in which the upstream gradient is."""
+    of_x, of_y, of_p, *of_keys = _rows(x, y, p, keys)
+    kept, coef = pointer(layout.view(plan.dtype)), pointer(coef_i)
+    G = pointer(x.new_empty(plan.gradient_size, dtype=plan.dtype))
+    plan.gradient(
+        place, of_x, of_y, of_p, coef, *of_keys, pointer(coef_j), kept, G, NOTHING, NOTHING
+    )
+    plan.finish(place, of_x, coef, kept, G, NOTHING, pointer(gradient))
 
-    s, of_pairs, chosen = call.settings, call.config("dense"), call.config("dense backward")
-    kept, stride = layout.view(call.dtype), row_of_s(call.K)
-    tiles_i, tiles_j = tiles(call.N, of_pairs.BLOCK_I), tiles(call.K, of_pairs.BLOCK_J)
-    W = call.x.new_empty((call.N, stride), dtype=call.dtype)
-    radial = call.x.new_empty((call.N, tiles_j), dtype=call.dtype)
-    fusion = {"enable_fp_fusion": False} if call.pair_flags["RMSE"] else {}
-    dense.conr_pair_gradient_kernel[(tiles_i * tiles_j,)](
-        call.y, call.p, coef_i, call.key_y, call.key_p, coef_j, kept, W, radial,
-        call.N, call.K, call.self_offset, stride, tiles_j, call.window, s.push_scale,
-        INSIDE=call.is_inside, PUSHING=s.variant.pushing, CONFUSED=call.is_confused,
-        **{name: call.pair_flags[name] for name in ("L", "RMSE", "SHIFTED")},
-        BLOCK_I=of_pairs.BLOCK_I, BLOCK_J=of_pairs.BLOCK_J, num_warps=of_pairs.num_warps, **fusion,
-    )  # fmt: skip
-    chunks = tiles(call.D, chosen.BLOCK_D)
-    dense.conr_feature_gradient_kernel[(tiles(call.N, chosen.BLOCK_I) * chunks,)](
-        call.x, coef_i, call.key_x, kept, W, radial, gradient,
-        call.N, call.K, *call.strides(), stride, tiles_j, 1 / s.temperature,
-        D=call.D, COLUMNS=coef_i.shape[1], PRECISION=call.pair_flags["PRECISION"],
-        **chosen.tiles, **chosen.launch,
-    )  # fmt: skip
+
+def reduced_dense(
+    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The reduced loss; and the workspace, in which the gradient's parts are where it is wanted."""
+    size = plan.work_size_with_gradient if wants_gradient else plan.work_size
+    loss, workspace = x.new_empty((), dtype=plan.dtype), x.new_empty(size, dtype=plan.dtype)
+    rows, of_loss, work = _rows(x, y, p, None), pointer(loss), pointer(workspace)
+    of_x, of_y, of_p, *_ = rows
+    gram = _gram(plan, place, x, rows) if plan.gram_size else NOTHING
+    plan.sums(place, *rows, gram, work, work)
+    plan.rows(place, pointer(w), NOTHING, work, work, work)
+    if wants_gradient:
+        plan.gradient(
+            place, of_x, of_y, of_p, work, of_x, of_y, of_p, work, work, work, work, of_loss
+        )
+    else:
+        plan.total(place, work, of_loss)
+    return loss, workspace
+
+
+def reduced_gradient(x: Tensor, workspace: Tensor, plan: Plan, upstream: Tensor) -> Tensor:
+    """The gradient of x for an upstream gradient of the reduced loss."""
+    x, place = x.contiguous(), place_of(x)
+    gradient, work = torch.empty_like(x), pointer(workspace)
+    plan.finish(place, pointer(x), work, work, work, pointer(upstream), pointer(gradient))
+    return gradient

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .call import ROW_PAD, WIDE_PAD, Call, padded, tiles
+from .launch import kernels, run_kernel
 
 #: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
 #: most that share a forward pass's tile of anchors.
@@ -50,12 +51,11 @@ class _Sorted:
     def gather(
         self, layout: Tensor, negatives: bool, w: Tensor | None = None, poison: Tensor | None = None
     ) -> None:
-        from .layout import conr_gather_kernel
-
         call = self.call
         coef_j, coef_i = self.coef
         n_rows = padded(call.K) + (padded(call.N) if call.has_keys else 0)
-        conr_gather_kernel[(n_rows // GATHER_ROWS,)](
+        run_kernel(
+            call.place, kernels("layout").conr_gather_kernel, n_rows // GATHER_ROWS,
             layout, call.key_x, call.key_y, call.key_p, coef_j, *self.j.values(),
             call.x, call.y, call.p, w, coef_i, *self.i.values(), poison,
             call.N, call.K, call.D_pad, call.scale,
@@ -67,8 +67,7 @@ class _Sorted:
 
 def _write_layout(call: Call, layout: Tensor) -> None:
     """Sorts labels and predictions and writes orders, bands and the choice of sweep."""
-    from . import layout as kernels
-
+    module = kernels("layout")
     s, has_p = call.settings, call.is_confused
     N, K, L = call.N, call.K, call.L
     reach = s.window
@@ -79,27 +78,60 @@ def _write_layout(call: Call, layout: Tensor) -> None:
         reach *= L if s.distance == "mae" else math.sqrt(L)
         reach += reach * 1e-5
         spread = call.y.new_empty(2 * L)
-        kernels.conr_spread_kernel[(2 * L,)](call.key_y, call.key_p, spread, K, L=L, BLOCK=1024)
+        run_kernel(
+            call.place,
+            module.conr_spread_kernel,
+            2 * L,
+            call.key_y,
+            call.key_p,
+            spread,
+            K,
+            L=L,
+            BLOCK=1024,
+        )
         of_keys = call.y.new_empty((2, K))
         of_anchors = call.y.new_empty((2, N)) if call.has_keys else of_keys
-        kernels.conr_sort_keys_kernel[(tiles(max(K, N), 256),)](
+        run_kernel(
+            call.place, module.conr_sort_keys_kernel, tiles(max(K, N), 256),
             spread, call.key_y, call.key_p, call.y, call.p, of_keys, of_anchors, K, N,
             HAS_KEYS=call.has_keys, L=L, L_PAD=1 << (L - 1).bit_length(), BLOCK=256,
         )  # fmt: skip
         values = list(zip(of_keys, of_anchors, strict=True))
     arguments = []
-    for of_key, of_anchor in values[: 1 + has_p]:
+    if has_p and not call.has_keys:
+        ordered, order = _pair(*(of_key for of_key, _ in values)).sort(stable=True)
+        arguments = [*([ordered[0], order[0]] * 2), *([ordered[1], order[1]] * 2)]
+    for of_key, of_anchor in values[: 1 + has_p] if not arguments else ():
         arguments += of_key.sort(stable=True)
         arguments += of_anchor.sort(stable=True) if call.has_keys else arguments[-2:]
     if not has_p:
         arguments *= 2
-    kernels.conr_bands_kernel[(padded(max(K, N)) // ROW_PAD,)](
+    run_kernel(
+        call.place, module.conr_bands_kernel, padded(max(K, N)) // ROW_PAD,
         *arguments, layout, N, K, call.self_offset, K.bit_length(), reach,
         HAS_KEYS=call.has_keys, HAS_P=has_p, ROWS=ROW_PAD, num_warps=4,
     )  # fmt: skip
-    kernels.conr_choose_kernel[(1,)](
-        layout, N, K, EXACT=L == 1, HAS_P=has_p, ROWS=ROW_PAD, BLOCK=1024, num_warps=4
+    run_kernel(
+        call.place,
+        module.conr_choose_kernel,
+        1,
+        layout,
+        N,
+        K,
+        EXACT=L == 1,
+        HAS_P=has_p,
+        ROWS=ROW_PAD,
+        BLOCK=1024,
+        num_warps=4,
     )
+
+
+def _pair(y: Tensor, p: Tensor) -> Tensor:
+    """[2, N]: labels and predictions; no copy where one stands behind the other."""
+    n, at = y.shape[0], y.storage_offset()
+    if y._base is not None and y._base is p._base and p.storage_offset() == at + n:
+        return y._base.as_strided((2, n), (n, 1), at)
+    return torch.stack((y, p))
 
 
 def _flags(call: Call, negatives: bool) -> dict[str, Any]:
@@ -112,10 +144,10 @@ def _flags(call: Call, negatives: bool) -> dict[str, Any]:
 
 
 def forward_sweeps(
-    call: Call, w: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor
-) -> None:
-    from . import sweeps as kernels
-
+    call: Call, w: Tensor | None, n_absent: Tensor | None, loss: Tensor, stats: Tensor,
+    layout: Tensor,
+) -> None:  # fmt: skip
+    module = kernels("sweeps")
     chosen, s, variant = call.config("forward"), call.settings, call.settings.variant
     _write_layout(call, layout)
     rows = _Sorted(call, None, None)
@@ -127,14 +159,16 @@ def forward_sweeps(
     for negatives in (False, True):
         if call.is_confused or not negatives:
             rows.gather(layout, negatives, *((None, None) if negatives else (w, poison)))
-        kernels.conr_forward_kernel[(n_tiles * n_slots,)](
+        run_kernel(
+            call.place, module.conr_forward_kernel, n_tiles * n_slots,
             layout, *rows.named(rows.i, "q y p"), *rows.named(rows.j, "q y p"), sums, n,
             call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
             TINY=call.is_tiny and negatives, **_flags(call, negatives), **call.pair_flags,
             **call.options(chosen),
         )  # fmt: skip
-    kernels.conr_finish_kernel[(tiles(call.N, FINISH_ROWS),)](
-        sums, n, poison, w, loss, stats, call.N, call.K, n_slots, s.push_scale,
+    run_kernel(
+        call.place, module.conr_finish_kernel, tiles(call.N, FINISH_ROWS),
+        sums, n, poison, w, n_absent, loss, stats, call.N, call.K, n_slots, s.push_scale,
         SAME=not call.has_keys, SHIFTED=call.pair_flags["SHIFTED"], INSIDE=call.is_inside,
         PUSHING=variant.pushing, UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
         WEIGHTED_ROWS=variant.weighted_rows, TINY=call.is_tiny, ROWS=FINISH_ROWS, SLOTS=SLOTS,
@@ -155,8 +189,6 @@ def backward_sweeps(
 
 
 def _backward(call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa: float) -> None:
-    from .gradient import conr_backward_kernel
-
     chosen, s, x = call.config("backward"), call.settings, call.x
     # The positives' part waits where the gradient will stand: 16-bit ones as two bfloat16 summands.
     G, G_rest = gradient, None
@@ -166,7 +198,8 @@ def _backward(call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa
     for negatives in (False, True):
         if call.is_confused or not negatives:
             rows.gather(layout, negatives)
-        conr_backward_kernel[(tiles(call.N, chosen.BLOCK_I),)](
+        run_kernel(
+            call.place, kernels("gradient").conr_backward_kernel, tiles(call.N, chosen.BLOCK_I),
             layout, *rows.named(rows.i, "q y p coef inverse"), *rows.named(rows.j, "q y p coef"),
             x, G, G_rest, gradient, call.N, call.K, call.D_pad, call.window, s.push_scale, kappa,
             D=call.D, RESCALE=x.dtype == torch.float16, **_flags(call, negatives),
@@ -182,8 +215,7 @@ def _even(n: int, most: int) -> int:
 def _backward_wide(
     call: Call, rows: _Sorted, layout: Tensor, gradient: Tensor, kappa: float
 ) -> None:
-    from . import wide as kernels
-
+    module = kernels("wide")
     chosen, product = call.config("wide"), call.config("product")
     s, x, n_tiles = call.settings, call.x, tiles(call.N, chosen.BLOCK_I)
     is_rescaled = x.dtype == torch.float16
@@ -208,21 +240,24 @@ def _backward_wide(
         windows = itertools.product(range(0, n_tiles, part), range(0, n_tiles_j, row_tiles))
         for first, start in windows:
             n_here = min(part, n_tiles - first)
-            kernels.conr_wide_scores_kernel[(n_here * n_slots,)](
+            run_kernel(
+            call.place, module.conr_wide_scores_kernel, n_here * n_slots,
                 layout, *rows.named(rows.i, "q y p coef"), *rows.named(rows.j, "q y p coef"),
                 H, H_scale, call.N, call.K, n_slots, first, start, row_size, call.D_pad,
                 call.window, s.push_scale,
                 RESCALE=is_rescaled, **_flags(call, negatives), **call.pair_flags,
                 **call.options(chosen),
             )  # fmt: skip
-            kernels.conr_wide_product_kernel[(n_here * (call.D_pad // columns),)](
+            run_kernel(
+            call.place, module.conr_wide_product_kernel, n_here * (call.D_pad // columns),
                 layout, rows.j["q"], H, H_scale, G, call.N, call.K, first, start, row_size,
                 NEGATIVES=negatives, CONFUSED=call.is_confused and negatives,
                 SAME=not call.has_keys, D_PAD=call.D_pad, RESCALE=is_rescaled, **of_product,
                 BLOCK_I=chosen.BLOCK_I, BLOCK_J=chosen.BLOCK_J, BLOCK_D=columns,
                 BLOCK_K=product.BLOCK_J, **product.launch,
             )  # fmt: skip
-    kernels.conr_wide_gradient_kernel[(padded(call.N) // GATHER_ROWS,)](
+    run_kernel(
+            call.place, module.conr_wide_gradient_kernel, padded(call.N) // GATHER_ROWS,
         layout, *rows.named(rows.i, "coef inverse"), x, G, gradient,
         call.N, call.K, call.D_pad, kappa, CONFUSED=call.is_confused, SAME=not call.has_keys,
         D=call.D, D_PAD=call.D_pad, ROWS=GATHER_ROWS, CHUNK=64, num_warps=4,

@@ -207,7 +207,7 @@ def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.c
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
 def conr_finish_kernel(
-    sums_ptr, n_ptr, poison_ptr, w_ptr, loss_ptr, stats_ptr,
+    sums_ptr, n_ptr, poison_ptr, w_ptr, n_absent_ptr, loss_ptr, stats_ptr,
     n_anchors, n_keys, n_slots, push_scale: tl.float64,
     SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
     UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
@@ -242,8 +242,11 @@ def conr_finish_kernel(
     w = tl.full((ROWS,), 1.0, tl.float64)
     if w_ptr is not None:
         w = tl.load(w_ptr + rows, mask=is_row, other=0.0).to(tl.float64)
+    n_counted = n_keys.to(tl.float64)
+    if n_absent_ptr is not None:  # more than there are others for rows that take no part
+        n_counted = tl.maximum(n_counted - tl.load(n_absent_ptr).to(tl.float64), n)
     loss, alpha, beta, gamma, log_alpha, log_gamma = finish_rows(
-        E, B, s_sum * LN2, n, has_negative, w, n_keys.to(tl.float64), push_scale,
+        E, B, s_sum * LN2, n, has_negative, w, n_counted, push_scale,
         SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
     )  # fmt: skip
     store_rows(

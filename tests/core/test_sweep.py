@@ -94,3 +94,10 @@ def test_a_sweep_holds_ties_whose_components_lie_beyond_the_reach(n_components, 
     for keys in (None, y):
         sweep = banded_sweep("positives", y, keys, h, distance)
         assert ((sweep.hi - sweep.lo)[:128] == 128).all()
+
+
+def test_a_sweep_holds_pairs_whose_squares_underflow():
+    y = torch.tensor([[0.0, 0.0], [1e-25, 0.0]])
+    assert pair_distance(y[:1], y[1:], "rmse") == 0
+    sweep = banded_sweep("positives", y, None, 0.0, "rmse")
+    assert (sweep.hi - sweep.lo).tolist() == [2, 2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,6 +12,7 @@ from conr_kernels import ops
 from conr_kernels.cuda_backend import backend as cuda_backend
 from conr_kernels.reference import row_losses
 from conr_kernels.variants import PRESETS, Settings, Variant
+from tests.helpers import cuda_shim
 from tests.helpers.cases import VECTOR_TIES, structured_cases, tie_cases
 from tests.helpers.cuda_batches import assert_as_good_as_eager, make_batch, rms
 from tests.helpers.oracle import assert_as_good_as_eager as assert_case
@@ -272,3 +275,24 @@ def test_same_bits_in_any_order_of_threads(shim, path, dtype):
         results.append(make_batch(130, 40, dtype=dtype).run("cuda", variant="released-age"))
     for rows, gradient in results[1:]:
         assert torch.equal(rows, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_a_sum_of_ten_million_terms_is_exact_to_its_last_places(tmp_path):
+    if (reason := cuda_shim.missing_tool()) is not None:
+        pytest.skip(reason)
+    sources = [cuda_shim.SIMT / "sums.cu", cuda_shim.SIMT / "simt.cpp"]
+    library = ctypes.CDLL(str(cuda_shim.compile_for_host(tmp_path, "sums", sources)))
+    library.sum_of_equal_terms.restype = ctypes.c_float
+    library.sum_of_equal_terms.argtypes = [ctypes.c_float, ctypes.c_int]
+    term, n = ctypes.c_float(0.1).value, 10_000_000
+    assert abs(library.sum_of_equal_terms(term, n) - n * term) <= 2**-22 * n * term
+
+
+def test_a_buffer_of_a_wrong_length_or_dtype_is_refused_by_name(shim):
+    labels, bounds = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
+    for lo, gist in (
+        (bounds[:3], "lo has 3 elements, not 4"),
+        (bounds.long(), "lo has a wrong dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=gist):
+            torch.ops.conr_kernels_cuda.bands(labels, labels, 1.0, lo, bounds, 0)

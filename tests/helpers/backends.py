@@ -16,7 +16,7 @@ from torch import Tensor
 from conr_kernels import conr_loss, cuda_backend
 from conr_kernels.cuda_backend import backend as cuda
 from conr_kernels.triton_backend.availability import interpreted
-from conr_kernels.variants import Settings
+from conr_kernels.variants import Settings, Variant
 from tests.helpers import cuda_shim
 from tests.helpers.bounds import label_distance
 from tests.helpers.regimes import REGIMES, force
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     settings: Settings
     is_dense: bool
 
-    def asks(self, **changes: float) -> Batch:
+    def asks(self, **changes: float | Variant) -> Batch:
         """The same rows with other settings."""
         return self._replace(settings=replace(self.settings, **changes))
 
@@ -71,10 +71,12 @@ class Backend(NamedTuple):
     def __repr__(self) -> str:
         return self.name
 
-    def __call__(self, batch: Batch, keys: Batch | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, batch: Batch, keys: Batch | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Row losses [N] and the gradient of the features for the upstream gradient, in float64."""
         x = batch.x.detach().requires_grad_()
-        rows = self.loss(batch, x, keys, "none")
+        rows = self.loss(batch, x, keys, "none", mask)
         rows.backward(batch.g)
         return rows.detach().double(), x.grad.double()
 
@@ -85,12 +87,19 @@ class Backend(NamedTuple):
         loss.backward()
         return loss.detach().double(), x.grad.double()
 
-    def loss(self, batch: Batch, x: Tensor, keys: Batch | None, reduction: str) -> Tensor:
+    def loss(
+        self,
+        batch: Batch,
+        x: Tensor,
+        keys: Batch | None,
+        reduction: str,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         if self.paths is not None:
             self.paths.DENSE_PAIRS = 2**40 if batch.is_dense else -1
         return conr_loss(
             x, batch.y, batch.p, batch.w, **vars(batch.settings), reduction=reduction,
-            backend=self.name, keys=None if keys is None else keys[:3],
+            backend=self.name, keys=None if keys is None else keys[:3], mask=mask,
         )  # fmt: skip
 
 
@@ -111,10 +120,10 @@ def running(name: str, folder: Path) -> Iterator[Backend]:
 
 def _make(name: str, patch: pytest.MonkeyPatch, folder: Path) -> Backend:
     if name == "triton":
-        from conr_kernels.triton_backend import call
+        from conr_kernels.triton_backend import launch_dense
 
-        patch.setattr(call, "DENSE_PAIRS", call.DENSE_PAIRS)
-        return Backend(name, call)
+        patch.setattr(launch_dense, "DENSE_PAIRS", launch_dense.DENSE_PAIRS)
+        return Backend(name, launch_dense)
     if name != "cuda":
         return Backend(force(patch, name))
     if (reason := cuda_shim.missing_tool()) is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
-from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
+from conr_kernels.triton_backend import launch_dense, launch_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
@@ -79,13 +79,15 @@ def forced(regime: str):
 
     "parts": sweeps that keep H_ij of one tile of pairs at a time.
     """
-    pairs = call.DENSE_PAIRS if "dense" in regime else -1
+    pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
+    kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
     workspace, programs = (1, 1) if regime == "parts" else (2**25, 528)
-    chunks = 0 if regime == "dense-split" else launch_dense.DENSE_CHUNKS
+    chunks = 0 if regime == "dense-split" else launch_dense.GRAM_CHUNKS
     with (
-        mock.patch.object(call, "DENSE_PAIRS", pairs),
-        mock.patch.object(launch_dense, "DENSE_CHUNKS", chunks),
-        mock.patch.object(launch_dense, "DENSE_PART", 1 if chunks == 0 else 4),
+        mock.patch.object(launch_dense, "DENSE_PAIRS", pairs),
+        mock.patch.object(launch_dense, "KEPT_PAIRS", kept),
+        mock.patch.object(launch_dense, "GRAM_CHUNKS", chunks),
+        mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
         mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
         mock.patch.object(launch_sweeps, "WORKSPACE", workspace),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
@@ -176,6 +178,9 @@ CASES = [
         for N, D in ((1, 1), (2, 3), (17, 31), (33, 1), (17, 129), (16, 64), (65, 16))
     ),
     *(Case(30, 70, v, regime="dense-split") for v in ("paper", "released-age")),
+    *(Case(70, 33, v, regime="dense-recomputed") for v in ("paper", "released-age")),
+    Case(40, 20, "released-depth", L=3, K=33, regime="dense-recomputed"),
+    Case(40, 40, "released-age", torch.float64, regime="dense-recomputed"),
     *(Case(70, 150, v) for v in ("paper", "released-depth", "contrastive")),
     *(Case(50, 20, "released-depth", L=L, distance=d, regime=r)
       for L, d, r in itertools.product((2, 3), ("mae", "rmse"), ("sweeps", "dense"))),
@@ -209,7 +214,8 @@ CASES = [
 ]  # fmt: skip
 HALVES = [
     *(Case(N, D, v, t, regime=r) for (N, D), v, t, r in itertools.product(
-        ((33, 65),), ("paper", "released-age"), (F16, BF16), ("sweeps", "dense"))),
+        ((33, 65),), ("paper", "released-age"), (F16, BF16),
+        ("sweeps", "dense", "dense-recomputed"))),
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
     *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
     Case(140, 257, dtype=F16, regime="parts"),
@@ -270,7 +276,7 @@ def test_nearly_parallel_bfloat16_features_lose_what_their_rounding_loses(
     gradients = []
     for backend, dtype in (("triton", BF16), ("reference", torch.float64)):
         features = x.to(dtype).detach().requires_grad_()
-        with mock.patch.object(call, "DENSE_PAIRS", -1):
+        with mock.patch.object(launch_dense, "DENSE_PAIRS", -1):
             conr_loss(features, y, p, backend=backend, variant=variant).backward()
         gradients.append(features.grad.double())
     ours, truth = gradients
@@ -335,6 +341,29 @@ def test_columns_behind_the_last_key_add_nothing_where_exponents_are_large(N: in
     assert (x.grad - exact.grad).abs().max() <= 1e-4 * scale
 
 
+@pytest.mark.parametrize("variant", ["released-age", "released-depth", "contrastive"])
+@pytest.mark.parametrize("regime", ["sweeps", "dense", "dense-recomputed"])
+def test_masked_rows_take_no_part(regime: str, variant: str) -> None:
+    case = Case(45, 12, variant, F64, regime, labels="ages")
+    given = case.inputs()
+    mask = torch.arange(case.N) % 3 != 1
+    present = {name: t[mask] for name, t in given.items()}
+    x = given["x"].masked_fill(~mask[:, None], torch.nan).requires_grad_()
+    y = given["y"].masked_fill(~mask[:, None], torch.nan)
+    options = dict(variant=variant, reduction="none")
+    with forced(regime):
+        rows = conr_loss(x, y, given["p"], given["w"], **options, backend="triton", mask=mask)
+        (rows * given["upstream"]).sum().backward()
+    features = present["x"].requires_grad_()
+    expected = conr_loss(
+        features, present["y"], present["p"], present["w"], **options, backend="reference"
+    )
+    (expected * present["upstream"]).sum().backward()
+    torch.testing.assert_close(rows[mask], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(x.grad[mask], features.grad, rtol=1e-7, atol=1e-10)
+    assert not rows[~mask].any() and not x.grad[~mask].any()
+
+
 @pytest.mark.parametrize("regime", ["sweeps", "dense"])
 def test_an_empty_batch_has_no_rows(regime: str) -> None:
     x = torch.zeros(0, 5, requires_grad=True)
@@ -353,7 +382,7 @@ def test_the_choice_of_sweep_is_made_from_the_bands(collapsed: bool) -> None:
     given["p"] = torch.zeros_like(given["y"]) if collapsed else given["y"] + 50
     settings = Settings(100.0, 0.2, 0.01, PRESETS["paper"])
     with (
-        mock.patch.object(call, "DENSE_PAIRS", -1),
+        mock.patch.object(launch_dense, "DENSE_PAIRS", -1),
         mock.patch.object(launch_sweeps, "PROGRAMS", 1),
     ):
         arguments = (given["x"], given["y"], given["p"], given["w"], None, 0, settings)

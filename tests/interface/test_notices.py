@@ -63,3 +63,10 @@ def test_keys_count():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss(y, p, keys=(torch.ones(8, 3), y, p))
+
+
+def test_rows_that_take_no_part_do_not_count():
+    y, mask = torch.tensor([0.0, 9, 20, 0, 9]), torch.tensor([True, True, True, False, False])
+    text = "batch of 3 rows .* no row has a positive.*labels from 0 to 20"
+    with pytest.warns(UserWarning, match=text):
+        loss(y, 0 * y, mask=mask)

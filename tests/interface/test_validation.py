@@ -53,6 +53,8 @@ TYPE_ERRORS = [
     (dict(predictions=3.0), "predictions must be a Tensor of real dtype, got float"),
     (dict(weights=[1.0] * N), "weights must be a Tensor, a number or None, got list"),
     (dict(weights=True), "weights must be a Tensor, a number or None, got bool"),
+    (dict(mask=[True] * N), "mask must be a Tensor of dtype torch.bool, got list"),
+    (dict(mask=ones(N)), "mask must be a Tensor of dtype torch.bool, got torch.float32"),
     (
         dict(keys=3),
         "keys must be a tuple (features, targets, predictions) or a MemoryBank, got int",
@@ -105,6 +107,11 @@ VALUE_ERRORS = [
         "targets and predictions must have the same … got shapes (5, 2) and (5, 3)",
     ),
     (dict(targets=ones(N, 2)), "targets and predictions … got shapes (5, 2) and (5,)"),
+    *(
+        (dict(mask=ones(shape).bool()), f"mask must have shape (N,) or (N, 1) … 5 … got {shape}")
+        for shape in ((N - 1,), (1,), (N, 2), (1, N))
+    ),
+    (dict(mask=ones(N, device="meta").bool()), "one device, got features on cpu, … mask on meta"),
     (keys(x=ones(2, D + 1)), "keys[0] … must have D = 3 as features (5, 3), got (2, 4)"),
     (keys(y=rows(3)), "keys[1] (targets) must have … N = 2 as in keys[0], got (3,)"),
     (keys(p=ones(2, 2)), "targets and keys[2] (predictions) … got shapes (5,) and (2, 2)"),
@@ -163,6 +170,14 @@ def test_bad_input_is_refused_alike_on_every_backend_before_any_computation(
         assert type(caught.value) is error
         messages.add(str(caught.value))
     assert len(messages) == 1
+
+
+def test_a_bool_is_refused_behind_the_number_that_it_equals():
+    """Checked settings are remembered, and True is 1 to a dictionary."""
+    for name in ("temperature", "window", "push_scale"):
+        conr_loss(**arguments(**{name: 1}))
+        with pytest.raises(TypeError, match=f"{name} must be a Python number, got bool"):
+            conr_loss(**arguments(**{name: True}))
 
 
 def gist(message: str) -> str:

@@ -18,10 +18,13 @@ from tests.helpers import ranks
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> ranks.Outcomes:
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory) -> ranks.Outcomes:
+    """Of the checks that are selected."""
     if not dist.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")
-    return ranks.run_ranks(ranks.CHECKS, tmp_path_factory.mktemp("ranks"))
+    selected = " ".join(item.name for item in request.session.items)
+    checks = [check for check in ranks.CHECKS if f"[{check.__name__}-" in selected]
+    return ranks.run_ranks(checks, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])

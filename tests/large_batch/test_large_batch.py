@@ -42,9 +42,10 @@ def test_bank_holds_the_last_rows_through_every_wrap(size: int) -> None:
         assert sorted(joined.tolist()) == sorted(expected.tolist()), step
 
 
-def test_bank_is_in_the_state_dict_and_goes_on_where_it_was() -> None:
+@pytest.mark.parametrize("n_rows", [4, 8])
+def test_bank_is_in_the_state_dict_and_goes_on_where_it_was(n_rows: int) -> None:
     bank = MemoryBank(6, 4)
-    bank.push(*make_rows(4, 0))
+    bank.push(*make_rows(n_rows, 0))
     file = io.BytesIO()
     torch.save(bank.state_dict(), file)
     file.seek(0)
@@ -103,6 +104,18 @@ def test_loss_with_a_bank_is_the_loss_against_batch_and_bank(backend: str) -> No
         torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
         bank.push(*make_rows(11, step))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_of_a_bank_are_compared_in_the_dtype_of_the_batchs(dtype: torch.dtype) -> None:
+    """Ties at the window on a decimal grid tell float32 and float64 apart."""
+    (x, y, p), (key_x, key_y, key_p) = make_rows(40, 0), make_rows(60, 1)
+    y, p, key_y, key_p = ((t * 10).round() / 100 for t in (y, p, key_y, key_p))
+    losses = [
+        conr_loss(x, y.to(dtype), p.to(dtype), window=0.2, keys=(key_x, key_y.to(of), key_p.to(of)))
+        for of in (torch.float32, torch.float64)
+    ]
+    assert losses[0] > 0 and torch.equal(*losses)
 
 
 def test_pushing_before_backward_changes_no_gradient() -> None:

@@ -1,5 +1,5 @@
 """How many examples: 50 of each property, always the same ones; CONR_EXAMPLES of new ones where it
-is set. Triton's interpreter gets one for 25 of them.
+is set. Triton's interpreter gets one for 25 of them, or two that are chosen.
 """
 
 import os

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -247,6 +248,23 @@ def test_further_keys_are_rows_without_loss_and_gradient(backend: Backend, case:
     bound = 2 * row_bound(u, rows, batch.y, batch.weights, batch.settings)
     assert ((part_rows - rows[part]).abs() <= bound[part]).all()
     assert_gradients(batch.take(part), part_gradient, gradient[part], gradient_tolerance(whole))
+
+
+@for_all()
+def test_masked_rows_take_no_part_whatever_they_hold(backend: Backend, case: Case) -> None:
+    batch = case.batch()
+    mask = torch.arange(case.N) % 3 != 1
+    for t in batch[:4]:
+        if t is not None:
+            t[~mask] = torch.nan
+    for unit_terms in (False, True):  # which count the rows that take part
+        batch = batch.asks(variant=replace(batch.settings.variant, unit_terms=unit_terms))
+        present = batch.take(mask)
+        rows, gradient = backend(batch, mask=mask)
+        present_rows, present_gradient = backend(present)
+        assert_rows(present, rows[mask], present_rows)
+        assert_gradients(present, gradient[mask], present_gradient)
+        assert not rows[~mask].any() and not gradient[~mask].any()
 
 
 @for_all()

@@ -48,6 +48,15 @@ def test_large_exponents_and_no_keys_are_served_too(way):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_negatives_among_the_keys_alone_make_an_anchor_where_they_are_counted(way):
+    """With a window of 0 a sum of 0 is no proof that there is none."""
+    x, y = torch.eye(2, 3), torch.zeros(2)
+    options = dict(window=0.0, keys=(torch.ones(2, 3), y + 1, y))
+    loss = conr_loss(x, y, y, **options)
+    assert loss > 0
+    torch.testing.assert_close(loss, conr_loss(x, y, y, backend="reference", **options))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_same_bits_with_and_without_a_graph_and_upstream(way, reduction):
     own, keys = rows_and_keys(33, 65)

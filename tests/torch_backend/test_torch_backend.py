@@ -149,10 +149,11 @@ def test_no_tile_holds_more_pairs_than_its_bound():
                 assert max(t.count * t.rows * t.width for t in tiles) <= torch_tiles.TILE_PAIRS
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 3, 700])
-def test_the_layout_is_as_large_as_announced_where_the_keys_are_the_rows(n):
+def test_the_layout_is_as_large_as_announced_where_the_keys_are_the_rows(n, dtype):
     settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"], "mae")
-    x, y = torch.randn(n, 4), torch.arange(float(n))[:, None] / 2
+    x, y = torch.randn(n, 4, dtype=dtype), torch.arange(float(n))[:, None] / 2
     for keys in (None, (x, y, y)):
         loss, _, layout = torch_backend.forward(x, y, y, None, keys, 0, settings)
         assert len(layout) == torch_backend.layout_size(n, n, loss.dtype, settings)

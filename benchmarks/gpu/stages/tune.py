@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from unittest import mock
 
-from conr_kernels.triton_backend import call
+from conr_kernels.triton_backend import call, launch_dense
 
 from .. import device
 from ..rows import TABLE, Stage
@@ -95,7 +95,7 @@ def crossover(stage: Stage) -> None:
         run = functools.partial(provider("triton").step, size.batch())
         graphs = {}
         for name, pairs in (("every pair", 2**40), ("sweeps", -1)):
-            with mock.patch.object(call, "DENSE_PAIRS", pairs):
+            with mock.patch.object(launch_dense, "DENSE_PAIRS", pairs):
                 graphs[name] = device.graph(run)[0]
         for name, t in device.seconds(graphs, 9, 20).items():
             stage.add("time", t, provider="triton", mode=f"cuda graph, {name}", **size.row())

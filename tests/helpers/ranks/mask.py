@@ -14,10 +14,14 @@ from .rows import UNEVEN, make_rows, part
 
 
 def check_mask(group: dist.ProcessGroup) -> str:
-    """The union's value and gradient are those of the union filtered by all ranks' masks."""
+    """The union's value and gradient are those of the union filtered by all ranks' masks, also
+    where the first rank has labels at which the others' absent rows would be out of reach of
+    their own rank's.
+    """
     rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
     sizes = UNEVEN[n_ranks]
     rows, keys = make_rows(sum(sizes), 3, torch.float64), make_rows(9, 4, torch.float64)[:3]
+    rows[1][: sizes[0], 0] = rows[2][: sizes[0], 0] = 85.0 + 2 * (torch.arange(sizes[0]) // 2)
     mask = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(1)) < 0.6
     mask[: sizes[0]] = True  # the first rank brings none
     holes = [t.masked_fill(~mask.view(-1, *(1,) * (t.dim() - 1)), torch.nan) for t in rows]

@@ -1,0 +1,40 @@
+"""A step's cost on the host does not grow back."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks.host.__main__ import COUNTS, ROOT, Host
+
+
+@pytest.fixture(scope="module")
+def host():
+    found = Host(ROOT)
+    yield found
+    found.close()
+
+
+#: Kernels of a step, PyTorch's own included, and calls of functions.
+LIMITS = {128: (5, 200), 1024: (5, 200), 4096: (5, 200), 16_384: (16, 830)}
+
+
+@pytest.mark.parametrize("N", LIMITS)
+def test_kernels_and_calls_of_a_step_are_few(host: Host, N: int) -> None:
+    kernels, calls = LIMITS[N]
+    found = host.ask(N, 128, 1)
+    assert 0 < found["launches"] + found["torch_ops"] <= kernels, found["names"]
+    assert 0 < found["calls"] <= calls
+
+
+def test_a_step_without_a_kernel_would_show(host: Host) -> None:
+    """Every count of a step is one of this step: kernels by their names."""
+    found = host.ask(128, 128, 1)
+    assert set(COUNTS) <= set(found) and found["microseconds"] > 0
+    names = found["names"]
+    assert [n for n in names if n.startswith("conr_")] == [
+        "conr_dense_sums_kernel", "conr_dense_rows_kernel", "conr_dense_gradient_kernel",
+        "conr_dense_finish_kernel",
+    ]  # fmt: skip
+    assert names[4:] == ["ones_like"]  # the upstream gradient of backward()

@@ -1,0 +1,1 @@
+"""Planted faults: single changes to the code that the tests must notice (``make mutants``)."""

@@ -1,0 +1,245 @@
+"""The launch of compiled kernels, before a driver that records: what it looks up, and who serves
+where it may not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton import knobs
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel, make_backend
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from conr_kernels.triton_backend import dense_rows, launch
+from conr_kernels.triton_backend.launch import NOTHING, Kernel, Launch, Place, pointer
+
+
+class Device:
+    """A driver and kernels that record: ``launched`` holds the stream and arguments of each run."""
+
+    def __init__(self) -> None:
+        self.device, self.stream = 0, 77
+        self.launched: list[tuple] = []
+        self.compilations = 0
+        self.plain = 0
+        self.lock = threading.Lock()
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return self.stream + device
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def compile(self, function: JITFunction, key: str, *_: object) -> CompiledKernel:
+        kernel = CompiledKernel.__new__(CompiledKernel)
+        kernel.src, kernel.name, kernel.module, kernel.function = None, key, 1, 5
+        kernel.packed_metadata = (4, 1, 0)
+
+        def run(*arguments: object) -> None:
+            *_, enter, leave = arguments[:9]
+            if enter is not None:
+                enter(arguments[6])
+            with self.lock:
+                self.launched.append((key, arguments))
+            if leave is not None:
+                leave(arguments[6])
+
+        kernel._run = run
+        self.compilations += 1
+        function.device_caches[self.device][0][key] = kernel
+        return kernel
+
+
+@pytest.fixture
+def device():
+    found = Device()
+    plain = JITFunction.run
+
+    def run(function: JITFunction, *args: object, **kwargs: object):
+        found.plain += 1
+        return plain(function, *args, **kwargs)
+
+    before = driver._active
+    with (
+        mock.patch.object(JITFunction, "_do_compile", lambda *args: found.compile(*args)),
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(launch, "_is_on_gpu", lambda x: True),
+        mock.patch.object(dense_rows.conr_total_kernel, "device_caches", Caches()),
+    ):
+        driver.set_active(found)
+        yield found
+        driver._active = before
+
+
+class Caches(dict):
+    def __missing__(self, device: int):
+        self[device] = dense_rows.conr_total_kernel.create_binder()
+        return self[device]
+
+
+def total(n_rows: int = 8, loss_at: int = 0) -> Launch:
+    kernel = Kernel(dense_rows.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
+    return Launch(kernel, 1, n_rows, loss_at, 1.0)
+
+
+def test_the_second_launch_of_a_form_is_run_as_triton_would_run_it(device: Device) -> None:
+    launch_total, loss, out = total(), torch.zeros(8), torch.zeros(())
+    for _ in range(3):
+        launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+    assert (device.compilations, device.plain, len(device.launched)) == (1, 1, 3)
+    (_, first), (_, second), (_, third) = device.launched
+    assert second == third
+    addresses = (loss.data_ptr(), out.data_ptr())
+    assert second == (1, 1, 1, 77, 5, (4, 1, 0), None, None, None, *addresses, 8, 0, 1.0, 1024)
+    # Triton's own gives tensors, hooks and their metadata.
+    assert first[:6] == second[:6] and first[11:] == second[11:]
+    assert tuple(t.data_ptr() for t in first[9:11]) == addresses
+
+
+POINTERS = [torch.zeros(64), torch.zeros(64)[1:], torch.zeros(64)[4:], torch.zeros(64).double()]
+NUMBERS = [0, 1, 2, 15, 16, 17, 1024, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1]
+
+
+@pytest.mark.parametrize("do_not_specialize", [True, False])
+def test_arguments_of_one_form_are_specialized_alike(do_not_specialize: bool) -> None:
+    """Wherever Triton would compile another kernel, another is looked up."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    parameter = SimpleNamespace(annotation_type="", do_not_specialize=do_not_specialize)
+    function = SimpleNamespace(arg_names=["x_ptr", "n"], params=[parameter, parameter])
+    kernel, seen = Kernel(function, {}, {}), {}
+    for t, n in itertools.product([*POINTERS, None], NUMBERS):
+        form = (pointer(t)[2], kernel.form_of((n,)))
+        triton_form = (
+            native_specialize_impl(backend, t, False, True, True),
+            native_specialize_impl(backend, n, False, not do_not_specialize, True),
+        )
+        assert seen.setdefault(form, triton_form) == triton_form
+    assert len(seen) >= len(set(seen.values())) > 1
+
+
+def test_a_launch_by_name_is_run_as_triton_would_run_it(device: Device) -> None:
+    launch._compiled.clear()
+    loss, out = torch.zeros(8), torch.zeros(())
+    for rows in (loss, loss, loss[1:], loss[1:]):
+        for n_rows in (7, 7, 16):
+            launch.run_kernel(
+                launch.place_of(loss), dense_rows.conr_total_kernel, 1, rows, out, n_rows, 0, 1.0,
+                BLOCK=1024, num_warps=4,
+            )  # fmt: skip
+    assert len(device.launched) == 12 and device.plain == 4 and device.compilations == 2
+    by_name = device.launched[-1][1]
+    assert by_name[9:] == (loss[1:].data_ptr(), out.data_ptr(), 16, 0, 1.0, 1024)
+    assert {key for key, _ in device.launched[:6]}.isdisjoint(key for key, _ in device.launched[6:])
+
+
+def test_another_device_dtype_or_alignment_is_another_kernel(device: Device) -> None:
+    launch_total, out = total(), torch.zeros(())
+    for loss in (torch.zeros(64), torch.zeros(64)[1:], torch.zeros(64).double()):
+        for device.device in (0, 1):
+            for _ in range(2):
+                launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+    assert device.compilations == device.plain == 6
+    assert [arguments[3] for _, arguments in device.launched] == [77, 77, 78, 78] * 3
+    keys = [key for key, _ in device.launched]
+    assert keys[::2] == keys[1::2]
+
+
+def test_absent_pointers_are_a_form_of_their_own() -> None:
+    assert NOTHING[2] is None and pointer(torch.zeros(1))[2] is not None
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_hook_sees_every_launch(device: Device, name: str) -> None:
+    launch_total, loss, out = total(), torch.zeros(8), torch.zeros(())
+    seen = []
+    for _ in range(2):
+        launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+    hooks = getattr(knobs.runtime, name)
+    hooks.add(seen.append)
+    try:
+        for _ in range(3):
+            launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+    finally:
+        hooks.remove(seen.append)
+    assert len(seen) == 3
+    launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+    assert len(seen) == 3 and device.plain == 1 + 3
+
+
+def test_an_unknown_triton_launches_itself(device: Device) -> None:
+    loss = torch.zeros(8)
+    for version, is_served in (
+        ("3.5.1", False),
+        ("3.6.0", True),
+        ("3.9.2", True),
+        ("4.0.0", False),
+    ):
+        launch._triton.cache_clear()
+        try:
+            with mock.patch("triton.__version__", version):
+                assert (launch.place_of(loss) is not None) == is_served
+        finally:
+            launch._triton.cache_clear()
+
+
+def test_debug_and_instrumentation_are_left_to_triton(device: Device) -> None:
+    loss = torch.zeros(8)
+    with mock.patch.object(knobs.runtime, "debug", True):
+        assert launch.place_of(loss) is None
+    with mock.patch.object(knobs.compilation, "instrumentation_mode", "consan"):
+        assert launch.place_of(loss) is None
+    assert launch.place_of(loss) == Place(0, 77)
+
+
+def test_forgotten_forms_are_compiled_by_nobody_again(device: Device) -> None:
+    """The bound of the memory: Triton's own cache still has the kernel."""
+    launch_total, out = total(), torch.zeros(())
+    tensors = [torch.zeros(64, dtype=t) for t in (torch.float32, torch.float64, torch.float16)]
+    with mock.patch.object(launch, "FORMS", 2):
+        for loss in tensors * 2:
+            launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+            assert len(launch_total.kernel.compiled) <= 2
+    assert device.compilations == 3 and len(device.launched) == 6
+
+
+def test_two_threads_launch_at_once(device: Device) -> None:
+    launch_total, barrier = total(), threading.Barrier(2)
+
+    def work(loss: torch.Tensor) -> None:
+        out = torch.zeros(())
+        barrier.wait()
+        for _ in range(200):
+            launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+
+    rows = [torch.zeros(8), torch.zeros(8).double()]
+    threads = [threading.Thread(target=work, args=(loss,)) for loss in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(device.launched) == 400
+    by_key: dict[str, set[int]] = {}
+    for key, arguments in device.launched:
+        address = arguments[9] if isinstance(arguments[9], int) else arguments[9].data_ptr()
+        by_key.setdefault(key, set()).add(address)
+    assert sorted(map(list, by_key.values())) == sorted([[loss.data_ptr()] for loss in rows])
+
+
+def test_a_constant_before_an_argument_is_refused() -> None:
+    function = SimpleNamespace(arg_names=["x_ptr", "D", "n"], __name__="kernel")
+    with pytest.raises(ValueError, match="behind a constant"):
+        Kernel(function, {}, {"D": 3})
