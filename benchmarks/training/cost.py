@@ -17,6 +17,7 @@ from conr_kernels import gradient_cache
 from . import data
 from .execute import parts_of
 from .methods import Step
+from .methods.vanilla import Vanilla
 from .plan import Size
 from .rows import LAST, Row, Run, Store
 from .splits import split
@@ -78,7 +79,7 @@ def step_of(run: Run, size: Size, device: str) -> tuple[Callable[[], object], in
     the steps of an epoch."""
     n_train = size.n_train if run.data in size.studied[:1] else size.n_large_rows
     sample = split(data.load(run.data), run.seed, n_train=n_train)
-    net = train(sample, parts_of(replace(run, conr=""), 1.0), run.seed, Budget(n_steps=100), device)
+    net = train(sample, [Vanilla()], run.seed, Budget(n_steps=100), device)
     task, steps_per_epoch = prepare(sample, run.batch, 1, device)
     is_cached = run.backend == "gradient_cache"
     backend = "auto" if is_cached else run.backend

@@ -101,6 +101,7 @@ _FLOAT32 = {
 _FLOAT32_HIGHEST = {
     "forward": [
         (None, 0, (64, 64, 32, 4, 2)),
+        (100, 128, (64, 32, 32, 4, 2)),
         (None, 128, (64, 64, 32, 4, 2)),
         (80, None, (64, 32, None, 8, 2)),
         (None, None, (64, 64, None, 4, 2)),
@@ -113,7 +114,7 @@ _FLOAT32_HIGHEST = {
         (90, None, (64, 32, None, 4, 2)),
         (None, None, (64, 32, None, 8, 2)),
     ],
-    "wide": [(80, None, (64, 32, 32, 4, 2)), (None, None, (64, 64, 32, 4, 2))],
+    "wide": [(90, None, (64, 64, 32, 4, 2)), (None, None, (64, 32, 32, 4, 2))],
     "product": [(None, None, (64, 32, 64, 4, 2))],
     "dense": [(None, None, (16, 32, 32, 4, 2))],
     "dense backward": [(None, 0, (16, 32, 128, 4, 3)), (None, None, (16, 32, 32, 4, 3))],

@@ -78,7 +78,8 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
             return Tile(block, block, chunk, warps), Tile(block, block, columns, 4)
         return Tile(128, 64, chunk, 8), Tile(64, 64, width, 8 if width == 256 else 4)
     is_highest = arithmetic(dtype).endswith("highest")
-    block_j, chunk = min(block, 32), min(width or 64, 32 if is_highest else 64)
+    is_narrow = is_highest or block == 32
+    block_j, chunk = min(block, 32), min(width or 64, 32 if is_narrow else 64)
     gradient = Tile(block, block_j, 32, 4)
     if not is_kept:
         gradient = Tile(32 if is_highest else 64, 32, width, 4)
