@@ -33,20 +33,24 @@ def make_rows(n_rows: int, seed: int = 0, device: str = "cpu") -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("device, backend", ON_DEVICES)
-@pytest.mark.parametrize("preset, temperature", [("paper", 0.2), ("released-age", 0.07)])
+@pytest.mark.parametrize(
+    "preset, temperature, dtype",
+    [("paper", 0.2, torch.float64), ("released-age", 0.07, torch.float32)],
+)
 @pytest.mark.parametrize("n_keys", [0, 6])
 def test_opcheck_of_both_operators(
-    device: str, backend: str, preset: str, temperature: float, n_keys: int
+    device: str, backend: str, preset: str, temperature: float, dtype: torch.dtype, n_keys: int
 ) -> None:
     x, y, p = make_rows(9, device=device)
-    y, p = y[:, None], p[:, None]
-    w = torch.linspace(0.5, 2.0, 9, device=device)
+    x, y, p = x.to(dtype), y[:, None], p[:, None]
+    w = torch.linspace(0.5, 2.0, 9, dtype=dtype, device=device)
     settings = Settings(1.0, temperature, 0.01, resolve_variant(preset))
     keys: tuple[Tensor | None, ...] = (None, None, None)
     if n_keys:
         key_x, key_y, key_p = make_rows(n_keys, 1, device)
         keys = tuple(
-            torch.cat(pair) for pair in ((x, key_x), (y, key_y[:, None]), (p, key_p[:, None]))
+            torch.cat(pair)
+            for pair in ((x, key_x.to(dtype)), (y, key_y[:, None]), (p, key_p[:, None]))
         )
     scalars = (0, *settings.scalars, backend)
     for features in (x, x.clone().requires_grad_()):

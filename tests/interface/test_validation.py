@@ -304,6 +304,23 @@ def test_defaults_and_order_of_the_arguments():
             assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "a", "b", "window", "are_similar"),
+    [
+        (torch.float64, 0.1 + 0.2, 0.0, 0.3, False),
+        (torch.float32, 0.1 + 0.2, 0.0, 0.3, True),
+        (torch.float16, 1000.5, 0.1, 1000.45, True),  # apart by 1000.5 in float16
+    ],
+)
+def test_labels_are_compared_in_float32_or_in_their_float64(
+    dtype, a, b, window, are_similar, backend
+):
+    y = torch.tensor([a, b, 9999.0], dtype=dtype)
+    loss = conr_loss(torch.eye(3), y, 0 * y, window=window, backend=backend)
+    assert (loss > 0) == are_similar
+
+
 def test_labels_of_float64_are_accepted_beside_features_of_float32():
     given = arguments()
     wide = given | {name: given[name].double() for name in ("targets", "predictions", "weights")}
