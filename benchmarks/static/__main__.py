@@ -14,7 +14,6 @@ from conr_kernels.triton_backend.configs import ARCHITECTURES, KINDS, REGISTER_D
 from conr_kernels.variants import PRESETS
 
 from . import rank, shipped
-from .shipped import DENSE
 from .table import SIZES, TABLE, as_csv, table
 
 
@@ -28,13 +27,10 @@ def main() -> int:
     parser.add_argument("--dtype", choices=REGISTER_D, default="bfloat16")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90)
     parser.add_argument("--variant", choices=PRESETS, default="paper")
-    parser.add_argument(
-        "--N", type=int, help="rows; default 65,536, or 1,024 for few rows' kernels"
-    )
+    parser.add_argument("--N", type=int, default=SIZES[-1], help="rows")
     options = parser.parse_args()
     if options.rank:
-        n = options.N or (DENSE if options.rank.startswith("dense") else SIZES[-1])
-        rank.rank(options.rank, options.D, options.dtype, options.arch, options.variant, n)
+        rank.rank(options.rank, options.D, options.dtype, options.arch, options.variant, options.N)
         return 0
     text = as_csv(table(list(shipped.distinct())))
     if options.check:

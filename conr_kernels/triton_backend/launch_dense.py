@@ -27,7 +27,7 @@ GRADIENT_PARTS = 8
 GRAM_CHUNKS = 32
 GRAM_PART = 4
 #: Rows that one program finishes.
-ROWS = 16
+ROWS = 8
 #: Largest D whose gradient tile stays in the registers, by the size of a feature.
 REGISTER_D = {2: 256, 4: 128, 8: 64}
 PAD = 16
@@ -120,7 +120,10 @@ class Plan:
         n_tiles = tiles(N, of_gradient.BLOCK_I) * tiles(D, of_gradient.BLOCK_D)
         gradient_tiles_j = tiles(K, of_gradient.BLOCK_J)
         gradient_per_part, gradient_parts = _cut(gradient_tiles_j, n_tiles, GRADIENT_PARTS)
-        self.gram_size, gram_chunks, gram_parts = _cut_gram(of_sums, tiles_i * tiles_j, per_part, D)
+        # Where s_ij is not kept, memory does not grow with the pairs.
+        self.gram_size, gram_chunks, gram_parts = (
+            _cut_gram(of_sums, tiles_i * tiles_j, per_part, D) if is_kept else (0, 0, 1)
+        )
 
         self.kept_size, n_padded = kept_size(N, K), _padded(N)
         n_fields = 7 if columns == 5 else 5 if is_inside else 4
