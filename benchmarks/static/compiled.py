@@ -76,7 +76,7 @@ def recorded_launches(
     precision: str = "high",
 ) -> list[Launch]:
     """The launches of one step, from tensors without storage: of the losses' mean and its gradient,
-    of the losses and theirs where there are further keys (``K``).
+    of the losses and theirs where there are further keys (``K``), of which some are absent.
     """
     settings = Settings(window, temperature, 0.01, resolve_variant(variant), distance)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -95,7 +95,9 @@ def recorded_launches(
                 loss, kept, plan = triton_backend.reduced(*rows, None, settings, "mean", True)
                 triton_backend.reduced_gradient(x, kept, plan, loss)
                 return launches
-            loss, stats, layout = triton_backend.forward(*rows, keys, 0, settings)
+            is_counted = settings.variant.unit_terms
+            n_absent = torch.empty((), dtype=torch.int64, device="meta") if is_counted else None
+            loss, stats, layout = triton_backend.forward(*rows, keys, 0, settings, n_absent)
             coef_i = scale_statistics(stats, loss)
             coef_j = coef_i.new_empty((K, coef_i.shape[1]))
             triton_backend.backward(coef_i, coef_j, layout, x, y, y, keys, 0, settings)

@@ -91,9 +91,10 @@ def phases_of(
 ) -> Iterator[tuple[str, list[tuple[Matched, float]], float]]:
     """The phases of one anchor tile: ``(kind, [(loop, passes)], tiles)``."""
     given = launch.arguments
-    pairs = [m for m in tree.walk() if m is not tree and m.nest.exponentials]
+    has_pairs = "BLOCK_J" in given  # the exponentials of the kernels that finish rows are no pairs'
+    pairs = [m for m in tree.walk() if m is not tree and m.nest.exponentials and has_pairs]
     kinds = {"full": full, "edge": edge} if len(pairs) == 2 else {"edge": full + edge}
-    if tree.nest.exponentials:
+    if tree.nest.exponentials and has_pairs:
         yield "edge", list(_subtree(tree, given, 1.0)), 1.0
         return
     names = iter(kinds)
@@ -103,7 +104,7 @@ def phases_of(
         rest.append((m, times))
         for loop in m.loops:
             known = _trips(loop.nest, given)
-            if loop.nest.exponentials:
+            if loop.nest.exponentials and has_pairs:
                 kind = next(names)
                 n = kinds[kind] if known is None else times * known
                 yield kind, list(_subtree(loop, given, n)), n

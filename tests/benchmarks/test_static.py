@@ -19,9 +19,17 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.static import compiled, loops, rank, shipped, table, tiles
 from benchmarks.static.machine import MachineCode
-from benchmarks.static.shipped import CHUNKED, DENSE, LONG, SWEEPS, Call
+from benchmarks.static.shipped import CHUNKED, SWEEPS, Call
 from conr_kernels.triton_backend import call as call_module
-from conr_kernels.triton_backend import dense, gradient, layout, sweeps, wide
+from conr_kernels.triton_backend import (
+    dense,
+    dense_gradient,
+    dense_rows,
+    gradient,
+    layout,
+    sweeps,
+    wide,
+)
 from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D, TABLE
 from conr_kernels.variants import PUSHINGS
 
@@ -31,25 +39,26 @@ BOOL = {True, False}
 CONSTANTS = {
     **dict.fromkeys(
         ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "UNIT_TERMS", "COUNT_SELF", "WEIGHTED_ROWS",
-         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE"), BOOL,
+         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT"), BOOL,
     ),
     "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "ieee"}, "L": {1, 3},
-    # Only the interpreter multiplies 16-bit tiles wrongly.
-    "UPCAST": {False},
+    # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.
+    "UPCAST": {False}, "WIDE": {False},
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
-                     "L_PAD", "SLOTS", "BLOCK_K")),
+                     "L_PAD", "SLOTS", "BLOCK_K", "PARTS")),
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {
-    # Their rows have a gradient only, and few rows are never sorted.
-    ("conr_feature_gradient_kernel", "COLUMNS"): {3, 5},
+    # Their rows have a gradient.
+    ("conr_dense_finish_kernel", "COLUMNS"): {3, 5},
+    ("conr_scale_kernel", "COLUMNS"): {3, 5},
     # Their launches exist for several components only.
     ("conr_spread_kernel", "L"): {3},
     ("conr_sort_keys_kernel", "L"): {3},
 }
-MODULES = (dense, gradient, layout, sweeps, wide)
+MODULES = (dense, dense_gradient, dense_rows, gradient, layout, sweeps, wide)
 
 
 def kernels(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, JITFunction]:
@@ -95,7 +104,8 @@ def test_every_branch_is_compiled(arch: int) -> None:
         domain = EXCEPTIONS.get(key, CONSTANTS[key[1]])  # a new constant needs a line there
         assert domain is None or values == domain, (key, values)
     optional = {key for key, values in given.items() if False in values}
-    assert {name for _, name in optional} >= {"w_ptr", "gram_ptr", "G_rest_ptr", "poison_ptr"}
+    names = {"w_ptr", "n_absent_ptr", "gram_ptr", "out_ptr", "upstream_ptr", "G_rest_ptr"}
+    assert {name for _, name in optional} >= names | {"poison_ptr"}
     # In the gather kernel the anchors' copies and the coefficients go with HAS_KEYS and COLUMNS.
     assert all(given[key] == BOOL for key in optional), {k: given[k] for k in optional}
 
@@ -130,13 +140,12 @@ def test_every_configuration_is_compiled() -> None:
     none of which is out of reach.
     """
     every = [
-        Call(N, D, arithmetic)
+        Call(SWEEPS, D, arithmetic)
         for arithmetic, largest in REGISTER_D.items()
-        for D in (*(width for width in BUCKETS if width <= largest), CHUNKED, LONG)
-        for N in (SWEEPS, DENSE)
+        for D in (*(width for width in BUCKETS if width <= largest), CHUNKED)
     ]
     shipped_keys, all_keys = asked(shipped.calls()), asked(every)
-    assert {k for k in all_keys if not k[0].startswith("dense")} <= shipped_keys
+    assert all_keys <= shipped_keys
     reached = {(k[3], k[0], entry_of(*k)) for k in shipped_keys}
     assert reached == {
         (arithmetic, kind, n)
@@ -166,7 +175,9 @@ SAMPLE = [
     ("conr_forward_kernel", "paper", 128, 80),
     ("conr_backward_kernel", "paper", 128, 90),
     ("conr_wide_product_kernel", "paper", 2048, 90),
-    ("conr_forward_dense_kernel", "released-age few rows", 128, 90),
+    ("conr_dense_sums_kernel", "released-age 1024 rows", 128, 90),
+    ("conr_dense_gradient_kernel", "paper 4096 rows", 128, 90),
+    ("conr_dense_gradient_kernel", "paper 1024 rows", 128, 100),
     ("conr_gather_kernel", "paper", 128, 100),
     ("conr_backward_kernel", "paper", 128, 100),
 ]
@@ -214,13 +225,13 @@ def test_an_architecture_above_100_with_less_shared_memory_runs_its_tiles() -> N
 
 def with_products(committed) -> list[dict[str, str]]:
     """The rows of kernels that multiply tiles."""
-    kinds = ("ward_", "gram", "feature_gradient", "wide_scores", "wide_product")
+    kinds = ("ward_", "gram", "dense_sums", "dense_gradient", "wide_scores", "wide_product")
     rows = [row for row in committed if any(kind in row["kernel"] for kind in kinds)]
-    # Where a launch before multiplies few rows, the forward kernel has no product.
+    # Where a launch before multiplies few rows, the kernel of their sums has no product.
     before = {(r["arch"], r["arithmetic"], r["D"]) for r in rows if "gram" in r["kernel"]}
     rows = [
         r for r in rows
-        if "forward_dense" not in r["kernel"] or (r["arch"], r["arithmetic"], r["D"]) not in before
+        if "dense_sums" not in r["kernel"] or (r["arch"], r["arithmetic"], r["D"]) not in before
     ]  # fmt: skip
     assert len(rows) > 300
     return rows
@@ -265,7 +276,8 @@ def test_every_loop_over_pairs_was_taken_apart(committed) -> None:
     for row in committed:
         if "L=3" in row["call"] or row["call"].startswith("contrastive"):
             continue  # full tiles or edges are none, and the compiler drops their loop
-        has_pairs = any(kind in row["kernel"] for kind in ("ward_", "pair_gradient", "wide_scores"))
+        kinds = ("ward_", "dense_sums", "dense_gradient", "wide_scores")
+        has_pairs = any(kind in row["kernel"] for kind in kinds)
         assert (row["per_pair_edge"] != "") == has_pairs, row
         assert (row["bound_rest"] != "") == (not has_pairs and not row["per_pair_product"]), row
         if "ward_" in row["kernel"] and row["sweep"]:
@@ -292,8 +304,8 @@ def test_instructions_per_pair_are_within_the_targets(committed) -> None:
 
 def test_times_are_predicted_for_an_h200_at_the_sizes_that_a_kernel_serves(committed) -> None:
     for row in committed:
-        few, many = row["h200_us_1024"], (row["h200_us_16384"], row["h200_us_65536"])
-        is_few = "few rows" in row["call"]
+        few, many = row["h200_us_few"], (row["h200_us_16384"], row["h200_us_65536"])
+        is_few = " rows" in row["call"]
         if row["arch"] != "90":
             assert few == many[0] == many[1] == ""
         else:
