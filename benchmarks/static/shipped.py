@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D
+from conr_kernels.triton_backend.configs import BUCKETS, REGISTER_D
 
 from . import compiled
 from .compiled import Launch
@@ -126,13 +126,13 @@ def specialization(launch: Launch) -> str:
 
 
 @functools.cache
-def distinct() -> tuple[tuple[Call, int, int], ...]:
+def distinct(*architectures: int) -> tuple[tuple[Call, int, int], ...]:
     """Every binary once: the first call, the number of its launch, and the architecture."""
-    return tuple(_distinct())
+    return tuple(_distinct(architectures))
 
 
-def _distinct() -> Iterator[tuple[Call, int, int]]:
-    for architecture in ARCHITECTURES:
+def _distinct(architectures: tuple[int, ...]) -> Iterator[tuple[Call, int, int]]:
+    for architecture in architectures:
         seen = set()
         for call in calls():
             for index, launch in enumerate(call.launches(architecture)):

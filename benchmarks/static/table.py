@@ -1,4 +1,4 @@
-"""The table of machine code: one row for each binary that the package ships.
+"""The table of machine code: one row for each binary that the package ships for sm_90.
 
 Columns that need a word: ``resident``: programs on one multiprocessor at once. ``full`` tiles lie
 in every anchor's band, ``edge`` tiles do not (also: a kernel's only loop over pairs), ``product``:
@@ -28,6 +28,8 @@ from .passes import sweep_of
 from .shipped import Call, specialization
 
 TABLE = Path(__file__).parents[1] / "results" / "static.csv"
+#: The committed table's: the one whose times are predicted. ``--arch`` compiles another's.
+ARCHITECTURE = 90
 SIZES = (16_384, 65_536)
 #: Atomics on global memory.
 ATOMICS = ("ATOMG", "ATOM.", "RED.")

@@ -20,7 +20,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks.static import compiled
 from conr_kernels import conr_loss, triton_backend
 from conr_kernels.triton_backend.call import largest_total
-from conr_kernels.triton_backend.configs import ARCHITECTURES, TABLE, config
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,15 +157,3 @@ def test_totals_are_within_the_window_exactly_where_distances_are(
                     assert (d <= number(window)) == is_within, (window, L, total)
     assert largest_total(0.3, 1, distance, dtype) == 0.3
     assert largest_total(float("inf"), 3, distance, dtype) == float("inf")
-
-
-def test_the_tiles_of_few_rows_fit_together() -> None:
-    """Both kernels of the backward pass walk over the same tiles, which cover the kept rows."""
-    for arithmetic, kinds in TABLE.items():
-        if "dense" not in kinds:
-            continue
-        for arch in ARCHITECTURES:
-            for width in (0, 16, 32, 64, 128, 256):
-                of_pairs = config("dense", arch, width, arithmetic)
-                product = config("dense backward", arch, width, arithmetic)
-                assert of_pairs.BLOCK_J == product.BLOCK_J and of_pairs.BLOCK_J % 16 == 0
