@@ -26,6 +26,7 @@ from conr_kernels.triton_backend import (
     dense_gradient,
     dense_rows,
     gradient,
+    launch_dense,
     layout,
     sweeps,
     wide,
@@ -307,6 +308,24 @@ def test_times_are_predicted_for_an_h200_at_the_sizes_that_a_kernel_serves(commi
         is_few = " rows" in row["call"]
         assert (few != "") == is_few and (many[0] != "") == (not is_few)
         assert is_few or 0 < float(many[0]) <= float(many[1]), row
+
+
+def test_every_processor_works_from_few_rows_on() -> None:
+    """Programs of the launches over pairs of few rows, on a GPU of 132 processors."""
+    for n, least in ((128, 64), (256, 132), (512, 132), (1024, 132), (2048, 132), (4096, 132)):
+        for launch in Call(n, 128, "bfloat16").launches(90):
+            if "sums" in launch.name or "gradient" in launch.name:
+                assert launch.grid[0] >= least, (n, launch.name)
+
+
+def test_memory_of_pairs_ends_at_a_million() -> None:
+    assert launch_dense.kept_size(1024, 1024) > 1024 * 1024
+    assert launch_dense.kept_size(1025, 1024) < 4 * 1025
+    assert launch_dense.kept_size(4096, 4096) < 4 * 4096
+    for arithmetic, sizes in shipped.FEW_SIZES.items():
+        for D in (D for D, n in sizes if n == FEW):
+            names = [launch.name for launch in Call(FEW, D, arithmetic).launches(90)]
+            assert "conr_gram_kernel" not in names, arithmetic
 
 
 @pytest.mark.parametrize("sweep", ["positives", "negatives"])
