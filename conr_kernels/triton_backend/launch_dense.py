@@ -69,7 +69,7 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
     is_one_chunk = REGISTER_D[dtype.itemsize] >= D
     width = max(1 << (D - 1).bit_length(), 16) if is_one_chunk else 0
     if dtype == torch.float64:
-        return Tile(16, 16, 32, 4), Tile(16, 16, 32 if is_kept else width, 4)
+        return Tile(16, 16, 32, 4, 1), Tile(16, 16, 32 if is_kept else width, 4)
     block, warps = (16, 4) if n <= 256 else (32, 4) if n <= 512 else (64, 8)
     if dtype.itemsize == 2:
         chunk = 64 if width in (0, 256) else width
@@ -83,7 +83,7 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
     gradient = Tile(block, block_j, 32, 4)
     if not is_kept:
         gradient = Tile(32 if is_highest else 64, 32, width, 4)
-    return Tile(block, block_j, chunk, 4), gradient
+    return Tile(block, block_j, chunk, 4 if is_one_chunk else warps), gradient
 
 
 class Form(NamedTuple):
