@@ -75,7 +75,8 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
         chunk = 64 if width in (0, 256) else width
         if is_kept:
             columns = min(width or 64, 64 if block == 64 else 32)
-            return Tile(block, block, chunk, warps), Tile(block, block, columns, 4)
+            stages = 1 if block == 64 else 2  # two would spill on sm_100
+            return Tile(block, block, chunk, warps), Tile(block, block, columns, 4, stages)
         return Tile(128, 64, chunk, 8), Tile(64, 64, width, 8 if width == 256 else 4)
     is_highest = arithmetic(dtype).endswith("highest")
     is_narrow = is_highest or block == 32
