@@ -14,8 +14,7 @@ from conr_kernels.triton_backend.configs import ARCHITECTURES, KINDS, REGISTER_D
 from conr_kernels.variants import PRESETS
 
 from . import rank, shipped
-from .shipped import DENSE
-from .table import SIZES, TABLE, as_csv, table
+from .table import ARCHITECTURE, SIZES, TABLE, as_csv, table
 
 
 def main() -> int:
@@ -26,17 +25,17 @@ def main() -> int:
     parser.add_argument("--rank", choices=KINDS, help="sort candidates by predicted time instead")
     parser.add_argument("--D", type=int, default=128)
     parser.add_argument("--dtype", choices=REGISTER_D, default="bfloat16")
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90)
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=ARCHITECTURE)
     parser.add_argument("--variant", choices=PRESETS, default="paper")
-    parser.add_argument(
-        "--N", type=int, help="rows; default 65,536, or 1,024 for few rows' kernels"
-    )
+    parser.add_argument("--N", type=int, default=SIZES[-1], help="rows")
     options = parser.parse_args()
     if options.rank:
-        n = options.N or (DENSE if options.rank.startswith("dense") else SIZES[-1])
-        rank.rank(options.rank, options.D, options.dtype, options.arch, options.variant, n)
+        rank.rank(options.rank, options.D, options.dtype, options.arch, options.variant, options.N)
         return 0
-    text = as_csv(table(list(shipped.distinct())))
+    text = as_csv(table(list(shipped.distinct(options.arch))))
+    if options.arch != ARCHITECTURE:
+        print(text, end="")
+        return 0
     if options.check:
         same = text == TABLE.read_text()
         print(f"{TABLE.name} {'regenerates byte for byte' if same else 'differs'}")

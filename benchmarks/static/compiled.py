@@ -75,7 +75,9 @@ def recorded_launches(
     has_weights: bool = True,
     precision: str = "high",
 ) -> list[Launch]:
-    """The launches of one forward and backward, from tensors without storage."""
+    """The launches of one step, from tensors without storage: of the losses' mean and its gradient,
+    of the losses and theirs where there are further keys (``K``), of which some are absent.
+    """
     settings = Settings(window, temperature, 0.01, resolve_variant(variant), distance)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, w = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(N, dtype=wide, device="meta")
@@ -88,11 +90,16 @@ def recorded_launches(
     torch.set_float32_matmul_precision(precision)
     try:
         with intercepted(architecture) as launches:
-            loss, stats, layout = triton_backend.forward(
-                x, y, y, w if has_weights else None, keys, 0, settings
-            )
+            rows = (x, y, y, w if has_weights else None)
+            if keys is None:
+                loss, kept, plan = triton_backend.reduced(*rows, None, settings, "mean", True)
+                triton_backend.reduced_gradient(x, kept, plan, loss)
+                return launches
+            is_counted = settings.variant.unit_terms
+            n_absent = torch.empty((), dtype=torch.int64, device="meta") if is_counted else None
+            loss, stats, layout = triton_backend.forward(*rows, keys, 0, settings, n_absent)
             coef_i = scale_statistics(stats, loss)
-            coef_j = None if keys is None else coef_i.new_empty((K, coef_i.shape[1]))
+            coef_j = coef_i.new_empty((K, coef_i.shape[1]))
             triton_backend.backward(coef_i, coef_j, layout, x, y, y, keys, 0, settings)
     finally:
         torch.set_float32_matmul_precision(saved)

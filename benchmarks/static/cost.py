@@ -41,7 +41,14 @@ from . import tiles
 from .compiled import Launch
 from .loops import CodeLoop, Matched, Nest, code_loops, match, nest_of
 from .machine import MachineCode, is_tensor_core, opcode, product_flop
-from .passes import anchor_tiles, phases_of, programs_per_tile, sweep_of, visited_here
+from .passes import (
+    anchor_tiles,
+    is_of_few_rows,
+    phases_of,
+    programs_per_tile,
+    sweep_of,
+    visited_here,
+)
 
 SMS, CLOCK = 132, 1.755e9
 ISSUE, MUFU, SHARED = 4, 16, 128
@@ -252,6 +259,8 @@ class Model:
         unique = {id(t): t.numel() * t.element_size() for name, t in given.items()
                   if isinstance(t, Tensor) and name != "H_ptr"}  # fmt: skip
         once = sum(unique.values())
+        if is_of_few_rows(self.launch):  # of a workspace that its launches share, its own part
+            return min(once, self.l2_bytes())
         if sweep_of(self.launch) is None:
             return once
         if "H_ptr" in given:

@@ -36,8 +36,27 @@ def _visits(launch: Launch) -> tuple[tuple[int, int], ...]:
     )  # fmt: skip
 
 
+def is_of_few_rows(launch: Launch) -> bool:
+    return launch.name.startswith("conr_dense_")
+
+
+def _tiles_of_parts(given: dict) -> tuple[tuple[int, int], ...]:
+    """Tiles of keys, every one an edge, of each part, for all chunks of columns of the gradient."""
+    per_part, n_tiles_j = given["per_part"], given["n_tiles_j"]
+    n_chunks = math.ceil(given["D"] / given["BLOCK_D"]) if "G_at" in given else 1
+    return tuple(
+        (0, min(per_part, n_tiles_j - first))
+        for first in range(0, n_tiles_j, per_part)
+        for _ in range(n_chunks)
+    )
+
+
 def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
-    """Full and edge tiles of keys of each program of a sweep; one pair of ones elsewhere."""
+    """Full and edge tiles of keys of each program of a sweep, of each part of the keys for few
+    rows; one pair of ones elsewhere.
+    """
+    if "per_part" in launch.arguments:
+        return _tiles_of_parts(launch.arguments)
     if sweep_of(launch) is None:
         return ((1, 1),)
     given, visits, n_programs = launch.arguments, _visits(launch), programs_per_tile(launch)
@@ -72,9 +91,10 @@ def phases_of(
 ) -> Iterator[tuple[str, list[tuple[Matched, float]], float]]:
     """The phases of one anchor tile: ``(kind, [(loop, passes)], tiles)``."""
     given = launch.arguments
-    pairs = [m for m in tree.walk() if m is not tree and m.nest.exponentials]
+    has_pairs = "BLOCK_J" in given  # the exponentials of the kernels that finish rows are no pairs'
+    pairs = [m for m in tree.walk() if m is not tree and m.nest.exponentials and has_pairs]
     kinds = {"full": full, "edge": edge} if len(pairs) == 2 else {"edge": full + edge}
-    if tree.nest.exponentials:
+    if tree.nest.exponentials and has_pairs:
         yield "edge", list(_subtree(tree, given, 1.0)), 1.0
         return
     names = iter(kinds)
@@ -84,7 +104,7 @@ def phases_of(
         rest.append((m, times))
         for loop in m.loops:
             known = _trips(loop.nest, given)
-            if loop.nest.exponentials:
+            if loop.nest.exponentials and has_pairs:
                 kind = next(names)
                 n = kinds[kind] if known is None else times * known
                 yield kind, list(_subtree(loop, given, n)), n

@@ -39,9 +39,8 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
             if block_j <= wide.BLOCK_J and min(block_j, block_d) >= (16 if double else 32)
         ]
     sides = (16, 32) if double else (32, 64, 128)
-    is_dense = kind.startswith("dense")
-    anchors = (16, 32) if is_dense else sides if double else (*sides, 256)
-    chunks = (width,) if width and not is_dense else (16, 32) if double else (32, 64, 128)
+    anchors = sides if double else (*sides, 256)
+    chunks = (width,) if width else (16, 32) if double else (32, 64, 128)
     return [
         Config(block_i, block_j, block_d, warps, stages)
         for block_i, block_j, block_d, warps, stages in itertools.product(

@@ -10,15 +10,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D
+from conr_kernels.triton_backend.configs import BUCKETS, REGISTER_D
 
 from . import compiled
 from .compiled import Launch
 
-#: Rows of a call: enough for the sweeps, and the most that the kernels without a sort serve.
-SWEEPS, DENSE = 16_384, 1024
+#: Rows of a call: enough for the sweeps; the most that are not sorted; whose s_ij are kept.
+SWEEPS, FEW, KEPT = 16_384, 4096, 1024
 #: A D of the bucket 0, whose rows are read in chunks: of ResNet-50, and beyond one program's part.
 CHUNKED, LONG = 2048, 8192
+#: D and rows of few, by arithmetic: every tile that is chosen for them.
+FEW_SIZES = {
+    "float16": [(128, KEPT), (256, FEW)],
+    "bfloat16": [(128, 128), (128, 512), (128, FEW), (256, KEPT), (LONG, KEPT)],
+    "float32": [(128, 128), (128, 512), (128, KEPT), (128, FEW), (LONG, KEPT)],
+    "float32 highest": [(128, KEPT), (128, FEW), (LONG, KEPT)],
+    "float64": [(64, KEPT), (64, FEW), (LONG, KEPT)],
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,13 @@ class Call:
     has_weights: bool = True
     part: str = "all"
 
+    @property
+    def is_few(self) -> bool:
+        return self.N <= FEW
+
     def __str__(self) -> str:
         """The variant and what else differs from the defaults."""
-        words = [self.variant, "few rows" if self.N == DENSE else ""]
+        words = [self.variant, f"{self.N} rows" if self.is_few else ""]
         words.append(f"L={self.L} {self.distance}" if self.L > 1 else "")
         words.append(f"t={self.temperature:g}" if self.temperature != 0.2 else "")
         words.append(f"h={self.window:g}" if self.window != 1 else "")
@@ -69,7 +81,7 @@ class Call:
     def _keys(self, n: int) -> int | None:
         if not self.has_keys:
             return None
-        return n if self.N == DENSE else 2 * n
+        return n if self.is_few else 2 * n
 
 
 def _flags(call: Call) -> list[Call]:
@@ -96,10 +108,9 @@ def calls() -> list[Call]:
             whole = D == CHUNKED or (is_first and D == 128)
             found.append(Call(SWEEPS, D, arithmetic, part="all" if whole else "table"))
         found.append(Call(SWEEPS, min(largest, 128), arithmetic, "released-age", part="table"))
-        # Only the 16-bit table tells the buckets of few rows apart.
-        few = buckets if arithmetic.endswith("16") else buckets[-1:]
-        found += [Call(DENSE, D, arithmetic) for D in (*few, LONG)]
-    for N, D, part in ((SWEEPS, 128, "all"), (SWEEPS, CHUNKED, "wide"), (DENSE, 128, "all")):
+        found += [Call(N, D, arithmetic) for D, N in FEW_SIZES[arithmetic]]
+    found += [Call(KEPT, 128, "bfloat16"), Call(FEW, 128, "bfloat16", "released-age")]
+    for N, D, part in ((SWEEPS, 128, "all"), (SWEEPS, CHUNKED, "wide"), (KEPT, 128, "all")):
         call = Call(N, D, "bfloat16", part=part)
         found += [replace(call, variant="released-age"), *_flags(call)]
     found.append(Call(SWEEPS, 256, "bfloat16", L=3, part="table"))
@@ -115,13 +126,13 @@ def specialization(launch: Launch) -> str:
 
 
 @functools.cache
-def distinct() -> tuple[tuple[Call, int, int], ...]:
+def distinct(*architectures: int) -> tuple[tuple[Call, int, int], ...]:
     """Every binary once: the first call, the number of its launch, and the architecture."""
-    return tuple(_distinct())
+    return tuple(_distinct(architectures))
 
 
-def _distinct() -> Iterator[tuple[Call, int, int]]:
-    for architecture in ARCHITECTURES:
+def _distinct(architectures: tuple[int, ...]) -> Iterator[tuple[Call, int, int]]:
+    for architecture in architectures:
         seen = set()
         for call in calls():
             for index, launch in enumerate(call.launches(architecture)):

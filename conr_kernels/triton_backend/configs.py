@@ -1,4 +1,4 @@
-"""The static table of tile shapes and launch options: keyed by capability, bucket of D and dtype.
+"""The static table of the sweeps' tiles and launch options, by capability, bucket of D and dtype.
 
 No value is tuned at run time; ``benchmarks.static`` ranks candidates from their machine code and
 ``make gpu`` proposes a new table from measurements.
@@ -37,9 +37,9 @@ REGISTER_D = {
     "float32 highest": 128,
     "float64": 64,
 }
-#: "dense backward" multiplies tiles as wide as those of "dense"; "product" is the second phase of
-#: "wide", of the same BLOCK_I: BLOCK_J keys a step into BLOCK_D columns.
-KINDS = ("forward", "backward", "wide", "product", "dense", "dense backward")
+#: "product" is the second phase of "wide", of the same BLOCK_I: BLOCK_J keys a step into BLOCK_D
+#: columns.
+KINDS = ("forward", "backward", "wide", "product")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
 
@@ -75,13 +75,6 @@ _HALVES = {
     ],
     "wide": [(90, None, (128, 128, 64, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
     "product": [(90, None, (128, 64, 256, 8, 3)), (None, None, (128, 64, 128, 8, 3))],
-    "dense": [
-        (None, 16, (16, 64, 16, 4, 2)),
-        (None, 32, (16, 64, 32, 4, 2)),
-        (None, 128, (16, 64, 128, 4, 2)),
-        (None, None, (16, 64, 64, 4, 2)),
-    ],
-    "dense backward": [(None, 0, (16, 64, 128, 4, 3)), (None, None, (16, 64, 32, 4, 3))],
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
@@ -95,8 +88,6 @@ _FLOAT32 = {
         (None, None, (64, 32, 32, 4, 3)),
     ],
     "product": [(90, None, (128, 32, 128, 8, 3)), (None, None, (64, 32, 64, 4, 3))],
-    "dense": [(None, None, (16, 32, 64, 4, 2))],
-    "dense backward": [(None, 0, (16, 32, 128, 4, 3)), (None, None, (16, 32, 32, 4, 3))],
 }
 _FLOAT32_HIGHEST = {
     "forward": [
@@ -116,16 +107,12 @@ _FLOAT32_HIGHEST = {
     ],
     "wide": [(90, None, (64, 64, 32, 4, 2)), (None, None, (64, 32, 32, 4, 2))],
     "product": [(None, None, (64, 32, 64, 4, 2))],
-    "dense": [(None, None, (16, 32, 32, 4, 2))],
-    "dense backward": [(None, 0, (16, 32, 128, 4, 3)), (None, None, (16, 32, 32, 4, 3))],
 }
 _FLOAT64 = {
     "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
     "backward": [(100, None, (16, 16, None, 2, 1)), (None, None, (16, 16, None, 4, 1))],
     "wide": [(None, None, (16, 16, 32, 4, 1))],
     "product": [(None, None, (16, 16, 64, 4, 1))],
-    "dense": [(None, None, (16, 16, 32, 4, 1))],
-    "dense backward": [(None, None, (16, 16, 32, 4, 1))],
 }
 #: Rescaled products are a second tile as wide as G in the registers.
 _FLOAT16 = {

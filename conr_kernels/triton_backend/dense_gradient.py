@@ -89,6 +89,8 @@ def conr_dense_gradient_kernel(
     pid = tl.program_id(0)
     chunk, part = pid % N_CHUNKS, (pid // N_CHUNKS) % n_parts
     rows = (pid // N_CHUNKS // n_parts) * BLOCK_I + tl.arange(0, BLOCK_I)
+    if out_ptr is not None:
+        store_total(pid, loss_ptr + loss_at, out_ptr, n_anchors, factor, 1024)
     is_row = rows < n_anchors
     i = tl.minimum(rows, n_anchors - 1).to(tl.int64)
     k = chunk * BLOCK_D
@@ -152,8 +154,6 @@ def conr_dense_gradient_kernel(
     if N_CHUNKS > 1:
         at = radial_at + part.to(tl.int64) * n_padded
         tl.store(G_ptr + at + rows, radial, mask=is_row & (chunk == 0))
-    if out_ptr is not None:
-        store_total(pid, loss_ptr + loss_at, out_ptr, n_anchors, factor, 1024)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_parts", "coef_at", "G_at", "radial_at"])

@@ -27,7 +27,7 @@ GRADIENT_PARTS = 8
 GRAM_CHUNKS = 32
 GRAM_PART = 4
 #: Rows that one program finishes.
-ROWS = 16
+ROWS = 8
 #: Largest D whose gradient tile stays in the registers, by the size of a feature.
 REGISTER_D = {2: 256, 4: 128, 8: 64}
 PAD = 16
@@ -69,13 +69,14 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
     is_one_chunk = REGISTER_D[dtype.itemsize] >= D
     width = max(1 << (D - 1).bit_length(), 16) if is_one_chunk else 0
     if dtype == torch.float64:
-        return Tile(16, 16, 32, 4), Tile(16, 16, 32 if is_kept else width, 4)
+        return Tile(16, 16, 32, 4, 1), Tile(16, 16, 32 if is_kept else width, 4)
     block, warps = (16, 4) if n <= 256 else (32, 4) if n <= 512 else (64, 8)
     if dtype.itemsize == 2:
         chunk = 64 if width in (0, 256) else width
         if is_kept:
             columns = min(width or 64, 64 if block == 64 else 32)
-            return Tile(block, block, chunk, warps), Tile(block, block, columns, 4)
+            stages = 1 if block == 64 else 2  # two would spill on sm_100
+            return Tile(block, block, chunk, warps), Tile(block, block, columns, 4, stages)
         return Tile(128, 64, chunk, 8), Tile(64, 64, width, 8 if width == 256 else 4)
     is_highest = arithmetic(dtype).endswith("highest")
     is_narrow = is_highest or block == 32
@@ -83,7 +84,7 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Til
     gradient = Tile(block, block_j, 32, 4)
     if not is_kept:
         gradient = Tile(32 if is_highest else 64, 32, width, 4)
-    return Tile(block, block_j, chunk, 4), gradient
+    return Tile(block, block_j, chunk, 4 if is_one_chunk else warps), gradient
 
 
 class Form(NamedTuple):
@@ -120,7 +121,10 @@ class Plan:
         n_tiles = tiles(N, of_gradient.BLOCK_I) * tiles(D, of_gradient.BLOCK_D)
         gradient_tiles_j = tiles(K, of_gradient.BLOCK_J)
         gradient_per_part, gradient_parts = _cut(gradient_tiles_j, n_tiles, GRADIENT_PARTS)
-        self.gram_size, gram_chunks, gram_parts = _cut_gram(of_sums, tiles_i * tiles_j, per_part, D)
+        # Where s_ij is not kept, memory does not grow with the pairs.
+        self.gram_size, gram_chunks, gram_parts = (
+            _cut_gram(of_sums, tiles_i * tiles_j, per_part, D) if is_kept else (0, 0, 1)
+        )
 
         self.kept_size, n_padded = kept_size(N, K), _padded(N)
         n_fields = 7 if columns == 5 else 5 if is_inside else 4

@@ -352,31 +352,31 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
     assert ["eager" in timed[0], "q @ q.T" in timed[1], len(timed)] == [True, True, 2]
 
 
-def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch):
+@pytest.mark.parametrize(("n_rows", "least"), [(300, 4), (4200, 8)])
+def test_kernels_compiled_ahead_are_those_that_calls_look_for(monkeypatch, n_rows, least):
+    """Few rows, and the sweeps: a step of the mean, forward and backward."""
     pytest.importorskip("triton", reason="triton is not installed")
     from triton.runtime.jit import JITFunction
 
     from benchmarks.gpu.stages import warm
     from conr_kernels import conr_loss, triton_backend
 
-    call = tuple(dict(N=1300, D=16, dtype=torch.float16, precision="highest").items())
+    call = tuple(dict(N=n_rows, D=16, dtype=torch.float16, precision="highest").items())
     plain, looked_for = JITFunction.run, set()
 
     def without_launch(kernel, *args, grid, warmup, **options):
         looked_for.add(plain(kernel, *args, grid=grid, warmup=True, **options).hash)
 
     work = warm.distinct([call, call], 90)
-    names = [warm.launches(call, 90)[index].name for _, index in work]
-    first_of_backward = next(i for i, name in enumerate(names) if "backward" in name)
-    work, ahead = work[: first_of_backward - 1], set()  # the forward pass: not backward's gather
+    ahead = set()
     with mock.patch.object(JITFunction, "run", autospec=True) as launcher:
         launcher.side_effect = lambda *a, **k: ahead.add(plain(*a, **k).hash)
         assert {warm.compile_one(*task, 90) for task in work} == {""}
-    x, y = torch.randn(1300, 16).half(), torch.rand(1300)
+    x, y = torch.randn(n_rows, 16).half().requires_grad_(), torch.rand(n_rows)
     with warm.compiling_for(90), mock.patch.object(JITFunction, "run", without_launch):
         monkeypatch.setattr(triton_backend, "unavailable", lambda *_: None)
-        conr_loss(x, y, y, y, backend="triton")
-    assert len(ahead) == len(work) >= 5 and looked_for == ahead
+        conr_loss(x, y, y, y, backend="triton").backward()
+    assert len(ahead) == len(work) >= least and looked_for == ahead
 
 
 def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
@@ -390,7 +390,7 @@ def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone():
         odd = (*tiles[1][:3], 16, 7)  # no shipped entry has these warps and stages
         plain = candidates.warm_call(kind, size, how, tiles[1], bucket)
         call = tuple((key, (kind, odd, bucket) if key == "tried" else v) for key, v in plain)
-        marked = [n for n in warm.launches(call, 90) if n.options.get("num_warps") == 16]
+        marked = [n for n in warm.launches(call, 90) if n.options.get("num_stages") == 7]
         assert marked, (kind, size)
         assert {launch.arguments["BLOCK_I"] for launch in marked} == {odd[0]}
         of_other = {"forward": "backward", "backward": "forward", "wide": "forward_"}

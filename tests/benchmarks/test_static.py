@@ -18,10 +18,19 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime.jit import JITFunction
 
 from benchmarks.static import compiled, loops, rank, shipped, table, tiles
-from benchmarks.static.machine import MachineCode
-from benchmarks.static.shipped import CHUNKED, DENSE, LONG, SWEEPS, Call
+from benchmarks.static.machine import MachineCode, machine_code
+from benchmarks.static.shipped import CHUNKED, FEW, KEPT, SWEEPS, Call
 from conr_kernels.triton_backend import call as call_module
-from conr_kernels.triton_backend import dense, gradient, layout, sweeps, wide
+from conr_kernels.triton_backend import (
+    dense,
+    dense_gradient,
+    dense_rows,
+    gradient,
+    launch_dense,
+    layout,
+    sweeps,
+    wide,
+)
 from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D, TABLE
 from conr_kernels.variants import PUSHINGS
 
@@ -31,25 +40,26 @@ BOOL = {True, False}
 CONSTANTS = {
     **dict.fromkeys(
         ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "UNIT_TERMS", "COUNT_SELF", "WEIGHTED_ROWS",
-         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE"), BOOL,
+         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT"), BOOL,
     ),
     "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "ieee"}, "L": {1, 3},
-    # Only the interpreter multiplies 16-bit tiles wrongly.
-    "UPCAST": {False},
+    # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.
+    "UPCAST": {False}, "WIDE": {False},
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
-                     "L_PAD", "SLOTS", "BLOCK_K")),
+                     "L_PAD", "SLOTS", "BLOCK_K", "PARTS")),
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {
-    # Their rows have a gradient only, and few rows are never sorted.
-    ("conr_feature_gradient_kernel", "COLUMNS"): {3, 5},
+    # Their rows have a gradient.
+    ("conr_dense_finish_kernel", "COLUMNS"): {3, 5},
+    ("conr_scale_kernel", "COLUMNS"): {3, 5},
     # Their launches exist for several components only.
     ("conr_spread_kernel", "L"): {3},
     ("conr_sort_keys_kernel", "L"): {3},
 }
-MODULES = (dense, gradient, layout, sweeps, wide)
+MODULES = (dense, dense_gradient, dense_rows, gradient, layout, sweeps, wide)
 
 
 def kernels(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, JITFunction]:
@@ -64,7 +74,7 @@ def kernels(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, JITFunction]
 @functools.cache
 def shipped_launches() -> dict[int, list[compiled.Launch]]:
     found = defaultdict(list)
-    for call, index, arch in shipped.distinct():
+    for call, index, arch in shipped.distinct(*ARCHITECTURES):
         found[arch].append(launches_of(call, arch)[index])
     return dict(found)
 
@@ -95,7 +105,8 @@ def test_every_branch_is_compiled(arch: int) -> None:
         domain = EXCEPTIONS.get(key, CONSTANTS[key[1]])  # a new constant needs a line there
         assert domain is None or values == domain, (key, values)
     optional = {key for key, values in given.items() if False in values}
-    assert {name for _, name in optional} >= {"w_ptr", "gram_ptr", "G_rest_ptr", "poison_ptr"}
+    names = {"w_ptr", "n_absent_ptr", "gram_ptr", "out_ptr", "upstream_ptr", "G_rest_ptr"}
+    assert {name for _, name in optional} >= names | {"poison_ptr"}
     # In the gather kernel the anchors' copies and the coefficients go with HAS_KEYS and COLUMNS.
     assert all(given[key] == BOOL for key in optional), {k: given[k] for k in optional}
 
@@ -130,13 +141,12 @@ def test_every_configuration_is_compiled() -> None:
     none of which is out of reach.
     """
     every = [
-        Call(N, D, arithmetic)
+        Call(SWEEPS, D, arithmetic)
         for arithmetic, largest in REGISTER_D.items()
-        for D in (*(width for width in BUCKETS if width <= largest), CHUNKED, LONG)
-        for N in (SWEEPS, DENSE)
+        for D in (*(width for width in BUCKETS if width <= largest), CHUNKED)
     ]
     shipped_keys, all_keys = asked(shipped.calls()), asked(every)
-    assert {k for k in all_keys if not k[0].startswith("dense")} <= shipped_keys
+    assert all_keys <= shipped_keys
     reached = {(k[3], k[0], entry_of(*k)) for k in shipped_keys}
     assert reached == {
         (arithmetic, kind, n)
@@ -155,7 +165,7 @@ def committed() -> list[dict[str, str]]:
 def test_the_committed_table_has_every_shipped_kernel(committed) -> None:
     """One row for each binary: its call, tile and launch options; the rest is machine code."""
     expected = []
-    for call, index, arch in shipped.distinct():
+    for call, index, arch in shipped.distinct(90):
         launch = launches_of(call, arch)[index]
         expected.append({k: str(v) for k, v in table.identity(launch, call, arch).items()})
     assert [{k: row[k] for k in expected[0]} for row in committed] == expected
@@ -163,46 +173,51 @@ def test_the_committed_table_has_every_shipped_kernel(committed) -> None:
 
 #: Compiled here; ``python -m benchmarks.static --check`` compiles every row.
 SAMPLE = [
-    ("conr_forward_kernel", "paper", 128, 80),
-    ("conr_backward_kernel", "paper", 128, 90),
-    ("conr_wide_product_kernel", "paper", 2048, 90),
-    ("conr_forward_dense_kernel", "released-age few rows", 128, 90),
-    ("conr_gather_kernel", "paper", 128, 100),
-    ("conr_backward_kernel", "paper", 128, 100),
+    ("conr_backward_kernel", "paper", 128),
+    ("conr_wide_product_kernel", "paper", 2048),
+    ("conr_dense_sums_kernel", "released-age 1024 rows", 128),
+    ("conr_dense_gradient_kernel", "paper 4096 rows", 128),
+]
+#: Of the other architectures: compiled here, in no table.
+OTHERS = [
+    ("conr_forward_kernel", Call(SWEEPS, 128, "bfloat16")),
+    ("conr_backward_kernel", Call(SWEEPS, 128, "bfloat16")),
+    ("conr_dense_gradient_kernel", Call(KEPT, 128, "bfloat16")),
+    ("conr_dense_sums_kernel", Call(FEW, 128, "float32 highest")),
+    ("conr_dense_gradient_kernel", Call(FEW, 64, "float64")),
 ]
 
 
 @pytest.mark.parametrize("key", SAMPLE, ids=str)
 def test_the_committed_rows_regenerate(committed, key) -> None:
-    name, call_name, D, arch = key
+    name, call_name, D = key
     job = next(
-        (call, index, on)
-        for call, index, on in shipped.distinct()
-        if (str(call), call.D, call.arithmetic, on) == (call_name, D, "bfloat16", arch)
+        (call, index, arch)
+        for call, index, arch in shipped.distinct(90)
+        if (str(call), call.D, call.arithmetic) == (call_name, D, "bfloat16")
         and launches_of(call, arch)[index].name == name
     )
-    row = committed[shipped.distinct().index(job)]
+    row = committed[shipped.distinct(90).index(job)]
     assert {k: str(v) for k, v in table.row_of(*job).items()} == row
 
 
-#: Two numbers of a thread, in one variant with further keys. What avoids it, one stage or smaller
-#: tiles, would slow the kernel for every variant.
-KNOWN_SPILLS = {
-    ("100", "conr_forward_negatives_kernel", "bfloat16", "128", "released-depth keys"): "8",
-}
+@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize(("name", "call"), OTHERS, ids=str)
+def test_other_architectures_neither_spill_nor_use_atomics(name: str, call: Call, arch: int):
+    launch = next(launch for launch in launches_of(call, arch) if launch.name == name)
+    code = machine_code(compiled.compile_launch(launch, arch))
+    assert code.spill_bytes == 0 and code.shared_bytes <= rank.SHARED_LIMIT[arch]
+    assert not any(op.startswith(table.ATOMICS) for op in code.counts)
 
 
 def test_no_kernel_spills_or_uses_atomics(committed) -> None:
     def names(rows):
-        return [(r["arch"], r["kernel"], r["arithmetic"], r["D"], r["call"]) for r in rows]
+        return [(r["kernel"], r["arithmetic"], r["D"], r["call"]) for r in rows]
 
-    spilling = [row for row in committed if row["spill_bytes"] != "0"]
-    assert dict(zip(names(spilling), [r["spill_bytes"] for r in spilling], strict=True)) == (
-        KNOWN_SPILLS
-    )
+    assert names(row for row in committed if row["spill_bytes"] != "0") == []
     assert names(row for row in committed if row["atomics"] != "0") == []
-    limit = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
-    assert names(row for row in committed if int(row["shared_bytes"]) > limit[row["arch"]]) == []
+    limit = rank.SHARED_LIMIT[90]
+    assert names(row for row in committed if int(row["shared_bytes"]) > limit) == []
 
 
 def test_an_architecture_above_100_with_less_shared_memory_runs_its_tiles() -> None:
@@ -214,31 +229,27 @@ def test_an_architecture_above_100_with_less_shared_memory_runs_its_tiles() -> N
 
 def with_products(committed) -> list[dict[str, str]]:
     """The rows of kernels that multiply tiles."""
-    kinds = ("ward_", "gram", "feature_gradient", "wide_scores", "wide_product")
+    kinds = ("ward_", "gram", "dense_sums", "dense_gradient", "wide_scores", "wide_product")
     rows = [row for row in committed if any(kind in row["kernel"] for kind in kinds)]
-    # Where a launch before multiplies few rows, the forward kernel has no product.
-    before = {(r["arch"], r["arithmetic"], r["D"]) for r in rows if "gram" in r["kernel"]}
+    # Where a launch before multiplies few rows, the kernel of their sums has no product.
+    before = {(r["arithmetic"], r["D"], r["call"]) for r in rows if "gram" in r["kernel"]}
     rows = [
         r for r in rows
-        if "forward_dense" not in r["kernel"] or (r["arch"], r["arithmetic"], r["D"]) not in before
+        if "dense_sums" not in r["kernel"] or (r["arithmetic"], r["D"], r["call"]) not in before
     ]  # fmt: skip
-    assert len(rows) > 300
+    assert len(rows) > 150
     return rows
 
 
 def test_tensor_cores_do_every_product(committed) -> None:
-    """In every 16-bit and TF32 loop, wgmma on sm_90 except where a tile has 16 anchors; also for
-    float64 where the architecture has a fast one.
-    """
+    """wgmma wherever a tile has the 64 anchors that it needs; also of float64."""
     for row in with_products(committed):
         names = row["tensor_core"]
         if row["arithmetic"] == "float64":
-            assert ("DMMA" in names) == (row["arch"] != "100"), row
-        elif row["arch"] == "100" or int(row["tile"].split("x")[0]) < 64:
-            assert "MMA" in names, row
+            assert "DMMA" in names, row
         else:
-            assert ("HGMMA" if row["arch"] == "90" else "HMMA") in names, row
-        if row["arch"] == "90" and row["sweep"] and row["arithmetic"] != "float64":
+            assert ("HGMMA" if int(row["tile"].split("x")[0]) >= 64 else "HMMA") in names, row
+        if row["sweep"] and row["arithmetic"] != "float64":
             assert "HGMMA" in names, row
 
 
@@ -265,7 +276,8 @@ def test_every_loop_over_pairs_was_taken_apart(committed) -> None:
     for row in committed:
         if "L=3" in row["call"] or row["call"].startswith("contrastive"):
             continue  # full tiles or edges are none, and the compiler drops their loop
-        has_pairs = any(kind in row["kernel"] for kind in ("ward_", "pair_gradient", "wide_scores"))
+        kinds = ("ward_", "dense_sums", "dense_gradient", "wide_scores")
+        has_pairs = any(kind in row["kernel"] for kind in kinds)
         assert (row["per_pair_edge"] != "") == has_pairs, row
         assert (row["bound_rest"] != "") == (not has_pairs and not row["per_pair_product"]), row
         if "ward_" in row["kernel"] and row["sweep"]:
@@ -292,13 +304,28 @@ def test_instructions_per_pair_are_within_the_targets(committed) -> None:
 
 def test_times_are_predicted_for_an_h200_at_the_sizes_that_a_kernel_serves(committed) -> None:
     for row in committed:
-        few, many = row["h200_us_1024"], (row["h200_us_16384"], row["h200_us_65536"])
-        is_few = "few rows" in row["call"]
-        if row["arch"] != "90":
-            assert few == many[0] == many[1] == ""
-        else:
-            assert (few != "") == is_few and (many[0] != "") == (not is_few)
-            assert is_few or 0 < float(many[0]) <= float(many[1]), row
+        few, many = row["h200_us_few"], (row["h200_us_16384"], row["h200_us_65536"])
+        is_few = " rows" in row["call"]
+        assert (few != "") == is_few and (many[0] != "") == (not is_few)
+        assert is_few or 0 < float(many[0]) <= float(many[1]), row
+
+
+def test_every_processor_works_from_few_rows_on() -> None:
+    """Programs of the launches over pairs of few rows, on a GPU of 132 processors."""
+    for n, least in ((128, 64), (256, 132), (512, 132), (1024, 132), (2048, 132), (4096, 132)):
+        for launch in Call(n, 128, "bfloat16").launches(90):
+            if "sums" in launch.name or "gradient" in launch.name:
+                assert launch.grid[0] >= least, (n, launch.name)
+
+
+def test_memory_of_pairs_ends_at_a_million() -> None:
+    assert launch_dense.kept_size(1024, 1024) > 1024 * 1024
+    assert launch_dense.kept_size(1025, 1024) < 4 * 1025
+    assert launch_dense.kept_size(4096, 4096) < 4 * 4096
+    for arithmetic, sizes in shipped.FEW_SIZES.items():
+        for D in (D for D, n in sizes if n == FEW):
+            names = [launch.name for launch in Call(FEW, D, arithmetic).launches(90)]
+            assert "conr_gram_kernel" not in names, arithmetic
 
 
 @pytest.mark.parametrize("sweep", ["positives", "negatives"])

@@ -33,14 +33,6 @@ CANDIDATES: dict[tuple[str, bool], list[Tile]] = {
         (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2), (128, 64, 64, 8, 3),
         (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 128, 4, 2),
     ],
-    ("dense", True): [
-        (16, 64, 64, 4, 2), (16, 64, 128, 4, 2), (32, 64, 64, 4, 2), (16, 128, 64, 4, 2),
-        (32, 32, 64, 4, 2), (16, 32, 64, 2, 2), (64, 64, 64, 4, 2), (32, 64, 128, 4, 3),
-    ],
-    ("dense backward", True): [
-        (16, 64, 32, 4, 3), (16, 64, 64, 4, 3), (16, 64, 128, 4, 3), (32, 64, 32, 4, 3),
-        (32, 64, 64, 4, 2), (64, 64, 32, 4, 3),
-    ],
     ("forward", False): [
         (64, 64, 0, 4, 2), (64, 64, 0, 4, 3), (128, 64, 0, 8, 2), (128, 32, 0, 4, 2),
         (64, 32, 0, 4, 3), (128, 128, 0, 8, 2),
@@ -57,13 +49,6 @@ CANDIDATES: dict[tuple[str, bool], list[Tile]] = {
         (64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 8, 3), (128, 64, 32, 8, 2),
         (64, 32, 64, 4, 2),
     ],
-    ("dense backward", False): [
-        (16, 32, 32, 4, 3), (16, 32, 64, 4, 3), (32, 32, 32, 4, 3), (32, 32, 64, 4, 2),
-    ],
-    ("dense", False): [
-        (16, 32, 32, 4, 2), (16, 64, 32, 4, 2), (32, 32, 32, 4, 2), (16, 32, 64, 4, 2),
-        (32, 64, 32, 4, 2),
-    ],
 }  # fmt: skip
 #: Kind, size and precision of float32 products, the most wanted first.
 ITEMS = [
@@ -71,19 +56,16 @@ ITEMS = [
     ("backward", Size(32_768), "highest"),
     ("wide", Size(16_384, 512), "highest"),
     ("forward", Size(16_384, 512), "highest"),
-    ("dense", Size(512), "highest"),
-    ("dense backward", Size(512), "highest"),
     ("wide", Size(16_384, 2048), "highest"),
     ("backward", Size(32_768, 256), "highest"),
     ("forward", Size(32_768, 256), "highest"),
     ("forward", Size(32_768, 64), "highest"),
     ("backward", Size(32_768, 64), "highest"),
     ("forward", Size(16_384, 128, F32), "highest"),
-    ("wide", Size(16_384, 128, F32), "highest"),
+    ("backward", Size(16_384, 128, F32), "highest"),
+    ("wide", Size(16_384, 512, F32), "highest"),
     ("forward", Size(16_384, 128, F32), "high"),
     ("backward", Size(16_384, 128, F32), "high"),
-    ("dense", Size(512, 128, F32), "highest"),
-    ("dense backward", Size(512, 128, F32), "highest"),
     ("forward", Size(16_384, 64, F32), "highest"),
     ("backward", Size(16_384, 64, F32), "highest"),
 ]
@@ -118,12 +100,7 @@ def item_candidates(kind: str, size: Size, how: str) -> tuple[list[Tile], int]:
         arithmetic = call.arithmetic(size.dtype)
     bucket = configs.bucket(size.D, arithmetic)
     name = "forward chunks" if kind == "forward" and bucket == 0 else kind
-    tiles = CANDIDATES[name, size.dtype == BF16]
-    if kind.startswith("dense"):
-        # The two kinds hand each other sums over tiles of one width.
-        width = configs.config(kind, 90, bucket, arithmetic).BLOCK_J
-        tiles = [tile for tile in tiles if tile[1] == width]
-    return tiles, bucket
+    return CANDIDATES[name, size.dtype == BF16], bucket
 
 
 def warm_call(kind: str, size: Size, how: str, tile: Tile, bucket: int) -> tuple:
