@@ -146,7 +146,6 @@ class Plan:
             layout.conr_gather_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, D=call.D,
             D_PAD=call.D_pad, L=call.L, COLUMNS=columns, ROWS=GATHER_ROWS,
             CHUNK=min(call.D_pad, 128) if call.D_bucket else 64,
-            BAND_ROWS=ROW_PAD,
         )  # fmt: skip
         launch = Launch(
             gather, self.gather_programs * (1 + self.is_apart), call.N, call.K, call.D_pad,

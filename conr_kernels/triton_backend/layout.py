@@ -169,10 +169,10 @@ def conr_bands_kernel(
 
 
 @triton.jit
-def _choose(excess_ptr, n_anchors, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _choose(excess_ptr, n_anchors, BLOCK: tl.constexpr):
     """Whether the negatives are cheaper outside the label bands."""
     total = tl.zeros((BLOCK,), tl.int64)
-    n_tiles = tl.cdiv(n_anchors, ROWS)
+    n_tiles = padded(n_anchors) // 128
     for start in range(0, n_tiles, BLOCK):
         tile = start + tl.arange(0, BLOCK)
         total += tl.load(excess_ptr + tile, mask=tile < n_tiles, other=0)
@@ -268,7 +268,7 @@ def conr_gather_kernel(
     poison_ptr, upstream_ptr, n_anchors, n_keys, width, first, apart,
     factor: tl.float64, scale: tl.float64,
     HAS_KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BAND_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Unit features times the scale, labels and coefficients times the upstream gradient and the
     factor, in the order of the labels, then in that of the predictions; from the ``first`` program
@@ -288,7 +288,7 @@ def conr_gather_kernel(
     is_needed = (which == 0) | (apart == 1)
     if which == 1:
         if excess_ptr is not None:
-            is_outside = _choose(excess_ptr, n_anchors, BAND_ROWS, 256)
+            is_outside = _choose(excess_ptr, n_anchors, 256)
             if pid == 0:
                 tl.store(layout_ptr, is_outside.to(tl.int32))
         else:
