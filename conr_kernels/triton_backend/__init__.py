@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..variants import Settings
 from . import launch_dense as few
+from . import launch_sweeps as many
+from . import run_sweeps
 from .availability import unavailable
-from .call import ROW_PAD, Call, Keys, padded, tiles
-from .launch import kernels, on_device, place_of, run_kernel
-from .launch_sweeps import backward_sweeps, forward_sweeps
+from .call import Keys
+from .launch import on_device, place_of
 
 __all__ = [
     "backward", "forward", "layout_size", "reduced", "reduced_gradient", "reduces",
@@ -27,10 +28,8 @@ __all__ = [
 
 
 def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
-    """Few rows: what ``few.kept_size`` says. Else a head (the choice of sweep), both orders of
-    keys and anchors, the anchors' places, the bands; between them D decides which it is.
-    """
-    of_sweeps = ROW_PAD + 2 * padded(n_keys) + 7 * padded(n_anchors)
+    """What ``few.kept_size`` or ``many.layout_size`` says; between them D decides which it is."""
+    of_sweeps = many.layout_size(n_anchors, n_keys)
     if n_anchors * n_keys > few.DENSE_PAIRS:
         return of_sweeps
     of_dense = few.kept_size(n_anchors, n_keys) * (2 if dtype == torch.float64 else 1)
@@ -67,13 +66,14 @@ def _forward(
 ) -> None:  # fmt: skip
     w = None if w is None else w.contiguous()
     (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
-    if not few.serves(N, K, D, x.dtype):
-        call = Call(x, y, p, keys, self_offset, settings)
-        forward_sweeps(call, w, n_absent, loss, stats, layout)
-        return
     x, y, p, keys = _contiguous(x, y, p, keys)
-    plan = few.plan_of(x, y, keys, self_offset, settings, "none")
-    few.forward_dense(plan, place_of(x), x, y, p, w, keys, n_absent, loss, stats, layout)
+    rows, results = (x, y, p, w, keys, n_absent), (loss, stats, layout)
+    if few.serves(N, K, D, x.dtype):
+        plan = few.plan_of(x, y, keys, self_offset, settings, "none")
+        few.forward_dense(plan, place_of(x), *rows, *results)
+    else:
+        plan = many.plan_of(x, y, keys, self_offset, settings, "none")
+        run_sweeps.forward(plan, place_of(x), *rows, *results)
 
 
 def backward(
@@ -101,13 +101,14 @@ def _backward(
     coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
 ) -> None:  # fmt: skip
     (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
-    if not few.serves(N, K, D, x.dtype):
-        call = Call(x, y, p, keys, self_offset, settings)
-        backward_sweeps(call, coef_i, coef_j, layout, gradient)
-        return
     x, y, p, keys = _contiguous(x, y, p, keys)
-    plan = few.plan_of(x, y, keys, self_offset, settings, "none")
-    few.backward_dense(plan, place_of(x), x, y, p, keys, coef_i, coef_j, layout, gradient)
+    rows = (x, y, p, keys, coef_i, coef_j, layout, gradient)
+    if few.serves(N, K, D, x.dtype):
+        plan = few.plan_of(x, y, keys, self_offset, settings, "none")
+        few.backward_dense(plan, place_of(x), *rows)
+    else:
+        plan = many.plan_of(x, y, keys, self_offset, settings, "none")
+        run_sweeps.backward(plan, place_of(x), *rows)
 
 
 def _contiguous(
@@ -143,50 +144,25 @@ def reduced(
     wants_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
     """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``."""
-    N, D = x.shape
-    if few.serves(N, N, D, x.dtype):
-        return on_device(_reduced, x, y, p, w, settings, reduction, wants_gradient)
-    # The caller may change his own labels before the backward pass.
-    pair = torch.stack((y, p))
-    rows, stats, layout = forward(x, *pair, w, None, 0, settings)
-    factor = 1 / N if reduction == "mean" else 1.0
-    loss = on_device(_total, rows, factor)
-    return loss, (stats, layout, pair), (settings, factor)
+    return on_device(_reduced, x, y, p, w, settings, reduction, wants_gradient)
 
 
 def _reduced(
     x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, reduction: str,
     wants_gradient: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], few.Plan]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, ...], few.Plan | many.Plan]:  # fmt: skip
+    N, D = x.shape
     x, y, p = x.contiguous(), y.contiguous(), p.contiguous()
-    plan = few.plan_of(x, y, None, 0, settings, reduction)
-    loss, workspace = few.reduced_dense(plan, place_of(x), x, y, p, w, wants_gradient)
-    return loss, (workspace,), plan
-
-
-def _total(rows: Tensor, factor: float) -> Tensor:
-    loss = rows.new_empty(())
-    run_kernel(
-        place_of(rows), kernels("dense_rows").conr_total_kernel, 1,
-        rows, loss, rows.shape[0], 0, factor, BLOCK=8192, num_warps=16,
-    )  # fmt: skip
-    return loss
+    if few.serves(N, N, D, x.dtype):
+        plan = few.plan_of(x, y, None, 0, settings, reduction)
+        loss, workspace = few.reduced_dense(plan, place_of(x), x, y, p, w, wants_gradient)
+        return loss, (workspace,), plan
+    plan = many.plan_of(x, y, None, 0, settings, reduction)
+    w = None if w is None else w.contiguous()
+    return *run_sweeps.reduced(plan, place_of(x), x, y, p, w), plan
 
 
 def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: Tensor) -> Tensor:
     """The gradient of the features for an upstream gradient of the reduced loss."""
-    if len(saved) == 1:
-        return on_device(few.reduced_gradient, x, *saved, plan, upstream)
-    stats, layout, (y, p) = saved
-    settings, factor = plan
-    coef = on_device(_scaled, stats, upstream, factor)
-    return backward(coef, None, layout, x, y, p, None, 0, settings)
-
-
-def _scaled(stats: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    coef, (N, columns) = torch.empty_like(stats), stats.shape
-    run_kernel(
-        place_of(stats), kernels("dense_rows").conr_scale_kernel, tiles(N, 1024),
-        stats, upstream, coef, N, factor, COLUMNS=columns, ROWS=1024, num_warps=4,
-    )  # fmt: skip
-    return coef
+    module = few if isinstance(plan, few.Plan) else run_sweeps
+    return on_device(module.reduced_gradient, x, *saved, plan, upstream)

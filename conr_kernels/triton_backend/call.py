@@ -1,11 +1,11 @@
-"""What one call has in common for all its launches: rows, constants of its kernels, tiles."""
+"""What a form of call has in common for all its launches: sizes, constants of kernels, tiles."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from ..variants import Settings
 from .availability import interpreted
 from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
-from .launch import place_of
 
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
@@ -22,66 +21,72 @@ ROW_PAD = 128
 Keys = tuple[Tensor, Tensor, Tensor]
 
 
-class Call:
-    """What one call has in common for all its launches."""
+class Form(NamedTuple):
+    """What the launches of a call depend on beside its settings; ``config`` and ``bucket`` as the
+    table of tiles is read.
+    """
 
-    def __init__(
-        self, x: Tensor, y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, s: Settings
-    ) -> None:
-        # Rows stand one behind the other: no bit of a result depends on how they are handed over.
-        self.x, self.y, self.p = x.contiguous(), y.contiguous(), p.contiguous()
-        self.has_keys = keys is not None
-        given = (self.x, self.y, self.p) if keys is None else keys
-        self.key_x, self.key_y, self.key_p = (t.contiguous() for t in given)
-        self.place = place_of(self.x)
-        self.self_offset, self.settings = self_offset, s
-        self.N, self.D = x.shape
-        self.K, self.L = self.key_x.shape[0], y.shape[1]
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.arithmetic = arithmetic(x.dtype)
-        self.D_bucket = bucket(self.D, self.arithmetic)
+    N: int
+    K: int
+    D: int
+    L: int
+    dtype: torch.dtype
+    labels: torch.dtype
+    has_keys: bool
+    self_offset: int
+    reduction: str
+    arithmetic: str
+    architecture: int
+    config: Callable[..., Config]
+    bucket: Callable[..., int]
+
+
+def form_of(x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, reduction: str) -> Form:
+    (N, D), L = x.shape, y.shape[1]
+    K = N if keys is None else keys[0].shape[0]
+    dtype, on = x.dtype, architecture(x.device)
+    return Form(
+        N, K, D, L, dtype, y.dtype, keys is not None, self_offset, reduction, arithmetic(dtype),
+        on, config, bucket,
+    )  # fmt: skip
+
+
+class Call:
+    """What one form of call has in common for all its launches."""
+
+    def __init__(self, form: Form, s: Settings) -> None:
+        self.form, self.settings = form, s
+        self.N, self.K, self.D, self.L = form[:4]
+        self.has_keys = form.has_keys
+        is_half = form.dtype.itemsize == 2
+        self.dtype = torch.float64 if form.dtype == torch.float64 else torch.float32
+        self.D_bucket = form.bucket(self.D, form.arithmetic)
         self.D_pad = self.D_bucket or WIDE_PAD * math.ceil(self.D / WIDE_PAD)
-        variant = s.variant
         #: √(log₂e/τ), the factor of every unit feature.
         self.scale = math.sqrt(math.log2(math.e) / s.temperature)
-        self.window = largest_total(s.window, self.L, s.distance, str(y.dtype)[6:])
-        self.is_confused = variant.negatives == "confused"
+        self.window = largest_total(s.window, self.L, s.distance, str(form.labels)[6:])
+        self.is_confused = s.variant.negatives == "confused"
         self.is_tiny = s.scales_by_distance and s.window < s.SMALLEST_WINDOW
+        self.is_rescaled = form.dtype == torch.float16
+        self.is_inside = s.variant.log == "inside"
         self.pair_flags = dict(
             L=self.L,
             RMSE=s.distance == "rmse" and self.L > 1,
             SHIFTED=not s.exponent_is_small,
-            PRECISION=precision(self.arithmetic),
+            PRECISION=precision(form.arithmetic),
             # The interpreter multiplies 16-bit tiles wrongly.
-            UPCAST=interpreted() and x.dtype.itemsize == 2,
+            UPCAST=interpreted() and is_half,
         )
-        self.row_flags = dict(
-            PUSHING=variant.pushing,
-            CONFUSED=self.is_confused,
-            UNIT_TERMS=variant.unit_terms,
-            COUNT_SELF=variant.count_self,
-            WEIGHTED_ROWS=variant.weighted_rows,
-        )
-        self.is_inside = variant.log == "inside"
-
-    def device_guard(self):
-        return torch.cuda.device(self.x.device) if self.x.is_cuda else contextlib.nullcontext()
+        #: Squares of differences must not be fused into the sum that follows.
+        self.fusion = {"enable_fp_fusion": False} if self.pair_flags["RMSE"] else {}
 
     def config(self, kind: str) -> Config:
-        rows, key = [], (kind, architecture(self.x.device), self.D_bucket)
-        if self.x.dtype.itemsize == 2:
+        rows, key = [], (kind, self.form.architecture, self.D_bucket)
+        if self.form.dtype.itemsize == 2:
             is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
             rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]
-        row = next((row for row in rows if entry(*key, row)), self.arithmetic)
-        return config(*key, row)
-
-    def options(self, chosen: Config) -> dict[str, Any]:
-        """Launch options; squares of differences must not be fused into the sum that follows."""
-        fusion = {"enable_fp_fusion": False} if self.pair_flags["RMSE"] else {}
-        return {**chosen.tiles, **chosen.launch, **fusion}
-
-    def strides(self) -> tuple[int, ...]:
-        return *self.x.stride(), *self.key_x.stride()
+        row = next((row for row in rows if entry(*key, row)), self.form.arithmetic)
+        return self.form.config(*key, row)
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,8 +115,15 @@ def largest_total(window: float, L: int, distance: str, dtype: str) -> float:
 
 def arithmetic(dtype: torch.dtype) -> str:
     """The dtype's name, and whether float32 products must be float32's own."""
-    highest = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return str(dtype).removeprefix("torch.") + (" highest" if highest else "")
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "float32 highest"
+    return _NAMES[dtype]
+
+
+_NAMES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def precision(arithmetic: str) -> str:

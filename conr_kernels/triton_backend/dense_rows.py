@@ -1,6 +1,4 @@
-"""The Triton kernels that finish rows: losses and statistics of few rows, totals, upstream
-gradients.
-"""
+"""The Triton kernels that finish rows: losses and statistics of few rows, totals."""
 
 import triton
 import triton.language as tl
@@ -107,21 +105,3 @@ def store_total(pid, loss_ptr, out_ptr, n_rows, factor, BLOCK: tl.constexpr):
 def conr_total_kernel(loss_ptr, out_ptr, n_rows, loss_at, factor: tl.float64, BLOCK: tl.constexpr):
     """The sum of the row losses times a factor; one program."""
     store_total(tl.program_id(0), loss_ptr + loss_at, out_ptr, n_rows, factor, BLOCK)
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def conr_scale_kernel(
-    stats_ptr, upstream_ptr, coef_ptr, n_rows, factor: tl.float64,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Statistics of ROWS rows (core/rows.py) times one upstream gradient: but not their
-    logarithms.
-    """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = rows < n_rows
-    g = tl.load(upstream_ptr).to(tl.float64) * factor
-    for c in tl.static_range(COLUMNS):
-        of = tl.load(stats_ptr + rows * COLUMNS + c, mask=is_row)
-        if c < 3:
-            of = (of * g).to(of.dtype)
-        tl.store(coef_ptr + rows * COLUMNS + c, of, mask=is_row)

@@ -9,9 +9,7 @@ form of arguments, when it compiles.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +23,6 @@ SERVED = ((3, 6), (3, 9))
 FORMS = 64
 
 
-@functools.cache
-def kernels(name: str) -> ModuleType:
-    """A module of kernels, which imports Triton."""
-    return importlib.import_module(f".{name}", __package__)
-
-
 class Place(NamedTuple):
     """Where the launches of one call go: a device's number and the address of its stream."""
 
@@ -38,8 +30,10 @@ class Place(NamedTuple):
     stream: int
 
 
+#: Numbers ``start … start + n`` of a tensor, taken for a dtype: made a tensor where one is needed.
+Slice = tuple[Tensor, int, int, torch.dtype]
 #: A tensor as kernels take it, its address, and what of it they are compiled for.
-Pointer = tuple[Tensor | None, int | None, tuple[torch.dtype, bool] | None]
+Pointer = tuple[Tensor | Slice | None, int | None, tuple[torch.dtype, bool] | None]
 
 NOTHING: Pointer = (None, None, None)
 
@@ -49,6 +43,37 @@ def pointer(t: Tensor | None) -> Pointer:
         return NOTHING
     address = t.data_ptr()
     return t, address, (t.dtype, address % 16 == 0)
+
+
+def _tensor(t: Tensor | Slice | None) -> Tensor | None:
+    if not isinstance(t, tuple):
+        return t
+    whole, start, n, dtype = t
+    return whole.view(-1)[start : start + n].view(dtype)
+
+
+class Parts:
+    """Parts of one allocation of 32-bit integers, by name; each starts on 128 bytes."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.parts: dict[str, tuple[int, int, int, torch.dtype, tuple[torch.dtype, bool]]] = {}
+
+    def add(self, name: str, n: int, dtype: torch.dtype) -> None:
+        size = -(-n * dtype.itemsize // 4)
+        self.parts[name] = (4 * self.size, self.size, size, dtype, (dtype, True))
+        self.size += -(-size // 32) * 32
+
+    def new(self, x: Tensor) -> Tensor:
+        """An allocation where x is."""
+        return x.new_empty(self.size, dtype=torch.int32)
+
+    def pointers(self, whole: Tensor) -> dict[str, Pointer]:
+        base = whole.data_ptr()
+        return {
+            name: ((whole, start, n, dtype), base + at, form)
+            for name, (at, start, n, dtype, form) in self.parts.items()
+        }
 
 
 def place_of(x: Tensor) -> Place | None:
@@ -116,63 +141,20 @@ class Launch:
         self.rest = numbers + kernel.constants
 
     def __call__(self, place: Place | None, *pointers: Pointer) -> None:
-        if place is None:
-            tensors = [tensor for tensor, _, _ in pointers]
-            self.kernel.launch_plainly(self.n_programs, tensors, self.numbers)
-            return
-        key = (place.device, self.form, *[form for _, _, form in pointers])
+        tensors, addresses, forms = zip(*pointers, strict=True)
+        key = None if place is None else (place.device, self.form, forms)
         found = self.kernel.compiled.get(key)
-        if found is None:
-            tensors = [tensor for tensor, _, _ in pointers]
-            kernel = self.kernel.launch_plainly(self.n_programs, tensors, self.numbers)
-            if kernel is not None:  # a hook may have taken the compilation over
+        if place is None or found is None:
+            given = [_tensor(t) for t in tensors]
+            kernel = self.kernel.launch_plainly(self.n_programs, given, self.numbers)
+            if key is not None and kernel is not None:  # a hook may have taken it over
                 self.kernel.remember(key, kernel)
             return
         run, function, metadata = found
         run(
             self.n_programs, 1, 1, place.stream, function, metadata, None, None, None,
-            *[address for _, address, _ in pointers], *self.rest,
+            *addresses, *self.rest,
         )  # fmt: skip
-
-
-#: As ``Kernel.compiled``, for launches whose kernel is named with all its arguments.
-_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-
-
-def run_kernel(
-    place: Place | None,
-    function: Any,
-    n_programs: int,
-    *arguments: Tensor | int | float | None,
-    **keywords: Any,
-) -> None:
-    """``function[(n_programs,)](*arguments, **keywords)``, where the keywords are the constants,
-    which are last, and the launch options.
-    """
-    if place is None:
-        function[(n_programs,)](*arguments, **keywords)
-        return
-    addresses = [a.data_ptr() if type(a) is Tensor else a for a in arguments]
-    # Of every integer more is told apart than Triton compiles another kernel for.
-    forms = [
-        (a.dtype, address % 16 == 0) if type(a) is Tensor
-        else (-(2**31) <= a < 2**31, a == 1, a % 16 == 0) if type(a) is int
-        else type(a)
-        for a, address in zip(arguments, addresses, strict=True)
-    ]  # fmt: skip
-    key = (id(function), place.device, *forms, *keywords.items())
-    found = _compiled.get(key)
-    if found is None:
-        kernel = function[(n_programs,)](*arguments, **keywords)
-        if kernel is not None:
-            if len(_compiled) >= 8 * FORMS:
-                _compiled.clear()
-            names = function.arg_names[len(arguments) :]
-            constants = [keywords[name] for name in names]
-            _compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, constants
-        return
-    run, handle, metadata, constants = found
-    run(n_programs, 1, 1, place.stream, handle, metadata, None, None, None, *addresses, *constants)
 
 
 @functools.lru_cache(maxsize=256)

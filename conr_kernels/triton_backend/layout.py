@@ -1,6 +1,4 @@
-"""Triton kernels that put rows in order: sort keys, exact bands, the choice of sweep, sorted
-copies.
-"""
+"""Triton kernels that put rows in order: sort keys, exact bands, choice of sweep, sorted copies."""
 
 import triton
 import triton.language as tl
@@ -34,9 +32,7 @@ def conr_sort_keys_kernel(
     n_keys, n_anchors,
     HAS_KEYS: tl.constexpr, L: tl.constexpr, L_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The widest component of labels and of predictions, of keys and of anchors: [2, K] and [2,
-    N].
-    """
+    """The widest component of labels and of predictions: of keys [2, K], of anchors [2, N]."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     components = tl.arange(0, L_PAD)
     for which in tl.static_range(2):
@@ -59,9 +55,7 @@ def conr_sort_keys_kernel(
 
 @triton.jit
 def padded(n):
-    """Sorted arrays are padded to a multiple of 128: zero features, NaN labels, which no set
-    contains.
-    """
+    """Sorted arrays have zero features and NaN labels, which no set contains, up to there."""
     return tl.cdiv(n, 128) * 128
 
 
@@ -105,8 +99,9 @@ def _band_tile(
         found = (mid > last) | (is_near == 0)
         hi, hi_end = tl.where(found, hi, mid + 1), tl.where(found, mid, hi_end)
         hi = tl.minimum(hi, hi_end)
+    hi_end = tl.maximum(lo_end, hi_end)
     tl.store(lo_ptr + rows, lo_end, mask=rows < n_padded)
-    tl.store(hi_ptr + rows, tl.maximum(lo_end, hi_end), mask=rows < n_padded)
+    tl.store(hi_ptr + rows, hi_end, mask=rows < n_padded)
 
     if HAS_KEYS:
         # Equal values stand in their first order: the pair (value, row) finds the anchor's own key.
@@ -122,31 +117,40 @@ def _band_tile(
             here, end = tl.where(found, here, mid + 1), tl.where(found, mid, end)
             here = tl.minimum(here, end)
         tl.store(self_ptr + rows, end, mask=rows < n_padded)
+    return lo_end, hi_end
+
+
+@triton.jit
+def _at(values, index):
+    """One of a tile's numbers."""
+    is_it = tl.arange(0, values.shape[0]) == index
+    return tl.sum(tl.where(is_it, values, 0), axis=0)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "self_offset", "n_steps"])
 def conr_bands_kernel(
     key_y_ptr, key_y_order_ptr, anchor_y_ptr, anchor_y_order_ptr,
-    key_p_ptr, key_p_order_ptr, anchor_p_ptr, anchor_p_order_ptr, layout_ptr,
+    key_p_ptr, key_p_order_ptr, anchor_p_ptr, anchor_p_order_ptr, layout_ptr, excess_ptr,
     n_anchors, n_keys, self_offset, n_steps, reach: tl.float64,
-    HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
+    HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Every sorted anchor's band, by binary search on ``|y_i − y_j| ≤ reach`` itself; a program
-    per ROWS rows.
+    per ROWS rows. ``excess``: how many more keys those rows' negatives visit in the bands of the
+    predictions than outside those of the labels.
 
     ``lo_i = min { j : y_i − y_j ≤ reach }``, ``hi_i = min { j : not y_j − y_i ≤ reach }``.
     """
     pid = tl.program_id(0)
     keys, anchors = padded(n_keys), padded(n_anchors)
     order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
-    _band_tile(
+    lo, hi = _band_tile(
         pid, key_y_ptr, key_y_order_ptr, anchor_y_ptr, anchor_y_order_ptr,
         order_j_ptr, order_i_ptr, lo_ptr, hi_ptr, self_ptr,
         n_anchors, n_keys, self_offset, n_steps, reach, HAS_KEYS, ROWS,
     )  # fmt: skip
     if HAS_P:
         # The negatives never include the anchor itself: its place in this order is not needed.
-        _band_tile(
+        p_lo, p_hi = _band_tile(
             pid, key_p_ptr, key_p_order_ptr, anchor_p_ptr, anchor_p_order_ptr,
             order_j_ptr + keys, order_i_ptr + anchors, lo_ptr + anchors, hi_ptr + anchors,
             self_ptr, n_anchors, n_keys, self_offset, n_steps, reach, False, ROWS,
@@ -156,37 +160,23 @@ def conr_bands_kernel(
             is_row = rows < n_anchors
             order = tl.load(anchor_p_order_ptr + rows, mask=is_row, other=n_anchors)
             tl.store(order_i_ptr + anchors + rows, order.to(tl.int32), mask=rows < anchors)
-
-
-@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
-def conr_choose_kernel(
-    layout_ptr, n_anchors, n_keys,
-    EXACT: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Writes 1 to ``layout[0]`` where the negatives are cheaper outside the label bands; one
-    program.
-    """
-    anchors = padded(n_anchors)
-    _, _, _, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
-    in_bands = tl.zeros((BLOCK,), tl.int64)
-    outside = tl.zeros((BLOCK,), tl.int64)
-    if HAS_P:
-        n_tiles = tl.cdiv(n_anchors, ROWS)
-        for start in range(0, n_tiles, BLOCK):
-            tile = start + tl.arange(0, BLOCK)
-            is_tile = tile < n_tiles
-            first = tl.minimum(tile * ROWS, n_anchors - 1)
-            last = tl.minimum(first + ROWS, n_anchors) - 1
-            band = tl.load(hi_ptr + anchors + last) - tl.load(lo_ptr + anchors + first)
-            full = tl.zeros_like(band)
-            if EXACT:
-                full = tl.maximum(tl.load(hi_ptr + first) - tl.load(lo_ptr + last), 0)
-            in_bands += tl.where(is_tile, band, 0)
-            outside += tl.where(is_tile, n_keys - full, 0)
-        is_dense = tl.sum(in_bands, axis=0) >= tl.sum(outside, axis=0)
-        tl.store(layout_ptr, is_dense.to(tl.int32))
-    else:
+        excess = _at(p_hi, ROWS - 1) - _at(p_lo, 0) - n_keys
+        if EXACT:
+            excess += tl.maximum(_at(hi, 0) - _at(lo, ROWS - 1), 0)
+        tl.store(excess_ptr + pid, excess, mask=pid * ROWS < n_anchors)
+    elif pid == 0:
         tl.store(layout_ptr, 1)
+
+
+@triton.jit
+def _choose(excess_ptr, n_anchors, BLOCK: tl.constexpr):
+    """Whether the negatives are cheaper outside the label bands."""
+    total = tl.zeros((BLOCK,), tl.int64)
+    n_tiles = padded(n_anchors) // 128
+    for start in range(0, n_tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        total += tl.load(excess_ptr + tile, mask=tile < n_tiles, other=0)
+    return tl.sum(total, axis=0) >= 0
 
 
 @triton.jit
@@ -197,8 +187,8 @@ def _load_rows(x_ptr, rows, is_row, columns, D: tl.constexpr, dtype: tl.constexp
 
 @triton.jit
 def _gather_tile(
-    pid, order_ptr, given, w_ptr, coef_ptr, copies, sorted_coef_ptr, poison_ptr,
-    n_rows, width, scale,
+    pid, which, apart, order_ptr, given, w_ptr, coef_ptr, copies, sorted_coef_ptr, poison_ptr,
+    n_rows, width, g, scale,
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -208,6 +198,11 @@ def _gather_tile(
     n_padded = padded(n_rows).to(tl.int64)
     rows = tl.load(order_ptr + here)
     is_row = rows < n_rows
+    behind = which * apart * n_padded
+    q_ptr += behind * D_PAD
+    inverse_ptr += behind
+    sorted_y_ptr += behind * L
+    sorted_p_ptr += behind * L
     rows = rows.to(tl.int64)
     columns = tl.arange(0, CHUNK).to(tl.int64)
 
@@ -247,13 +242,17 @@ def _gather_tile(
         w = tl.load(w_ptr + rows, mask=is_row, other=0.0)
         poison += (w * 0).to(tl.float32)
     if poison_ptr is not None:
-        tl.store(poison_ptr + rows, poison, mask=is_row)
+        tl.store(poison_ptr + rows, poison, mask=is_row & (which == 0))
     if coef_ptr is not None:
-        coef_ptrs, sorted_ptrs = coef_ptr + rows * COLUMNS, sorted_coef_ptr + here
+        coef_ptrs, sorted_ptrs = (
+            coef_ptr + rows * COLUMNS,
+            sorted_coef_ptr + behind * COLUMNS + here,
+        )
         beta = tl.load(coef_ptrs + 1, mask=is_row, other=0.0)
-        tl.store(sorted_ptrs + n_padded, beta)
+        tl.store(sorted_ptrs + n_padded, (beta * g).to(beta.dtype))
         for c in tl.static_range(0, 3, 2):
             coef = tl.load(coef_ptrs + c, mask=is_row, other=0.0)
+            coef = (coef * g).to(coef.dtype)
             if COLUMNS == 5:
                 log = tl.load(coef_ptrs + 3 + c // 2, mask=is_row, other=0.0)
                 coef, log = to_base_2(coef, log)
@@ -261,44 +260,59 @@ def _gather_tile(
             tl.store(sorted_ptrs + c * n_padded, coef)
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "apart"])
 def conr_gather_kernel(
-    layout_ptr, key_x_ptr, key_y_ptr, key_p_ptr, key_coef_ptr,
+    layout_ptr, excess_ptr, key_x_ptr, key_y_ptr, key_p_ptr, key_coef_ptr,
     q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr,
     x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr, q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-    poison_ptr, n_anchors, n_keys, width, scale: tl.float64,
-    NEGATIVES: tl.constexpr, HAS_KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    L: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    poison_ptr, upstream_ptr, n_anchors, n_keys, width, first, apart,
+    factor: tl.float64, scale: tl.float64,
+    HAS_KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Unit features times the scale, labels and coefficients in one order; a program per ROWS rows.
-    Poison, 0 or NaN, shows what is not finite in a row of the keys, then of the anchors, in the
-    caller's order.
+    """Unit features times the scale, labels and coefficients times the upstream gradient and the
+    factor, in the order of the labels, then in that of the predictions; from the ``first`` program
+    on, one per ROWS rows. Poison, 0 or NaN, shows what is not finite in a row of the keys, then of
+    the anchors, in the caller's order.
 
-    The order of the labels, or for the negatives that of the predictions; where the choice fell on
-    the order of the labels, the copies made for the positives serve the negatives too.
+    The copies in the second order stand ``apart`` (1), behind the first, or replace them (0). Where
+    the choice, which the first such program of the forward pass writes down, falls on the order of
+    the labels, they are in that order.
     """
-    pid = tl.program_id(0)
+    keys, anchors = padded(n_keys), padded(n_anchors)
+    n_programs = (keys + (anchors if HAS_KEYS else 0)) // ROWS
+    pid = tl.program_id(0) + first
+    which = pid // n_programs
+    pid = pid % n_programs
     order_j_ptr, order_i_ptr, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys)
-    is_stale = True
-    if NEGATIVES:
-        is_stale = tl.load(layout_ptr) == 0
-        order_j_ptr += padded(n_keys)
-        order_i_ptr += padded(n_anchors)
-    n_programs = padded(n_keys) // ROWS
-    if is_stale:
-        if pid < n_programs:
+    is_needed = (which == 0) | (apart == 1)
+    if which == 1:
+        if excess_ptr is not None:
+            is_outside = _choose(excess_ptr, n_anchors, 256)
+            if pid == 0:
+                tl.store(layout_ptr, is_outside.to(tl.int32))
+        else:
+            is_outside = tl.load(layout_ptr) != 0
+        is_needed |= is_outside == 0
+        order_j_ptr += tl.where(is_outside, 0, keys)
+        order_i_ptr += tl.where(is_outside, 0, anchors)
+    g = tl.full((), factor, tl.float64)
+    if upstream_ptr is not None:
+        g *= tl.load(upstream_ptr).to(tl.float64)
+    if is_needed:
+        if pid < keys // ROWS:
             _gather_tile(
-                pid, order_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),
+                pid, which, apart, order_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),
                 None if HAS_KEYS else w_ptr, key_coef_ptr,
                 (q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr), coef_j_ptr, poison_ptr,
-                n_keys, width, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                n_keys, width, g, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
             )  # fmt: skip
         elif HAS_KEYS:
             _gather_tile(
-                pid - n_programs, order_i_ptr, (x_ptr, y_ptr, p_ptr), w_ptr, coef_ptr,
-                (q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr), coef_i_ptr,
+                pid - keys // ROWS, which, apart, order_i_ptr, (x_ptr, y_ptr, p_ptr),
+                w_ptr, coef_ptr, (q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr), coef_i_ptr,
                 None if poison_ptr is None else poison_ptr + n_keys,
-                n_anchors, width, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                n_anchors, width, g, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
             )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def guarded_allocations():
 def forced(regime: str):
     """The kernels of the regime at any size, with guarded buffers.
 
-    "parts": sweeps that keep H_ij of one tile of pairs at a time.
+    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time.
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
     kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
@@ -92,6 +92,7 @@ def forced(regime: str):
         mock.patch.object(launch_sweeps, "WORKSPACE", workspace),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
+        mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
         guarded_allocations(),
     ):
         yield
@@ -190,6 +191,8 @@ CASES = [
     Case(140, 150, labels="ages", regime="parts"),
     Case(130, 150, "released-age", K=20, labels="ages", regime="parts"),
     Case(140, 130, "contrastive", regime="parts"),
+    *(Case(n, 16, labels=labels, regime="parts") for n, labels in ((140, "ages"), (40, "equal"))),
+    Case(130, 16, "released-age", K=20, labels="ages", regime="parts"),
     Case(40, 20, "released-depth", K=95, L=3, distance="rmse"),
     *(Case(70, 24, v, labels="decimal", window=0.2) for v in ("paper", "released-age")),
     Case(70, 24, "paper", labels="decimal", window=0.2, L=2, distance="rmse"),

@@ -131,21 +131,6 @@ def test_arguments_of_one_form_are_specialized_alike(do_not_specialize: bool) ->
     assert len(seen) >= len(set(seen.values())) > 1
 
 
-def test_a_launch_by_name_is_run_as_triton_would_run_it(device: Device) -> None:
-    launch._compiled.clear()
-    loss, out = torch.zeros(8), torch.zeros(())
-    for rows in (loss, loss, loss[1:], loss[1:]):
-        for n_rows in (7, 7, 16):
-            launch.run_kernel(
-                launch.place_of(loss), dense_rows.conr_total_kernel, 1, rows, out, n_rows, 0, 1.0,
-                BLOCK=1024, num_warps=4,
-            )  # fmt: skip
-    assert len(device.launched) == 12 and device.plain == 4 and device.compilations == 2
-    by_name = device.launched[-1][1]
-    assert by_name[9:] == (loss[1:].data_ptr(), out.data_ptr(), 16, 0, 1.0, 1024)
-    assert {key for key, _ in device.launched[:6]}.isdisjoint(key for key, _ in device.launched[6:])
-
-
 def test_another_device_dtype_or_alignment_is_another_kernel(device: Device) -> None:
     launch_total, out = total(), torch.zeros(())
     for loss in (torch.zeros(64), torch.zeros(64)[1:], torch.zeros(64).double()):
