@@ -146,6 +146,20 @@ def test_a_launch_by_name_is_run_as_triton_would_run_it(device: Device) -> None:
     assert {key for key, _ in device.launched[:6]}.isdisjoint(key for key, _ in device.launched[6:])
 
 
+def test_launches_by_name_of_other_numbers_or_constants_are_told_apart(device: Device) -> None:
+    launch._compiled.clear()
+    loss, out = torch.zeros(8), torch.zeros(())
+    forms = list(itertools.product((512, 1024), (1, 16, 17, 2**31)))
+    for block, n_rows in forms * 2:
+        launch.run_kernel(
+            launch.place_of(loss), dense_rows.conr_total_kernel, 1, loss, out, n_rows, 0, 1.0,
+            BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    assert device.plain == len(forms)
+    again = [arguments for _, arguments in device.launched[len(forms) :]]
+    assert [(a[-1], a[11]) for a in again] == forms
+
+
 def test_another_device_dtype_or_alignment_is_another_kernel(device: Device) -> None:
     launch_total, out = total(), torch.zeros(())
     for loss in (torch.zeros(64), torch.zeros(64)[1:], torch.zeros(64).double()):
