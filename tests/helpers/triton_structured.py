@@ -6,11 +6,13 @@ Collected by test_triton.py alone, as triton_interpreted.py is.
 from __future__ import annotations
 
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
 
 from conr_kernels import conr_loss, triton_backend
+from conr_kernels.triton_backend import launch_dense
 from conr_kernels.triton_backend.call import arithmetic
 from conr_kernels.triton_backend.configs import bucket, config
 
@@ -39,6 +41,58 @@ def test_ties_beyond_the_reach_are_positives_and_negatives(n_components: int, di
     for case in tie_cases(n_components, distance):
         with forced("sweeps"):
             assert_as_good_as_eager(triton_backend, case)
+
+
+@pytest.mark.parametrize("regime", ["sweeps", "dense"])
+@pytest.mark.parametrize("D", [7, 300])
+def test_a_non_finite_upstream_gradient_of_a_row_without_pairs_shows(regime: str, D: int) -> None:
+    y, g = torch.zeros(20), torch.zeros(20)
+    y[-1], g[-1] = 100.0, torch.nan
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with forced(regime):
+        conr_loss(x, y, y, reduction="none", backend="triton").backward(g)
+    assert x.grad.isnan().any()
+
+
+@pytest.mark.parametrize("regime", ["sweeps", "dense"])
+def test_negatives_count_where_their_pushing_weights_underflow_the_sums(regime: str) -> None:
+    """Three rows of one label against one at the smallest distance that there is."""
+    x = torch.tensor([[1.0, 0.0]] * 3 + [[-1.0, 0.0]])
+    y = torch.tensor([0.0, 0.0, 0.0, 1e-45])
+    with forced(regime):
+        rows = conr_loss(x, y, 0 * y, window=0.0, reduction="none", backend="triton")
+    torch.testing.assert_close(rows, torch.tensor([2.0, 2.0, 2.0, 1.0]).log())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_gradient_of_a_reduced_loss_where_exponents_are_large(reduction: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 5, generator=g), torch.arange(20.0) // 2
+    p, gradients = y + torch.randn(20, generator=g), []
+    for backend, dtype in (("triton", F32), ("reference", torch.float64)):
+        features = x.detach().to(dtype).requires_grad_()
+        options = dict(variant="released-depth", temperature=0.02, reduction=reduction)
+        with forced("sweeps") if backend == "triton" else contextlib.nullcontext():
+            (3 * conr_loss(features, y, p, backend=backend, **options)).backward()
+        gradients.append(features.grad.double())
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4 * gradients[1].abs().max().item())
+
+
+@pytest.mark.parametrize("D", [5, 300])
+def test_few_rows_where_one_program_adds_up_all_tiles_of_keys(D: int) -> None:
+    """And where the gradient's columns are finished in several chunks."""
+    g = torch.Generator().manual_seed(D)
+    x, y = torch.randn(37, D, generator=g), torch.randint(0, 9, (37,), generator=g).float()
+    p, results = y + torch.randn(37, generator=g), []
+    for backend, dtype in (("triton", F32), ("reference", torch.float64)):
+        features = x.detach().to(dtype).requires_grad_()
+        of_backend = forced("dense") if backend == "triton" else contextlib.nullcontext()
+        with of_backend, mock.patch.object(launch_dense, "PROGRAMS", 1):
+            rows = conr_loss(features, y, p, temperature=0.01, reduction="none", backend=backend)
+            rows.sum().backward()
+        results.append((rows.detach().double(), features.grad.double()))
+    for ours, truth in zip(*results, strict=True):
+        assert (ours - truth).abs().max() <= 1e-4 * truth.abs().max()
 
 
 FULL = dict(
