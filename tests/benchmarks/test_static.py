@@ -289,7 +289,10 @@ def test_every_loop_over_pairs_was_taken_apart(committed) -> None:
         kinds = ("ward_", "dense_sums", "dense_gradient", "wide_scores")
         has_pairs = any(kind in row["kernel"] for kind in kinds)
         assert (row["per_pair_edge"] != "") == has_pairs, row
-        assert (row["bound_rest"] != "") == (not has_pairs and not row["per_pair_product"]), row
+        # Of float64's product of wide features the compiler reshaped the loop.
+        is_reshaped = (row["kernel"], row["arithmetic"]) == ("conr_wide_product_kernel", "float64")
+        has_rest = not has_pairs and not row["per_pair_product"] and not is_reshaped
+        assert (row["bound_rest"] != "") == has_rest, row
         if "ward_" in row["kernel"] and row["sweep"]:
             # In float64 and three passes the products decide, and the order of instructions.
             slack = 1.15 if row["arithmetic"] in ("float64", "float32 highest") else 1.0
