@@ -131,6 +131,15 @@ def test_arguments_of_one_form_are_specialized_alike(do_not_specialize: bool) ->
     assert len(seen) >= len(set(seen.values())) > 1
 
 
+def test_numbers_of_another_form_are_another_kernel(device: Device) -> None:
+    """A number beyond 32 bits has another type, whatever else is specialised."""
+    kernel = Kernel(dense_rows.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
+    t = torch.zeros(8)
+    for n_rows in (8, 2**31, 8, 2**31):
+        Launch(kernel, 1, n_rows, 0, 1.0)(launch.place_of(t), pointer(t), pointer(t))
+    assert (device.compilations, len(kernel.compiled)) == (2, 2)
+
+
 def test_another_device_dtype_or_alignment_is_another_kernel(device: Device) -> None:
     launch_total, out = total(), torch.zeros(())
     for loss in (torch.zeros(64), torch.zeros(64)[1:], torch.zeros(64).double()):
