@@ -152,13 +152,6 @@ def test_another_device_dtype_or_alignment_is_another_kernel(device: Device) -> 
     assert keys[::2] == keys[1::2]
 
 
-def test_numbers_of_another_form_are_another_kernel(device: Device) -> None:
-    kernel, loss, out = total().kernel, torch.zeros(8), torch.zeros(())
-    for n_rows in (8, 2**31, 8, 2**31):
-        Launch(kernel, 1, n_rows, 0, 1.0)(launch.place_of(loss), pointer(loss), pointer(out))
-    assert device.plain == 2
-
-
 def test_absent_pointers_are_a_form_of_their_own() -> None:
     assert NOTHING[2] is None and pointer(torch.zeros(1))[2] is not None
 
