@@ -101,7 +101,7 @@ def columns_of(ptr, row, first, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
+def store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
     """Stores columns ``first …`` of G; as two bfloat16 summands where there is a G_rest."""
     G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
     head = G.to(G_ptr.dtype.element_ty)
@@ -112,8 +112,8 @@ def _store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
 
 
 @triton.jit
-def _add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
-    """Adds what ``_store_sum`` stored."""
+def add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
+    """Adds what ``store_sum`` stored."""
     G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
     G += tl.load(G_ptrs, mask=mask, other=0.0).to(G.dtype)
     if G_rest_ptr is not None:
@@ -215,14 +215,14 @@ def conr_backward_kernel(
     parts = in_parts(G, PARTS)
     if not NEGATIVES:
         for c in tl.static_range(PARTS):
-            _store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
+            store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
     else:
         inverse = tl.load(inverse_i_ptr + rows)
         poison = poison_of(coef_i_ptr + rows, n_padded, dtype)
         radial = tl.zeros((BLOCK_I,), dtype)
         done = ()
         for c in tl.static_range(PARTS):
-            part = _add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
+            part = add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
             part *= tl.full((), kappa, dtype)
             q = unit_columns(x_ptr, inverse, row, c * WIDTH, n_anchors, D, WIDTH)
             radial += tl.sum(q * part, axis=1)

@@ -81,7 +81,7 @@ def forced(regime: str):
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
     kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
-    workspace, programs = (1, 1) if regime == "parts" else (2**25, 528)
+    workspace = 1 if regime == "parts" else 2**27
     chunks = 0 if regime == "dense-split" else launch_dense.GRAM_CHUNKS
     with (
         mock.patch.object(launch_dense, "DENSE_PAIRS", pairs),
@@ -89,10 +89,11 @@ def forced(regime: str):
         mock.patch.object(launch_dense, "GRAM_CHUNKS", chunks),
         mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
         mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
-        mock.patch.object(launch_sweeps, "WORKSPACE", workspace),
-        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
+        mock.patch.object(launch_sweeps, "WORKSPACE", (workspace, workspace)),
+        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", 3),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
+        mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
         guarded_allocations(),
     ):
         yield
