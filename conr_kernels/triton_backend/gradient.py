@@ -102,23 +102,28 @@ def columns_of(ptr, row, first, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
-    """Stores columns ``first …`` of G; as two bfloat16 summands where there is a G_rest."""
+    """Stores columns ``first …`` of G; where there is a G_rest, its halves of 16 bits."""
     G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
-    head = G.to(G_ptr.dtype.element_ty)
-    tl.store(G_ptrs, head, mask=mask)
-    if G_rest_ptr is not None:
+    if G_rest_ptr is None:
+        tl.store(G_ptrs, G, mask=mask)
+    else:
+        bits = G.to(tl.int32, bitcast=True)
+        tl.store(G_ptrs, (bits >> 16).to(tl.int16), mask=mask)
         G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
-        tl.store(G_ptrs, (G - head.to(G.dtype)).to(tl.bfloat16), mask=mask)
+        tl.store(G_ptrs, bits.to(tl.int16), mask=mask)
 
 
 @triton.jit
-def add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
-    """Adds what ``store_sum`` stored."""
-    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
-    G += tl.load(G_ptrs, mask=mask, other=0.0).to(G.dtype)
+def load_sum(
+    row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """What ``store_sum`` stored."""
+    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, WIDTH)
+    G = tl.load(G_ptrs, mask=mask, other=0)
     if G_rest_ptr is not None:
-        G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
-        G += tl.load(G_ptrs, mask=mask, other=0.0).to(G.dtype)
+        G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, WIDTH)
+        rest = tl.load(G_ptrs, mask=mask, other=0).to(tl.int32) & 0xFFFF
+        G = ((G.to(tl.int32) << 16) | rest).to(tl.float32, bitcast=True)
     return G
 
 
@@ -222,7 +227,7 @@ def conr_backward_kernel(
         radial = tl.zeros((BLOCK_I,), dtype)
         done = ()
         for c in tl.static_range(PARTS):
-            part = add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
+            part = parts[c] + load_sum(row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)
             part *= tl.full((), kappa, dtype)
             q = unit_columns(x_ptr, inverse, row, c * WIDTH, n_anchors, D, WIDTH)
             radial += tl.sum(q * part, axis=1)

@@ -21,10 +21,10 @@ PROGRAMS = 1056
 SLOTS = 8
 #: Of H_ij, bytes that are kept at a time: as many as the features', times WIDE_FEATURES, but from
 #: the first to the second of these, and for larger features half as many as theirs; and the most
-#: programs that take turns.
+#: programs that take turns: four for each multiprocessor of an A100, H200 or B200.
 WIDE_FEATURES = 4
 WORKSPACE = 2**27, 2**29
-WIDE_PROGRAMS = 528
+WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
 #: Bytes of sorted features up to which one launch copies both orders; above, the negatives' copies
 #: replace the positives'. Of wide features, whose negatives then need a list of their own.
 BOTH_ORDERS = 2**26
@@ -214,11 +214,11 @@ class Plan:
 
         call, s = self.call, self.call.settings
         chosen, dtype = call.config("backward"), call.form.dtype
-        # The positives' part waits where the gradient will stand: 16-bit ones as two bfloat16
-        # summands.
+        # The positives' part waits where the gradient will stand, and its lower 16 bits elsewhere
+        # if the gradient has no more.
         names = "layout q_i y_i p_i coef_i inverse_i q_j y_j p_j coef_j x G nothing gradient"
         if dtype.itemsize == 2:
-            self.work_of_gradient.add("G_rest", call.N * call.D, torch.bfloat16)
+            self.work_of_gradient.add("G_rest", call.N * call.D, torch.int16)
             names = names.replace("nothing", "G_rest")
         for order in (0, 1):
             yield from self._gather(order, self.columns)
@@ -249,7 +249,7 @@ class Plan:
             H = "H H_scale"
         # As in _backward.
         if dtype.itemsize == 2:
-            parts.add("G_rest", N * call.D, torch.bfloat16)
+            parts.add("G_rest", N * call.D, torch.int16)
             G = "G G_rest"
 
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
@@ -268,7 +268,8 @@ class Plan:
         )  # fmt: skip
         of_scores = self._pick(f"layout list q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
         of_products = self._pick(f"layout list q_j {H} {G}")
-        n_programs = min(n_tiles * (call.D_pad // columns), WIDE_PROGRAMS)
+        most = WIDE_PROGRAMS[call.form.architecture]
+        n_programs = min(n_tiles * (call.D_pad // columns), most)
         for order, n_passes in enumerate(passes):
             yield from self._gather(order, self.columns)
             if order == 0:
@@ -276,8 +277,7 @@ class Plan:
             for first in range(second * order, second * order + n_passes * window, window):
                 numbers = N, K, first, window, int(self.is_apart)
                 yield Launch(
-                    scores, min(window, WIDE_PROGRAMS), *numbers, call.D_pad, call.window,
-                    s.push_scale,
+                    scores, min(window, most), *numbers, call.D_pad, call.window, s.push_scale,
                 ), of_scores  # fmt: skip
                 yield Launch(products, n_programs, *numbers), of_products
         gradient = bind(
@@ -326,7 +326,7 @@ def plan_of(
     x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
 ) -> Plan:
     form = form_of(x, y, keys, self_offset, reduction)
-    limits = PROGRAMS, WIDE_FEATURES, WORKSPACE, WIDE_PROGRAMS, BOTH_ORDERS, WIDE_BOTH_ORDERS
+    limits = PROGRAMS, WIDE_FEATURES, WORKSPACE, BOTH_ORDERS, WIDE_BOTH_ORDERS
     key = (id(s), form, *limits)
     found = _plans.get(key)
     if found is None:

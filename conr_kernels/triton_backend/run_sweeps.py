@@ -89,7 +89,7 @@ def _backward(
 ) -> None:
     given["gradient"] = given["G"] = of_gradient = pointer(gradient)
     if gradient.dtype.itemsize == 2:
-        whole, dtype = (gradient, 0, gradient.numel(), torch.bfloat16), torch.bfloat16
+        whole, dtype = (gradient, 0, gradient.numel(), torch.int16), torch.int16
         given["G"] = (whole, of_gradient[1], (dtype, of_gradient[1] % 16 == 0))
     parts = plan.work_of_gradient
     _run(plan.backward, place, given | parts.pointers(parts.new(x)))

@@ -10,10 +10,9 @@ import triton.language as tl
 
 from .arithmetic import dot, load_tile, similarity
 from .gradient import (
-    add_sum,
     coefficients_of,
     in_parts,
-    in_range,
+    load_sum,
     pair_gradients,
     poison_of,
     store_gradient,
@@ -156,7 +155,9 @@ def conr_wide_scores_kernel(
     y_j_ptr += behind_j * L
     p_j_ptr += behind_j * L
     coef_j_ptr += behind_j * COLUMNS
-    rows, columns = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
+    PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
+    WIDTH: tl.constexpr = BLOCK_J // PARTS
+    rows, columns = tl.arange(0, BLOCK_I), tl.arange(0, WIDTH)
     H_ptrs = H_ptr + rows[:, None] * BLOCK_J + columns[None, :]
     for number in range(first + tl.program_id(0), first + n_here, tl.num_programs(0)):
         tile = _tile_of(number, list_ptr, n_tiles)
@@ -171,23 +172,38 @@ def conr_wide_scores_kernel(
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         coef_ptrs = coef_i_ptr + tile * BLOCK_I + rows
-        if negatives:
-            of_anchors = coefficients_of(coef_ptrs, n_padded, True, SHIFTED, False)
-            H_ij = pair_gradients(
-                s_ij, anchors, of_anchors, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                True, True, CONFUSED, L, RMSE, SHIFTED, False, PUSHING, BLOCK_J,
-            )  # fmt: skip
-        else:
-            of_anchors = coefficients_of(coef_ptrs, n_padded, False, SHIFTED, INSIDE)
-            H_ij = pair_gradients(
-                s_ij, anchors, of_anchors, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                False, True, False, L, RMSE, SHIFTED, INSIDE, "none", BLOCK_J,
-            )  # fmt: skip
+        parts = in_parts(s_ij, PARTS)
+        done, largest = (), tl.zeros((BLOCK_I,), dtype)
+        for c in tl.static_range(PARTS):
+            j = j0 + c * WIDTH
+            if negatives:
+                of_anchors = coefficients_of(coef_ptrs, n_padded, True, SHIFTED, False)
+                H_ij = pair_gradients(
+                    parts[c], anchors, of_anchors, j, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
+                    True, True, CONFUSED, L, RMSE, SHIFTED, False, PUSHING, WIDTH,
+                )  # fmt: skip
+            else:
+                of_anchors = coefficients_of(coef_ptrs, n_padded, False, SHIFTED, INSIDE)
+                H_ij = pair_gradients(
+                    parts[c], anchors, of_anchors, j, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
+                    False, True, False, L, RMSE, SHIFTED, INSIDE, "none", WIDTH,
+                )  # fmt: skip
+            if RESCALE:
+                largest = tl.maximum(largest, tl.max(tl.abs(H_ij), axis=1))
+            done = done + (H_ij,)
+            if PARTS > 1:
+                tl.debug_barrier()
         if RESCALE:
-            H_ij, scale = in_range(H_ij)
+            scale = tl.where(largest > 1e-30, largest, 1.0)
             tl.store(H_scale_ptr + (number - first) * BLOCK_I + rows, scale)
         at = (number - first) * (BLOCK_I * BLOCK_J)
-        tl.store(H_ptrs + at, H_ij.to(H_ptr.dtype.element_ty))
+        for c in tl.static_range(PARTS):
+            H_ij = done[c]
+            if RESCALE:
+                H_ij *= (1.0 / scale)[:, None]
+            tl.store(H_ptrs + at + c * WIDTH, H_ij.to(H_ptr.dtype.element_ty))
+            if PARTS > 1:
+                tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "apart"])
@@ -245,7 +261,7 @@ def conr_wide_product_kernel(
             for c in tl.static_range(PARTS):
                 part = parts[c]
                 if is_first == 0:
-                    part = add_sum(part, row, k + c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
+                    part += load_sum(row, k + c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)
                 store_sum(part, row, k + c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
                 if PARTS > 1:
                     tl.debug_barrier()
@@ -270,13 +286,12 @@ def conr_wide_gradient_kernel(
     poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
     factor = tl.full((), kappa, dtype)
     radial = tl.zeros((ROWS,), dtype)
-    nothing = tl.zeros((ROWS, CHUNK), dtype)
     for k in range(0, width, CHUNK):
-        G = add_sum(nothing, row, k, G_ptr, G_rest_ptr, n_anchors, D)
+        G = load_sum(row, k, G_ptr, G_rest_ptr, n_anchors, D, CHUNK)
         q_i = unit_columns(x_ptr, inverse, row, k, n_anchors, D, CHUNK)
         radial += tl.sum(q_i * G, axis=1)
     for k in range(0, width, CHUNK):
-        G = add_sum(nothing, row, k, G_ptr, G_rest_ptr, n_anchors, D)
+        G = load_sum(row, k, G_ptr, G_rest_ptr, n_anchors, D, CHUNK)
         q_i = unit_columns(x_ptr, inverse, row, k, n_anchors, D, CHUNK)
         store_gradient(
             G * factor, q_i, row, k, radial * factor, inverse, poison, gradient_ptr, n_anchors, D

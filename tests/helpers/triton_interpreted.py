@@ -90,7 +90,7 @@ def forced(regime: str):
         mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
         mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
         mock.patch.object(launch_sweeps, "WORKSPACE", (workspace, workspace)),
-        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", 3),
+        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
         mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
