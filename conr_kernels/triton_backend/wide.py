@@ -235,7 +235,7 @@ def conr_wide_product_kernel(
     if n_here > 0:
         first_tile = _tile_of(first, list_ptr, n_tiles)
         last_tile = _tile_of(first + n_here - 1, list_ptr, n_tiles)
-        n_items = (last_tile - first_tile + 1) * N_BLOCKS
+        n_items = (last_tile - first_tile + 1).to(tl.int64) * N_BLOCKS
         for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
             tile, k = first_tile + item // N_BLOCKS, item % N_BLOCKS * BLOCK_D
             begin, pieces = _keys_of(tile, list_ptr, n_tiles)
