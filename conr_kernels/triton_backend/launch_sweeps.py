@@ -289,9 +289,9 @@ class Plan:
         yield launch, self._pick(f"layout coef_i inverse_i x {G} gradient", 1)
 
     def _windows(self, chosen: Config) -> tuple[int, tuple[int, int], int]:
-        """Pairs of tiles that a window of the list holds, the numbers of windows that suffice for
-        any bands, before the negatives' copies replace the positives' and after, and where the
-        negatives begin at the earliest.
+        """Pairs of tiles in a window of the list; how many windows suffice for any bands, before
+        the negatives' copies replace the positives' and after; where negatives begin at the
+        earliest.
         """
         call, itemsize = self.call, self.call.form.dtype.itemsize
         n, n_j = tiles(call.N, chosen.BLOCK_I), padded(call.K) // chosen.BLOCK_J

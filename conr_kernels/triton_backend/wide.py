@@ -30,7 +30,7 @@ def _list_sweep(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_anchors, BLOCK_I)
-    last = padded(n_keys) // BLOCK_J - 1
+    row, last = n_tiles + 1, padded(n_keys) // BLOCK_J - 1
     for t in range(0, n_tiles, BLOCK):
         tile = t + tl.arange(0, BLOCK)
         is_tile = tile < n_tiles
@@ -39,15 +39,14 @@ def _list_sweep(
             NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J,
         )  # fmt: skip
         a0, a1, b0, _, _, _ = every
-        n_keys_here = count_of(every)
-        # Tiles of anchors without keys meet one tile all the same: every one has its gradient.
-        n = tl.where(is_tile, tl.maximum(n_keys_here, 1), 0).to(tl.int64)
-        n_a = tl.where(n_keys_here == 0, 1, a1 - a0)
+        # Without keys in its bands, a tile of anchors meets one all the same: its sum is 0.
+        n = tl.where(is_tile, tl.maximum(count_of(every), 1), 0).to(tl.int64)
+        n_a = tl.where(count_of(every) == 0, 1, a1 - a0)
         ptrs = list_ptr + tile
         tl.store(ptrs, start + tl.cumsum(n, axis=0) - n, mask=is_tile)
-        tl.store(ptrs + (n_tiles + 1), n_a.to(tl.int64), mask=is_tile)
-        tl.store(ptrs + 2 * (n_tiles + 1), tl.minimum(a0, last).to(tl.int64), mask=is_tile)
-        tl.store(ptrs + 3 * (n_tiles + 1), (b0 - n_a).to(tl.int64), mask=is_tile)
+        tl.store(ptrs + row, n_a, mask=is_tile)
+        tl.store(ptrs + 2 * row, tl.minimum(a0, last), mask=is_tile)
+        tl.store(ptrs + 3 * row, b0 - n_a, mask=is_tile)
         start += tl.sum(n, axis=0)
     tl.store(list_ptr + n_tiles, start)
     return start
@@ -59,14 +58,13 @@ def conr_wide_list_kernel(
     CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The list, by tiles of anchors: the number of the first pair, and of the first behind the last
-    tile's; how many keys stand in the first piece, where that begins, and where the second would if
-    it went on with the count. The positives', then the negatives' from a window's begin on that is
-    not before ``second``. One program.
+    """The list [2, 4, n_tiles + 1], of each tile of anchors and behind the last: the number of its
+    first pair; how many tiles of keys its first piece has, where that begins, and where the second
+    would if it counted from the first's begin. The negatives' numbers begin with a window, not
+    before ``second``. One program.
     """
-    start = tl.zeros((), tl.int64)
     start = _list_sweep(
-        list_ptr, start, layout_ptr, n_anchors, n_keys,
+        list_ptr, tl.zeros((), tl.int64), layout_ptr, n_anchors, n_keys,
         False, CONFUSED, SAME, L, BLOCK_I, BLOCK_J, BLOCK,
     )  # fmt: skip
     start = tl.maximum(tl.cdiv(start, window) * window, second)
@@ -83,9 +81,9 @@ def _window(list_ptr, n_tiles, first, window):
     the list, the first and how many there are.
     """
     first = first.to(tl.int64)
-    part = 4 * (n_tiles + 1)
-    negatives = first >= tl.load(list_ptr + part)
-    list_ptr += tl.where(negatives, part, 0)
+    sweep = 4 * (n_tiles + 1)
+    negatives = first >= tl.load(list_ptr + sweep)
+    list_ptr += tl.where(negatives, sweep, 0)
     n = tl.load(list_ptr + n_tiles) - first
     return negatives, list_ptr, first, tl.minimum(tl.maximum(n, 0), window).to(tl.int32)
 
@@ -109,8 +107,7 @@ def _tile_of(number, list_ptr, n_tiles):
 @triton.jit
 def _keys_of(tile, list_ptr, n_tiles):
     """A tile of anchors' first pair, and what ``_key_at`` takes."""
-    ptr = list_ptr + tile
-    row = n_tiles + 1
+    ptr, row = list_ptr + tile, n_tiles + 1
     return tl.load(ptr), (tl.load(ptr + row), tl.load(ptr + 2 * row), tl.load(ptr + 3 * row))
 
 
@@ -139,24 +136,22 @@ def conr_wide_scores_kernel(
     BLOCK_I] keeps.
     """
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
+    # Of all columns at once, what the pairs need would spill.
+    PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
+    WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
     n_tiles = tl.cdiv(n_anchors, BLOCK_I)
     negatives, list_ptr, first, n_here = _window(list_ptr, n_tiles, first, window)
     _, _, self_ptr, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, CONFUSED, SAME)
-    n_padded, n_padded_keys = padded(n_anchors), padded(n_keys)
-    is_behind = negatives & (apart == 1)
-    behind_i = tl.where(is_behind, n_padded, 0).to(tl.int64)
-    behind_j = tl.where(is_behind, n_padded_keys, 0).to(tl.int64)
-    if SAME:
-        behind_i = behind_j
+    n_padded = padded(n_anchors)
+    behind_i = tl.where(negatives & (apart == 1), n_padded, 0).to(tl.int64)
+    behind_j = tl.where(negatives & (apart == 1), padded(n_keys), 0).to(tl.int64)
     y_i_ptr += behind_i * L
     p_i_ptr += behind_i * L
     coef_i_ptr += behind_i * COLUMNS
     y_j_ptr += behind_j * L
     p_j_ptr += behind_j * L
     coef_j_ptr += behind_j * COLUMNS
-    PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
-    WIDTH: tl.constexpr = BLOCK_J // PARTS
     rows, columns = tl.arange(0, BLOCK_I), tl.arange(0, WIDTH)
     H_ptrs = H_ptr + rows[:, None] * BLOCK_J + columns[None, :]
     for number in range(first + tl.program_id(0), first + n_here, tl.num_programs(0)):

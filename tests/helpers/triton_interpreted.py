@@ -16,10 +16,13 @@ from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
 from conr_kernels.core.inputs import Inputs
-from conr_kernels.triton_backend import launch_dense, launch_sweeps
+from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
+from conr_kernels.triton_backend.launch import Parts, pointer
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
+#: Numbers between the parts of one buffer: as many as its parts are aligned to.
+GAP = 32
 #: Not a number also where a kernel keeps floating-point numbers in integers.
 SENTINEL = 2**31 - 1
 
@@ -62,27 +65,44 @@ def guarded_allocations():
     def empty_like(t, memory_format=None):
         return allocate(t.shape, t.dtype)
 
+    wholes, plain_add, plain_new = [], Parts.add, Parts.new
+
+    def add(self, name, n, dtype):
+        if not name.endswith("1"):  # the second order's copies stand right behind the first's
+            self.size += GAP
+        plain_add(self, name, n, dtype)
+
+    def new(self, x):
+        wholes.append((plain_new(self, x), self))
+        return wholes[-1][0]
+
     with (
         mock.patch.object(torch.Tensor, "new_empty", new_empty),
         mock.patch.object(torch, "empty_like", empty_like),
+        mock.patch.object(Parts, "add", add),
+        mock.patch.object(Parts, "new", new),
     ):
         yield
     assert buffers
-    for buffer, n in buffers:
-        for zone in (buffer[:GUARD], buffer[GUARD + n :]):
-            intact = zone.isnan() if buffer.is_floating_point() else zone == SENTINEL
-            assert intact.all(), "a kernel wrote outside its buffer"
+    zones = [zone for buffer, n in buffers for zone in (buffer[:GUARD], buffer[GUARD + n :])]
+    for whole, parts in wholes:
+        starts = [start for name, (_, start, *_) in parts.parts.items() if not name.endswith("1")]
+        zones += [whole[start - GAP : start] for start in starts]
+    for zone in zones:
+        intact = zone.isnan() if zone.is_floating_point() else zone == SENTINEL
+        assert intact.all(), "a kernel wrote outside its buffer"
 
 
 @contextlib.contextmanager
 def forced(regime: str):
     """The kernels of the regime at any size, with guarded buffers.
 
-    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time.
+    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time;
+    "windows": of three tiles of float32, and copies of both orders.
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
     kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
-    workspace = 1 if regime == "parts" else 2**27
+    workspace = {"parts": 1, "windows": 3 * 64 * 64 * 4}.get(regime, 2**27)
     chunks = 0 if regime == "dense-split" else launch_dense.GRAM_CHUNKS
     with (
         mock.patch.object(launch_dense, "DENSE_PAIRS", pairs),
@@ -193,6 +213,10 @@ CASES = [
     Case(140, 150, labels="ages", regime="parts"),
     Case(130, 150, "released-age", K=20, labels="ages", regime="parts"),
     Case(140, 130, "contrastive", regime="parts"),
+    Case(200, 150, labels="ages", regime="windows"),
+    Case(300, 130, "contrastive", labels="rare", regime="windows"),
+    Case(130, 150, "released-depth", K=95, L=3, distance="rmse", regime="windows"),
+    Case(150, 70, "released-age", F64, labels="ages", regime="windows"),
     Case(140, 16, labels="ages", regime="parts"),
     Case(70, 24, labels="decimal", window=0.2, regime="parts"),
     Case(130, 16, "released-age", K=20, labels="ages", regime="parts"),
@@ -328,6 +352,56 @@ def test_repeats_and_other_strides_have_the_same_bits(case: Case) -> None:
     with mock.patch(f"{__name__}.in_guard_zone", lambda t, gap: (t, t)):
         again = case.run_triton({**given, "x": turned})
     assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
+
+
+def gradient_of(case: Case, given: dict, size: int) -> Tensor:
+    with forced(case.regime), mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
+        return case.run("triton", case.dtype, given)[1]
+
+
+def test_windows_of_any_size_leave_the_same_gradient() -> None:
+    """Of the list of pairs of tiles: rows that span windows, windows with many rows, one for all;
+    the same bits from run to run.
+    """
+    case = Case(150, 130, "released-age", regime="windows", labels="ages")
+    given, tile = case.inputs(), 64 * 64 * 4
+    whole, two, five, again = (gradient_of(case, given, n * tile) for n in (99, 2, 5, 5))
+    for gradient in (two, five):
+        assert (gradient - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert torch.equal(five, again)
+
+
+BANDS = {
+    "one": lambda g: torch.zeros(300),
+    "far": lambda g: torch.randint(0, 3, (300,), generator=g) * 100.0,
+    "ladder": lambda g: torch.arange(300.0) / 40,
+    "normal": lambda g: torch.randn(300, generator=g).round() * 4,
+    "crowds": lambda g: torch.cat((torch.zeros(150), torch.arange(150.0))),
+}
+
+
+@pytest.mark.parametrize("labels", BANDS)
+@pytest.mark.parametrize("predictions", [*BANDS, None])
+def test_windows_suffice_for_any_bands(labels: str, predictions: str | None) -> None:
+    """The list ends within them, whatever the bands and the choice of sweep."""
+    g = torch.Generator().manual_seed(0)
+    y, p = (BANDS[name or labels](g)[:, None] for name in (labels, predictions))
+    s = Settings(1.0, 0.2, 0.01, PRESETS["paper" if predictions else "contrastive"])
+    x = torch.randn(300, 130, generator=g)
+    with forced("windows"):
+        *_, layout = triton_backend.forward(Inputs(x[:, :1].contiguous(), y, p, None, None, 0, s))
+    for window in (1, 2, 7, 30):
+        size = window * 64 * 64 * 4
+        with mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
+            plan = launch_sweeps.Plan(call.form_of(x, y, None, 0, "none"), s)
+        pairs = torch.full((2, 4, 6), -1)
+        (of_list,) = (step for step, _ in plan.backward if "list" in step.kernel.function.__name__)
+        of_list(None, pointer(layout), pointer(pairs))
+        n_windows = sum("scores" in step.kernel.function.__name__ for step, _ in plan.backward)
+        window, starts = of_list.numbers[2], pairs[:, 0]
+        assert starts[0, 0] == 0 and starts[1, 0] % window == 0
+        assert starts[0, -1] <= starts[1, 0] and (starts.diff() >= 1).all()
+        assert starts[1, -1] <= n_windows * window
 
 
 @pytest.mark.parametrize("N", [3, 5, 16, 17])
