@@ -103,26 +103,23 @@ def columns_of(ptr, row, first, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr)
 @triton.jit
 def store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
     """Stores columns ``first …`` of G; where there is a G_rest, its halves of 16 bits."""
-    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
-    if G_rest_ptr is None:
-        tl.store(G_ptrs, G, mask=mask)
-    else:
+    if G_rest_ptr is not None:
         bits = G.to(tl.int32, bitcast=True)
-        tl.store(G_ptrs, (bits >> 16).to(tl.int16), mask=mask)
-        G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
-        tl.store(G_ptrs, bits.to(tl.int16), mask=mask)
+        rest_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
+        tl.store(rest_ptrs, bits.to(tl.int16), mask=mask)
+        G = (bits >> 16).to(tl.int16)
+    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
+    tl.store(G_ptrs, G, mask=mask)
 
 
 @triton.jit
-def load_sum(
-    row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def load_sum(row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr):
     """What ``store_sum`` stored."""
     G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, WIDTH)
     G = tl.load(G_ptrs, mask=mask, other=0)
     if G_rest_ptr is not None:
-        G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, WIDTH)
-        rest = tl.load(G_ptrs, mask=mask, other=0).to(tl.int32) & 0xFFFF
+        rest_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, WIDTH)
+        rest = tl.load(rest_ptrs, mask=mask, other=0).to(tl.int32) & 0xFFFF
         G = ((G.to(tl.int32) << 16) | rest).to(tl.float32, bitcast=True)
     return G
 

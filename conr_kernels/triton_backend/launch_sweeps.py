@@ -242,17 +242,15 @@ class Plan:
         tile = {"BLOCK_I": chosen.BLOCK_I, "BLOCK_J": chosen.BLOCK_J}
         n_tiles = tiles(N, chosen.BLOCK_I)
         window, passes, second = self._windows(chosen)
-        parts, dtype, G, H = self.work_of_gradient, call.form.dtype, "G nothing", "H nothing"
+        parts, G, H = self.work_of_gradient, "G nothing", "H nothing"
         parts.add("list", 8 * (n_tiles + 1), torch.int64)
-        parts.add("H", window * chosen.BLOCK_I * chosen.BLOCK_J, dtype)
+        parts.add("H", window * chosen.BLOCK_I * chosen.BLOCK_J, call.form.dtype)
         if call.is_rescaled:
             parts.add("H_scale", window * chosen.BLOCK_I, call.dtype)
             H = "H H_scale"
-        # As in _backward.
-        if dtype.itemsize == 2:
+        if call.form.dtype.itemsize == 2:  # as in _backward
             parts.add("G_rest", N * call.D, torch.int16)
             G = "G G_rest"
-
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
         of_list = bind(
             wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, BLOCK=1024
@@ -271,10 +269,9 @@ class Plan:
         of_products = self._pick(f"layout list q_j {H} {G}")
         most = WIDE_PROGRAMS[call.form.architecture]
         n_programs = min(n_tiles * (call.D_pad // columns), most)
+        yield Launch(of_list, 1, N, K, window, second), itemgetter("layout", "list")
         for order, n_passes in enumerate(passes):
             yield from self._gather(order, self.columns)
-            if order == 0:
-                yield Launch(of_list, 1, N, K, window, second), itemgetter("layout", "list")
             for first in range(second * order, second * order + n_passes * window, window):
                 numbers = N, K, first, window, int(self.is_apart)
                 yield Launch(

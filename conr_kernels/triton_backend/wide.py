@@ -91,17 +91,12 @@ def _window(list_ptr, n_tiles, first, window):
 @triton.jit
 def _tile_of(number, list_ptr, n_tiles):
     """The tile of anchors of a pair of tiles: the last one that does not begin behind it."""
-    lanes = tl.arange(0, 256)
-    step = tl.cdiv(n_tiles, 256)
-    starts = tl.load(list_ptr + lanes * step, mask=lanes * step < n_tiles, other=2**62)
-    tile = (tl.sum((starts <= number).to(tl.int32), axis=0) - 1) * step
     n = 0
-    for t in range(0, step, 256):
-        near = t + lanes
-        is_near = (near < step) & (tile + near < n_tiles)
-        starts = tl.load(list_ptr + tile + near, mask=is_near, other=2**62)
+    for t in range(0, n_tiles, 1024):
+        tile = t + tl.arange(0, 1024)
+        starts = tl.load(list_ptr + tile, mask=tile < n_tiles, other=2**62)
         n += tl.sum((starts <= number).to(tl.int32), axis=0)
-    return tile + n - 1
+    return n - 1
 
 
 @triton.jit
