@@ -72,21 +72,10 @@ def _inverse_root(squares):
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_tiles_j", "n_chunks"])
 def conr_gram_kernel(
-    x_ptr,
-    key_x_ptr,
-    gram_ptr,
-    n_anchors,
-    n_keys,
-    n_tiles_j,
-    n_chunks,
-    width,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, key_x_ptr, gram_ptr, n_anchors, n_keys, n_tiles_j, n_chunks, width,
+    D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One tile of ``x_i·x_j`` over one part of D, with the squared norms behind it; a program each.
 
     ``gram`` [parts, tiles, BLOCK_I·BLOCK_J + BLOCK_I + BLOCK_J].
@@ -194,45 +183,18 @@ def _add(total, top, t_ij, weight, is_in, SHIFTED: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "n_anchors", "n_keys", "self_offset", "n_tiles_j", "per_part", "n_gram_parts", "sums_at",
+        "n_anchors", "n_keys", "self_offset", "n_tiles_j", "per_part", "n_gram_parts",
     ]
 )  # fmt: skip
 def conr_dense_sums_kernel(
-    x_ptr,
-    y_ptr,
-    p_ptr,
-    key_x_ptr,
-    key_y_ptr,
-    key_p_ptr,
-    gram_ptr,
-    kept_ptr,
-    sums_ptr,
-    n_anchors,
-    n_keys,
-    self_offset,
-    n_tiles_j,
-    per_part,
-    n_gram_parts,
-    sums_at,
-    width,
-    h: tl.float64,
-    push_scale: tl.float64,
-    scale: tl.float64,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    RMSE: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr,
-    CONFUSED: tl.constexpr,
-    KEPT: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, y_ptr, p_ptr, key_x_ptr, key_y_ptr, key_p_ptr, gram_ptr, kept_ptr, sums_ptr,
+    n_anchors, n_keys, self_offset, n_tiles_j, per_part, n_gram_parts, width,
+    h: tl.float64, push_scale: tl.float64, scale: tl.float64,
+    D: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
+    INSIDE: tl.constexpr, PUSHING: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Sums of BLOCK_I anchors over ``per_part`` tiles of keys; a program each.
 
     ``sums`` [4, 5 or 7, parts, N padded]: E, B, n, m, Σ_P s_ij, top of E, of B; not finite inputs
@@ -312,7 +274,7 @@ def conr_dense_sums_kernel(
         n += tl.sum(weight, axis=1) + squares_i * 0 + tl.sum(poison_j, axis=0)
 
     field = n_parts.to(tl.int64) * n_padded
-    sums_ptr += sums_at + part.to(tl.int64) * n_padded
+    sums_ptr += part.to(tl.int64) * n_padded
     tl.store(sums_ptr + rows, E, mask=is_row)
     tl.store(sums_ptr + field + rows, B, mask=is_row)
     tl.store(sums_ptr + 2 * field + rows, n, mask=is_row)

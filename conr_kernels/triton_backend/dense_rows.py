@@ -34,31 +34,13 @@ def _row_sum(
         return tl.sum(total, axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["n_anchors", "n_keys", "n_parts", "sums_at", "loss_at", "stats_at"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_parts"])
 def conr_dense_rows_kernel(
-    w_ptr,
-    n_absent_ptr,
-    sums_ptr,
-    loss_ptr,
-    stats_ptr,
-    n_anchors,
-    n_keys,
-    n_parts,
-    sums_at,
-    loss_at,
-    stats_at,
-    push_scale: tl.float64,
-    SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr,
-    UNIT_TERMS: tl.constexpr,
-    COUNT_SELF: tl.constexpr,
-    WEIGHTED_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    w_ptr, n_absent_ptr, sums_ptr, loss_ptr, stats_ptr,
+    n_anchors, n_keys, n_parts, push_scale: tl.float64,
+    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, UNIT_TERMS: tl.constexpr,
+    COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Losses and statistics of ROWS rows from their sums over at most PARTS parts.
 
     ``n_absent``: how many keys ``unit_terms`` does not count.
@@ -66,7 +48,6 @@ def conr_dense_rows_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < n_anchors
     parts = tl.arange(0, PARTS)
-    sums_ptr += sums_at
     n = _row_sum(sums_ptr, 2, 0, parts, n_parts, rows, n_anchors, False)
     m = _row_sum(sums_ptr, 3, 0, parts, n_parts, rows, n_anchors, False)
     s_sum = tl.zeros((ROWS,), tl.float64)
@@ -85,7 +66,7 @@ def conr_dense_rows_kernel(
         SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
     )  # fmt: skip
     store_rows(
-        loss_ptr + loss_at, stats_ptr + stats_at, rows.to(tl.int64), is_row, (n + w) * 0,
+        loss_ptr, stats_ptr, rows.to(tl.int64), is_row, (n + w) * 0,
         loss, alpha, beta, gamma, log_alpha, log_gamma, SHIFTED,
     )  # fmt: skip
 
@@ -101,7 +82,7 @@ def store_total(pid, loss_ptr, out_ptr, n_rows, factor, BLOCK: tl.constexpr):
         tl.store(out_ptr, (tl.sum(total, axis=0) * factor).to(out_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["n_rows", "loss_at"])
-def conr_total_kernel(loss_ptr, out_ptr, n_rows, loss_at, factor: tl.float64, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n_rows"])
+def conr_total_kernel(loss_ptr, out_ptr, n_rows, factor: tl.float64, BLOCK: tl.constexpr):
     """The sum of the row losses times a factor; one program."""
-    store_total(tl.program_id(0), loss_ptr + loss_at, out_ptr, n_rows, factor, BLOCK)
+    store_total(tl.program_id(0), loss_ptr, out_ptr, n_rows, factor, BLOCK)

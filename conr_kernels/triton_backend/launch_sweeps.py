@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..variants import Settings
 from .call import ROW_PAD, WIDE_PAD, Call, Form, Keys, form_of, padded, tiles
-from .launch import Launch, Parts, bind
+from .launch import OWN_KEYS, Launch, Parts, Steps, bind
 
 #: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
 #: most that share a forward pass's tile of anchors.
@@ -30,8 +29,8 @@ BOTH_ORDERS = 2**26
 GATHER_ROWS = 32
 FINISH_ROWS = 64
 
-#: A launch, and what picks its pointers from all by their names.
-Step = tuple[Launch, itemgetter]
+#: A launch and the names of its pointers.
+Step = tuple[Launch, str]
 
 
 def layout_size(n_anchors: int, n_keys: int) -> int:
@@ -57,23 +56,40 @@ class Plan:
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
-        #: Where the losses are reduced: layout, statistics and losses.
-        self.kept = Parts()
-        self.kept.add("layout", layout_size(N, K), torch.int32)
-        self.kept.add("stats", N * columns, call.dtype)
-        self.kept.add("loss", N, call.dtype)
-        self.work = Parts()
+        self.work, self.kept, self.work_of_gradient = Parts(), Parts(), Parts()
         self._add_copies(self.work, 0)
         self.work.add("excess", tiles(N, ROW_PAD), torch.int32)
         self.work.add("poison", K + N * call.has_keys, torch.float32)
         self.work.add("sums", 2 * 3 * self.n_slots * N, call.dtype)
         self.work.add("n", self.n_slots * N, torch.int32)
-        self.sort_keys = list(self._sort_keys()) if L > 1 else []
-        self.forward = list(self._forward())
-        self.work_of_gradient = Parts()
         self._add_copies(self.work_of_gradient, columns)
+        self.sort_keys = self._sort_keys() if L > 1 else None
+        forward = list(self._forward())
         is_wide = call.D_bucket == 0
-        self.backward = list(self._backward_wide() if is_wide else self._backward())
+        backward = list(self._backward_wide() if is_wide else self._backward())
+        if form.reduction == "none":
+            rows, sorts = "x y p key_x key_y key_p", "key_values key_order values order"
+            self.forward = Steps(
+                f"{rows} w n_absent {sorts} loss stats layout", {}, forward, self.work
+            )
+            self.backward = Steps(
+                f"{rows} coef key_coef layout G gradient", {"upstream": "nothing"}, backward,
+                self.work_of_gradient,
+            )  # fmt: skip
+        else:
+            self.kept.add("layout", layout_size(N, K), torch.int32)
+            self.kept.add("stats", N * columns, call.dtype)
+            self.kept.add("loss", N, call.dtype)
+            aliases = OWN_KEYS | {
+                "n_absent": "nothing", "key_values": "values", "key_order": "order",
+            }  # fmt: skip
+            self.forward = Steps(
+                "x y p w values order total", aliases, forward, self.kept, self.work
+            )
+            aliases = OWN_KEYS | {"coef": "stats", "key_coef": "stats"}
+            self.backward = Steps(
+                "x y p upstream G gradient", aliases, backward, self.kept, self.work_of_gradient
+            )
 
     def _add_copies(self, parts: Parts, columns: int) -> None:
         """Copies of keys and anchors in the order of the labels, then in that of the predictions,
@@ -90,28 +106,33 @@ class Plan:
                 for order in range(1 + self.is_apart if size else 0):
                     parts.add(f"{name}{side}{order}", size, dtype)
 
-    def _pick(self, text: str, order: int = 0) -> itemgetter:
-        """Picks the pointers of these names, those of copies in this order."""
-        found, order = [], order if self.is_apart else 0
+    def _pick(self, text: str, order: int = 0) -> str:
+        """Names of pointers, those of copies in this order."""
+        names, order = [], order if self.is_apart else 0
         for name in text.split():
             if name.endswith(("_i", "_j")):
                 name = f"{name if self.call.has_keys else name[:-1] + 'j'}{order}"
-            found.append(name)
-        return itemgetter(*found)
+            names.append(name)
+        return " ".join(names)
 
-    def _sort_keys(self) -> Iterator[Step]:
+    def _sort_keys(self) -> Steps:
         from . import layout
 
         call, L = self.call, self.call.L
         self.work.add("spread", 2 * L, call.form.labels)
-        spread = bind(layout.conr_spread_kernel, {}, L=L, BLOCK=1024)
-        yield Launch(spread, 2 * L, call.K), itemgetter("key_y", "key_p", "spread")
+        spread = Launch(bind(layout.conr_spread_kernel, {}, L=L, BLOCK=1024), 2 * L, call.K)
         values = bind(
             layout.conr_sort_keys_kernel, {}, HAS_KEYS=call.has_keys, L=L,
             L_PAD=1 << (L - 1).bit_length(), BLOCK=256,
         )  # fmt: skip
-        names = self._pick("spread key_y key_p y p of_keys of_anchors")
-        yield Launch(values, tiles(max(call.K, call.N), 256), call.K, call.N), names
+        steps = [
+            (spread, "key_y key_p spread"),
+            (
+                Launch(values, tiles(max(call.K, call.N), 256), call.K, call.N),
+                "spread key_y key_p y p of_keys of_anchors",
+            ),
+        ]
+        return Steps("y p key_y key_p of_keys of_anchors", {}, steps, self.work)
 
     def _bands(self) -> Step:
         from . import layout
@@ -129,11 +150,8 @@ class Plan:
         n_programs = padded(max(call.N, call.K)) // ROW_PAD
         n_steps = call.K.bit_length()
         numbers = call.N, call.K, call.form.self_offset, n_steps, reach
-        names = (
-            "key_values0 key_order0 values0 order0 key_values1 key_order1 values1 order1 "
-            "layout excess"
-        )
-        return Launch(bands, n_programs, *numbers), self._pick(names)
+        names = "key_values key_order values order layout excess"
+        return Launch(bands, n_programs, *numbers), names
 
     def _gather(self, order: int, columns: int) -> Iterator[Step]:
         """The copies in this order; in both, where there is room, with the first."""
@@ -199,7 +217,7 @@ class Plan:
         yield launch, self._pick("sums n poison w n_absent loss stats")
         if call.form.reduction != "none":
             total = bind(dense_rows.conr_total_kernel, {"num_warps": 16}, BLOCK=8192)
-            yield Launch(total, 1, call.N, 0, self.factor), itemgetter("loss", "total")
+            yield Launch(total, 1, call.N, self.factor), "loss total"
 
     @property
     def kappa(self) -> float:

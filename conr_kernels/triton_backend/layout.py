@@ -129,8 +129,7 @@ def _at(values, index):
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "self_offset", "n_steps"])
 def conr_bands_kernel(
-    key_y_ptr, key_y_order_ptr, anchor_y_ptr, anchor_y_order_ptr,
-    key_p_ptr, key_p_order_ptr, anchor_p_ptr, anchor_p_order_ptr, layout_ptr, excess_ptr,
+    key_values_ptr, key_order_ptr, values_ptr, order_ptr, layout_ptr, excess_ptr,
     n_anchors, n_keys, self_offset, n_steps, reach: tl.float64,
     HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -144,21 +143,22 @@ def conr_bands_kernel(
     keys, anchors = padded(n_keys), padded(n_anchors)
     order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
     lo, hi = _band_tile(
-        pid, key_y_ptr, key_y_order_ptr, anchor_y_ptr, anchor_y_order_ptr,
+        pid, key_values_ptr, key_order_ptr, values_ptr, order_ptr,
         order_j_ptr, order_i_ptr, lo_ptr, hi_ptr, self_ptr,
         n_anchors, n_keys, self_offset, n_steps, reach, HAS_KEYS, ROWS,
     )  # fmt: skip
     if HAS_P:
         # The negatives never include the anchor itself: its place in this order is not needed.
         p_lo, p_hi = _band_tile(
-            pid, key_p_ptr, key_p_order_ptr, anchor_p_ptr, anchor_p_order_ptr,
+            pid, key_values_ptr + n_keys, key_order_ptr + n_keys, values_ptr + n_anchors,
+            order_ptr + n_anchors,
             order_j_ptr + keys, order_i_ptr + anchors, lo_ptr + anchors, hi_ptr + anchors,
             self_ptr, n_anchors, n_keys, self_offset, n_steps, reach, False, ROWS,
         )  # fmt: skip
         if HAS_KEYS:
             rows = pid * ROWS + tl.arange(0, ROWS)
             is_row = rows < n_anchors
-            order = tl.load(anchor_p_order_ptr + rows, mask=is_row, other=n_anchors)
+            order = tl.load(order_ptr + n_anchors + rows, mask=is_row, other=n_anchors)
             tl.store(order_i_ptr + anchors + rows, order.to(tl.int32), mask=rows < anchors)
         excess = _at(p_hi, ROWS - 1) - _at(p_lo, 0) - n_keys
         if EXACT:
