@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import LN2, LOG2E, dot, scale_pair, to_base_2
-from .dense import load_chunk, load_labels, padded, pairs_of_tile
-from .dense_rows import store_total
+from .dense import load_chunk, load_labels, padded, pairs_of_tile, store_total
 
 
 @triton.jit

@@ -106,7 +106,7 @@ class Plan:
     """The launches of one form of call; all but their pointers."""
 
     def __init__(self, form: Form, s: Settings) -> None:
-        from . import dense, dense_gradient, dense_rows
+        from . import dense, dense_gradient
 
         N, K, D, L, dtype, labels, self_offset, reduction = form
         variant = s.variant
@@ -151,16 +151,14 @@ class Plan:
         )  # fmt: skip
         finished = Launch(
             bind(
-                dense_rows.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
+                dense.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
                 UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
                 WEIGHTED_ROWS=variant.weighted_rows, ROWS=ROWS,
                 PARTS=1 << (n_parts - 1).bit_length(),
             ),
             tiles(N, ROWS), N, K, n_parts, s.push_scale,
         )  # fmt: skip
-        total = Launch(
-            bind(dense_rows.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, factor
-        )
+        total = Launch(bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, factor)
         gradient = Launch(
             bind(
                 dense_gradient.conr_dense_gradient_kernel, of_gradient.options | fusion,

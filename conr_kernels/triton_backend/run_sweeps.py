@@ -55,8 +55,8 @@ def _sum_in(gradient: Tensor) -> Tensor:
 
 def reduced(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reduced loss; what is kept for its gradient, labels and predictions among it: the caller
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The reduced loss; what is kept for its gradient, also of labels and predictions: the caller
     may change his own.
     """
     loss, kept, work = x.new_empty((), dtype=plan.call.dtype), plan.kept.new(x), plan.work.new(x)
@@ -66,12 +66,15 @@ def reduced(
     else:
         sorts = _sort(plan, place, work, y, p, None)[2:]
     plan.forward(place, [kept, work], x, y, p, w, *sorts, loss)
-    return loss, (kept, pair)
+    return loss, (kept, None if plan.is_kept else pair)
 
 
-def reduced_gradient(x: Tensor, kept: Tensor, pair: Tensor, plan: Plan, upstream: Tensor) -> Tensor:
+def reduced_gradient(
+    x: Tensor, kept: Tensor, pair: Tensor | None, plan: Plan, upstream: Tensor
+) -> Tensor:
     """The gradient of x for an upstream gradient of the reduced loss."""
-    x, (y, p) = x.contiguous(), pair
+    x = x.contiguous()
     gradient, work = torch.empty_like(x), plan.work_of_gradient.new(x)
-    plan.backward(place_of(x), [kept, work], x, y, p, upstream, _sum_in(gradient), gradient)
+    rows = (x,) if pair is None else (x, *pair)
+    plan.backward(place_of(x), [kept, work], *rows, upstream, _sum_in(gradient), gradient)
     return gradient

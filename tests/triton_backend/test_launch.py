@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from conr_kernels.triton_backend import dense_rows, launch
+from conr_kernels.triton_backend import dense, launch
 from conr_kernels.triton_backend.launch import Kernel, Launch, Parts, Place, Steps
 
 
@@ -78,7 +78,7 @@ def device():
         mock.patch.object(JITFunction, "_do_compile", lambda *args: found.compile(*args)),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(launch, "_is_on_gpu", lambda x: True),
-        mock.patch.object(dense_rows.conr_total_kernel, "device_caches", Caches()),
+        mock.patch.object(dense.conr_total_kernel, "device_caches", Caches()),
     ):
         driver.set_active(found)
         yield found
@@ -87,13 +87,13 @@ def device():
 
 class Caches(dict):
     def __missing__(self, device: int):
-        self[device] = dense_rows.conr_total_kernel.create_binder()
+        self[device] = dense.conr_total_kernel.create_binder()
         return self[device]
 
 
 def total(*n_rows: int, parts: Parts | None = None) -> Steps:
     """Totals of so many rows each, one after another."""
-    kernel = Kernel(dense_rows.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
+    kernel = Kernel(dense.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
     steps = [(Launch(kernel, 1, n, 1.0), "loss out") for n in n_rows or (8,)]
     return Steps("loss out" if parts is None else "out", {}, steps, *([parts] if parts else []))
 
