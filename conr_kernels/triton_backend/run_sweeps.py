@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Keys
+from ..core.inputs import Keys
 from .launch import Place, place_of
 from .launch_sweeps import Plan
 
