@@ -22,6 +22,8 @@ from .availability import interpreted
 OWN_KEYS = {"key_x": "x", "key_y": "y", "key_p": "p"}
 #: Versions of Triton whose ``CompiledKernel.run`` takes what is given here.
 SERVED = ((3, 6), (3, 9))
+#: Numbers that stay free behind every part of a workspace: where tests put guard zones.
+GUARD = 0
 #: Forms of pointers for which steps are remembered; beyond, all are forgotten.
 FORMS = 64
 
@@ -41,10 +43,13 @@ class Parts:
         #: Bytes before each part, numbers of 32 bits before it and of it, its dtype.
         self.parts: dict[str, tuple[int, int, int, torch.dtype]] = {}
 
-    def add(self, name: str, n: int, dtype: torch.dtype) -> None:
+    def add(self, names: str, n: int, dtype: torch.dtype) -> None:
+        """n numbers; of several names, each right behind the other."""
         size = -(-n * dtype.itemsize // 4)
-        self.parts[name] = (4 * self.size, self.size, size, dtype)
-        self.size += -(-size // 32) * 32
+        for name in names.split():
+            self.parts[name] = (4 * self.size, self.size, size, dtype)
+            self.size += size
+        self.size = -(-(self.size + GUARD) // 32) * 32
 
     def new(self, x: Tensor) -> Tensor:
         """An allocation where x is."""

@@ -111,8 +111,8 @@ class Plan:
                 ("y", n * call.L, form.labels), ("p", n * call.L, form.labels),
                 ("coef", n * columns, call.dtype),
             ):  # fmt: skip
-                for order in range(1 + self.is_apart if size else 0):
-                    parts.add(f"{name}{side}{order}", size, dtype)
+                names = f"{name}{side}0 {name}{side}1" if self.is_apart else f"{name}{side}0"
+                parts.add(names, size, dtype)
 
     def _pick(self, text: str, order: int = 0) -> str:
         """Names of pointers, those of copies in this order."""

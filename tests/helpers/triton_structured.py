@@ -87,6 +87,7 @@ REDUCED = [
     Case(40, 20, "released-depth", L=2, temperature=0.005),
     Case(70, 20, "contrastive", weights="none"),
     Case(40, 150),
+    *(Case(45, 40, regime=regime) for regime in ("dense", "dense-split", "dense-recomputed")),
 ]  # fmt: skip
 
 
