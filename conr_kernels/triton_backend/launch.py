@@ -136,18 +136,17 @@ class Steps:
         if place is None:
             self._launch_plainly(wholes, given)
             return
-        pointers: list[int | None] = [None]
-        key: list[Any] = [place.device]
-        for t in given:
-            address = None if t is None else t.data_ptr()
-            pointers.append(address)
-            key += (None,) if t is None else (t.dtype, address % 16 == 0)
-        found = self.compiled.get(tuple(key))
+        addresses = [None if t is None else t.data_ptr() for t in given]
+        of_given = zip(given, addresses, strict=True)
+        forms = [None if t is None else (t.dtype, at % 16 == 0) for t, at in of_given]
+        key = (place.device, *forms)
+        found = self.compiled.get(key)
         if found is None:
             compiled = self._launch_plainly(wholes, given)
             if None not in compiled:
-                self._remember(tuple(key), compiled)
+                self._remember(key, compiled)
             return
+        pointers = [None, *addresses]
         for offsets, whole in zip(self.offsets, wholes, strict=True):
             address = whole.data_ptr()
             pointers += [address + before for before in offsets]
