@@ -44,6 +44,7 @@ CONSTANTS = {
     "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "ieee"}, "L": {1, 3},
     # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.
     "UPCAST": {False}, "WIDE": {False},
+    "ORDERS": {1, 2},
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
