@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import dot, load_tile, scale_pair, similarity
-from .layout import count_of, key_tiles, padded, sweep_of, tile_at
+from .layout import chosen_copies, count_of, key_tiles, padded, sweep_of, tile_at
 from .sweeps import anchors_of, pairs_of
 
 
@@ -163,28 +163,39 @@ def _halves(G):
     return tl.split(tl.permute(parts, (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "apart"])
 def conr_backward_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, inverse_i_ptr,
-    q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, x_ptr, G_ptr, G_rest_ptr, gradient_ptr,
-    n_anchors, n_keys, width, h: tl.float64, push_scale: tl.float64, kappa: tl.float64,
+    q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, x_ptr, G_ptr, G_rest_ptr, upstream_ptr, gradient_ptr,
+    n_anchors, n_keys, width, apart, h: tl.float64, push_scale: tl.float64, kappa: tl.float64,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
     SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_P H_ij q_j`` in the caller's order; then, with ``Σ_M H_ij q_j``, the gradient of x. A
-    program per tile of anchors.
+    """``Σ_P H_ij q_j`` in the caller's order; then, with ``Σ_M H_ij q_j``, the gradient of x, times
+    the upstream gradient where the coefficients are without. A program per tile of anchors.
 
     G and the gradient may share their memory: a program reads and writes its own rows only.
     """
     PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
     WIDTH: tl.constexpr = D_PAD // PARTS
     tile = tl.program_id(0)
-    _, order_ptr, self_ptr, _, _ = sweep_of(
+    is_outside, order_ptr, self_ptr, _, _ = sweep_of(
         layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
     )
+    if CONFUSED:
+        COLUMNS: tl.constexpr = 5 if SHIFTED else 3
+        q_i_ptr, y_i_ptr, p_i_ptr, behind = chosen_copies(
+            q_i_ptr, y_i_ptr, p_i_ptr, n_anchors, is_outside, apart, D_PAD, L
+        )
+        coef_i_ptr += behind * COLUMNS
+        inverse_i_ptr += behind
+        q_j_ptr, y_j_ptr, p_j_ptr, behind = chosen_copies(
+            q_j_ptr, y_j_ptr, p_j_ptr, n_keys, is_outside, apart, D_PAD, L
+        )
+        coef_j_ptr += behind * COLUMNS
     _, full, edges = key_tiles(
         tile, layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J
     )
@@ -220,10 +231,13 @@ def conr_backward_kernel(
         inverse = tl.load(inverse_i_ptr + rows)
         poison = poison_of(coef_i_ptr + rows, n_padded, dtype)
         radial = tl.zeros((BLOCK_I,), dtype)
+        factor = tl.full((), kappa, tl.float64)
+        if upstream_ptr is not None:
+            factor *= tl.load(upstream_ptr).to(tl.float64)
         done = ()
         for c in tl.static_range(PARTS):
             part = _add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
-            part *= tl.full((), kappa, dtype)
+            part *= factor.to(dtype)
             q = unit_columns(x_ptr, inverse, row, c * WIDTH, n_anchors, D, WIDTH)
             radial += tl.sum(q * part, axis=1)
             done = done + (part,)
