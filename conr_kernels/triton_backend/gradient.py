@@ -1,4 +1,4 @@
-"""The Triton kernel of the two banded sweeps, backward, with a row's gradient in registers.
+"""The Triton kernels of the two banded sweeps, backward, with a row's gradient in registers.
 
 Tiles are visited as in the forward pass: see sweeps.py.
 """
@@ -163,6 +163,92 @@ def _halves(G):
     return tl.split(tl.permute(parts, (0, 2, 1)))
 
 
+@triton.jit
+def _sum_of_sweep(
+    tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
+    q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, h, push_scale,
+    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``Σ_j H_ij q_j`` of a tile of anchors over one of n_slots equal parts of its key tiles, and
+    the anchors' rows.
+    """
+    _, order_ptr, self_ptr, _, _ = sweep_of(
+        layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
+    )
+    _, full, edges = key_tiles(
+        tile, layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J
+    )
+    dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
+    anchors = anchors_of(
+        tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
+    )
+    rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    of_anchors = coefficients_of(coef_i_ptr + rows, padded(n_anchors), NEGATIVES, SHIFTED, INSIDE)
+    q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
+    q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
+    G = tl.zeros((BLOCK_I, D_PAD), dtype)
+    n_full, n_edges = count_of(full), count_of(edges)
+    for t in range(n_full * slot // n_slots, n_full * (slot + 1) // n_slots):
+        G = _add_tile(
+            G, tile_at(t, full), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
+            coef_j_ptr, n_keys, width, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
+            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
+    for t in range(n_edges * slot // n_slots, n_edges * (slot + 1) // n_slots):
+        G = _add_tile(
+            G, tile_at(t, edges), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
+            coef_j_ptr, n_keys, width, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
+            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
+    return G, tl.load(order_ptr + rows)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
+def conr_backward_parts_kernel(
+    layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, G_ptr,
+    n_anchors, n_keys, n_slots, width, h: tl.float64, push_scale: tl.float64,
+    APART: tl.constexpr, COLUMNS: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr,
+    D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
+    INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Parts of ``Σ_j H_ij q_j`` in the caller's order, G [2 sweeps · n_slots, N, D_PAD]: n_slots
+    programs per tile of anchors for the positives, then as many for the negatives, whose copies
+    stand behind those of the positives where they are APART.
+    """
+    PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
+    WIDTH: tl.constexpr = D_PAD // PARTS
+    n_programs = tl.num_programs(0) // 2
+    which, here = tl.program_id(0) // n_programs, tl.program_id(0) % n_programs
+    tile, slot = here // n_slots, here % n_slots
+    if which == 0:
+        G, row = _sum_of_sweep(
+            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
+            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, h, push_scale,
+            False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, PRECISION, UPCAST,
+            BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
+    else:
+        i = padded(n_anchors).to(tl.int64) if APART else 0
+        j = padded(n_keys).to(tl.int64) if APART else 0
+        G, row = _sum_of_sweep(
+            tile, slot, n_slots, layout_ptr,
+            q_i_ptr + i * D_PAD, y_i_ptr + i * L, p_i_ptr + i * L, coef_i_ptr + i * COLUMNS,
+            q_j_ptr + j * D_PAD, y_j_ptr + j * L, p_j_ptr + j * L, coef_j_ptr + j * COLUMNS,
+            n_anchors, n_keys, width, h, push_scale,
+            True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, RESCALE, PRECISION,
+            UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
+    G_ptr += (which * n_slots + slot).to(tl.int64) * n_anchors * D_PAD
+    parts = in_parts(G, PARTS)
+    for c in tl.static_range(PARTS):
+        G_ptrs, mask = columns_of(G_ptr, row, c * WIDTH, n_anchors, D_PAD, WIDTH)
+        tl.store(G_ptrs, parts[c], mask=mask)
+
+
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
 def conr_backward_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, inverse_i_ptr,
@@ -182,43 +268,21 @@ def conr_backward_kernel(
     PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
     WIDTH: tl.constexpr = D_PAD // PARTS
     tile = tl.program_id(0)
-    _, order_ptr, self_ptr, _, _ = sweep_of(
-        layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
-    )
-    _, full, edges = key_tiles(
-        tile, layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J
-    )
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
-    anchors = anchors_of(
-        tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
-    )
     rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
-    n_padded = padded(n_anchors)
-    of_anchors = coefficients_of(coef_i_ptr + rows, n_padded, NEGATIVES, SHIFTED, INSIDE)
-    q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
-    q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
-    G = tl.zeros((BLOCK_I, D_PAD), dtype)
-    for t in range(count_of(full)):
-        G = _add_tile(
-            G, tile_at(t, full), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
-            coef_j_ptr, n_keys, width, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
-            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
-        )  # fmt: skip
-    for t in range(count_of(edges)):
-        G = _add_tile(
-            G, tile_at(t, edges), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
-            coef_j_ptr, n_keys, width, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
-            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
-        )  # fmt: skip
-
-    row = tl.load(order_ptr + rows)
+    G, row = _sum_of_sweep(
+        tile, 0, 1, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
+        q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, h, push_scale,
+        NEGATIVES, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, PUSHING, RESCALE, PRECISION,
+        UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+    )  # fmt: skip
     parts = in_parts(G, PARTS)
     if not NEGATIVES:
         for c in tl.static_range(PARTS):
             _store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
     else:
         inverse = tl.load(inverse_i_ptr + rows)
-        poison = poison_of(coef_i_ptr + rows, n_padded, dtype)
+        poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
         radial = tl.zeros((BLOCK_I,), dtype)
         done = ()
         for c in tl.static_range(PARTS):

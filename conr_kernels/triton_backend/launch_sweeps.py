@@ -28,6 +28,10 @@ WIDE_PROGRAMS = 528
 #: Bytes of sorted features up to which one launch copies both orders; above, the negatives' copies
 #: replace the positives'.
 BOTH_ORDERS = 2**26
+#: Bytes of the gradient's parts up to which one launch serves both sweeps of the backward pass,
+#: cut into about so many programs; above, the positives' part waits in the gradient's memory.
+PARTS_BYTES = 2**26
+PARTS_PROGRAMS = 512
 GATHER_ROWS = 32
 FINISH_ROWS = 64
 
@@ -73,8 +77,15 @@ class Plan:
         self.forward = list(self._forward())
         self.work_of_gradient = Parts()
         self._add_copies(self.work_of_gradient, columns)
-        is_wide = call.D_bucket == 0
-        self.backward = list(self._backward_wide() if is_wide else self._backward())
+        if call.D_bucket == 0:
+            self.backward = list(self._backward_wide())
+        else:
+            tiles_i = tiles(N, call.config("backward").BLOCK_I)
+            n_slots = min(tiles(PARTS_PROGRAMS, 2 * tiles_i), SLOTS)
+            parts_size = 2 * n_slots * N * call.D_pad * call.dtype.itemsize
+            stands_apart = self.is_apart or not call.is_confused
+            are_parts = stands_apart and parts_size <= PARTS_BYTES
+            self.backward = list(self._backward_parts(n_slots) if are_parts else self._backward())
 
     def _add_copies(self, parts: Parts, columns: int) -> None:
         """Copies of keys and anchors in the order of the labels, then in that of the predictions,
@@ -230,6 +241,27 @@ class Plan:
             )  # fmt: skip
             yield launch, self._pick(names, order)
 
+    def _backward_parts(self, n_slots: int) -> Iterator[Step]:
+        from . import gradient
+
+        call, s = self.call, self.call.settings
+        chosen = call.config("backward")
+        self.work_of_gradient.add("G", 2 * n_slots * call.N * call.D_pad, call.dtype)
+        yield from self._gather(0, self.columns)
+        kernel = bind(
+            gradient.conr_backward_parts_kernel, chosen.launch | call.fusion, APART=self.is_apart,
+            COLUMNS=self.columns, CONFUSED=call.is_confused, SAME=not call.has_keys,
+            D_PAD=call.D_pad, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
+            RESCALE=call.is_rescaled, **call.pair_flags, **chosen.tiles,
+        )  # fmt: skip
+        launch = Launch(
+            kernel, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
+            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
+        )  # fmt: skip
+        names = "layout q_i y_i p_i coef_i q_j y_j p_j coef_j G"
+        yield launch, self._pick(names)
+        yield self._gradient(2 * n_slots)
+
     def _backward_wide(self) -> Iterator[Step]:
         from . import wide
 
@@ -281,12 +313,21 @@ class Plan:
                 ), of_scores  # fmt: skip
                 n_programs = n_here * (call.D_pad // columns)
                 yield Launch(products, n_programs, N, K, *numbers), of_products
+        yield self._gradient(1)
+
+    def _gradient(self, n_parts: int) -> Step:
+        """From the sums over keys in so many parts."""
+        from . import wide
+
+        call = self.call
         gradient = bind(
-            wide.conr_wide_gradient_kernel, {"num_warps": 4}, CONFUSED=call.is_confused,
-            SAME=not call.has_keys, D=call.D, D_PAD=call.D_pad, ROWS=GATHER_ROWS, CHUNK=64,
+            wide.conr_gradient_kernel, {"num_warps": 4}, CONFUSED=call.is_confused,
+            SAME=not call.has_keys, D=call.D, D_PAD=call.D_pad, ROWS=GATHER_ROWS,
+            CHUNK=min(call.D_pad, 64),
         )  # fmt: skip
-        launch = Launch(gradient, padded(N) // GATHER_ROWS, N, K, call.D_pad, self.kappa)
-        yield launch, self._pick("layout coef_i inverse_i x G gradient", 1)
+        numbers = call.N, call.K, n_parts, call.D_pad, self.kappa
+        launch = Launch(gradient, padded(call.N) // GATHER_ROWS, *numbers)
+        return launch, self._pick("layout coef_i inverse_i x G gradient", 1)
 
 
 def _even(n: int, most: int) -> int:
@@ -303,7 +344,8 @@ def plan_of(
     x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
 ) -> Plan:
     form = form_of(x, y, keys, self_offset, reduction)
-    key = (id(s), form, PROGRAMS, WIDE_FEATURES, WORKSPACE, WIDE_PROGRAMS, BOTH_ORDERS)
+    limits = PROGRAMS, WIDE_FEATURES, WORKSPACE, WIDE_PROGRAMS, BOTH_ORDERS, PARTS_BYTES
+    key = (id(s), form, *limits, PARTS_PROGRAMS)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= PLANS:
