@@ -24,6 +24,8 @@ Assumptions, all of them:
 - Programs are placed in order on the first free place; the kernel ends with the last of them.
 - Each tensor crosses the HBM bus once. Where what all resident programs work on exceeds the L2
   cache, the same share of all traffic goes to HBM.
+- Where programs of one launch do different work (``conr_order_kernel``), each is taken to do all of
+  it: a time that is too long.
 - Nothing for the launch, the host, clock changes or power limits: a lower bound for small batches.
 """
 

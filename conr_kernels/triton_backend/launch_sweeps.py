@@ -1,11 +1,10 @@
-"""Plans of the two sweeps over exact bands: layout.py; sweeps.py, gradient.py or wide.py."""
+"""Plans of the two sweeps over exact bands: ordering.py; sweeps.py, gradient.py or wide.py."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..core.inputs import Keys
 from ..variants import Settings
 from .call import ROW_PAD, WIDE_PAD, Call, Form, form_of, padded, tiles
-from .launch import Launch, Parts, bind
+from .launch import OWN_KEYS, Launch, Parts, Steps, bind
 
 #: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
 #: most that share a forward pass's tile of anchors.
@@ -25,8 +24,8 @@ SLOTS = 8
 WIDE_FEATURES = 4
 WORKSPACE = 2**25
 WIDE_PROGRAMS = 528
-#: Bytes of sorted features up to which one launch copies both orders; above, the negatives' copies
-#: replace the positives'.
+#: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
+#: loss finds them kept; above, the negatives' copies replace the positives'.
 BOTH_ORDERS = 2**26
 #: Bytes of the gradient's parts up to which one launch serves both sweeps of the backward pass,
 #: cut into about so many programs; above, the positives' part waits in the gradient's memory.
@@ -34,9 +33,10 @@ PARTS_BYTES = 2**26
 PARTS_PROGRAMS = 512
 GATHER_ROWS = 32
 FINISH_ROWS = 64
+PROJECTED_ROWS = 16
 
-#: A launch, and what picks its pointers from all by their names.
-Step = tuple[Launch, itemgetter]
+#: A launch and the names of its pointers.
+Step = tuple[Launch, str]
 
 
 def layout_size(n_anchors: int, n_keys: int) -> int:
@@ -59,33 +59,50 @@ class Plan:
         self.gather_programs = n_rows // GATHER_ROWS
         size = n_rows * call.D_pad * form.dtype.itemsize
         self.is_apart = call.is_confused and size <= BOTH_ORDERS
+        is_wide, is_reduced = call.D_bucket == 0, form.reduction != "none"
+        self.is_kept = is_reduced and size <= BOTH_ORDERS and not is_wide
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
-        #: Where the losses are reduced: layout, statistics and losses.
-        self.kept = Parts()
+        self.work, self.kept, self.work_of_gradient = Parts(), Parts(), Parts()
         self.kept.add("layout", layout_size(N, K), torch.int32)
-        self.kept.add("stats", N * columns, call.dtype)
         self.kept.add("loss", N, call.dtype)
-        self.work = Parts()
-        self._add_copies(self.work, 0)
-        self.work.add("excess", tiles(N, ROW_PAD), torch.int32)
+        self.rank = "rank" if self.is_kept else "nothing"
+        if self.is_kept:
+            self._add_copies(self.kept, columns)
+            self.work.add("rank", (1 + self.is_apart) * padded(N), torch.int32)
+        else:
+            self.kept.add("stats", N * columns, call.dtype)
+            self._add_copies(self.work, 0)
+            self._add_copies(self.work_of_gradient, columns)
         self.work.add("poison", K + N * call.has_keys, torch.float32)
         self.work.add("sums", 2 * 3 * self.n_slots * N, call.dtype)
         self.work.add("n", self.n_slots * N, torch.int32)
-        self.sort_keys = list(self._sort_keys()) if L > 1 else []
-        self.forward = list(self._forward())
-        self.work_of_gradient = Parts()
-        self._add_copies(self.work_of_gradient, columns)
-        if call.D_bucket == 0:
-            self.backward = list(self._backward_wide())
+        self.sort_keys = self._sort_keys() if L > 1 else None
+        forward = list(self._forward())
+        backward = list(self._backward_wide() if is_wide else self._backward_narrow())
+        if not is_reduced:
+            rows, sorts = "x y p key_x key_y key_p", "key_values key_order values order"
+            self.forward = Steps(
+                f"{rows} w n_absent {sorts} loss stats layout", {}, forward, self.work
+            )
+            self.backward = Steps(
+                f"{rows} coef key_coef layout G gradient", {"upstream": "nothing"}, backward,
+                self.work_of_gradient,
+            )  # fmt: skip
         else:
-            tiles_i = tiles(N, call.config("backward").BLOCK_I)
-            n_slots = min(tiles(PARTS_PROGRAMS, 2 * tiles_i), SLOTS)
-            parts_size = 2 * n_slots * N * call.D_pad * call.dtype.itemsize
-            stands_apart = self.is_apart or not call.is_confused
-            are_parts = stands_apart and parts_size <= PARTS_BYTES
-            self.backward = list(self._backward_parts(n_slots) if are_parts else self._backward())
+            aliases = OWN_KEYS | {
+                "n_absent": "nothing", "key_values": "values", "key_order": "order",
+            }  # fmt: skip
+            self.forward = Steps(
+                "x y p w values order total", aliases, forward, self.kept, self.work
+            )
+            rows, aliases = "x", {}
+            if not self.is_kept:
+                rows, aliases = "x y p", OWN_KEYS | {"coef": "stats", "key_coef": "stats"}
+            self.backward = Steps(
+                f"{rows} upstream G gradient", aliases, backward, self.kept, self.work_of_gradient
+            )
 
     def _add_copies(self, parts: Parts, columns: int) -> None:
         """Copies of keys and anchors in the order of the labels, then in that of the predictions,
@@ -99,79 +116,77 @@ class Plan:
                 ("y", n * call.L, form.labels), ("p", n * call.L, form.labels),
                 ("coef", n * columns, call.dtype),
             ):  # fmt: skip
-                for order in range(1 + self.is_apart if size else 0):
-                    parts.add(f"{name}{side}{order}", size, dtype)
+                names = f"{name}{side}0 {name}{side}1" if self.is_apart else f"{name}{side}0"
+                parts.add(names, size, dtype)
 
-    def _pick(self, text: str, order: int = 0) -> itemgetter:
-        """Picks the pointers of these names, those of copies in this order."""
-        found, order = [], order if self.is_apart else 0
+    def _pick(self, text: str, order: int = 0) -> str:
+        """Names of pointers, those of copies in this order."""
+        names, order = [], order if self.is_apart else 0
         for name in text.split():
             if name.endswith(("_i", "_j")):
                 name = f"{name if self.call.has_keys else name[:-1] + 'j'}{order}"
-            found.append(name)
-        return itemgetter(*found)
+            names.append(name)
+        return " ".join(names)
 
-    def _sort_keys(self) -> Iterator[Step]:
-        from . import layout
+    def _sort_keys(self) -> Steps:
+        from . import ordering
 
         call, L = self.call, self.call.L
         self.work.add("spread", 2 * L, call.form.labels)
-        spread = bind(layout.conr_spread_kernel, {}, L=L, BLOCK=1024)
-        yield Launch(spread, 2 * L, call.K), itemgetter("key_y", "key_p", "spread")
+        spread = Launch(bind(ordering.conr_spread_kernel, {}, L=L, BLOCK=1024), 2 * L, call.K)
         values = bind(
-            layout.conr_sort_keys_kernel, {}, HAS_KEYS=call.has_keys, L=L,
+            ordering.conr_sort_keys_kernel, {}, HAS_KEYS=call.has_keys, L=L,
             L_PAD=1 << (L - 1).bit_length(), BLOCK=256,
         )  # fmt: skip
-        names = self._pick("spread key_y key_p y p of_keys of_anchors")
-        yield Launch(values, tiles(max(call.K, call.N), 256), call.K, call.N), names
+        steps = [
+            (spread, "key_y key_p spread"),
+            (
+                Launch(values, tiles(max(call.K, call.N), 256), call.K, call.N),
+                "spread key_y key_p y p of_keys of_anchors",
+            ),
+        ]
+        return Steps("y p key_y key_p of_keys of_anchors", {}, steps, self.work)
 
-    def _bands(self) -> Step:
-        from . import layout
+    def _gather(self, order: int, columns: int) -> Iterator[Step]:
+        """The copies in this order; with the first also the bands, in the forward pass, and, where
+        there is room, the second.
+        """
+        from . import ordering
 
         call, s = self.call, self.call.settings
+        if order == 1 and (self.is_apart or not call.is_confused):
+            return
         reach = s.window
         if call.L > 1:
             # |Δ_c| ≤ L·d (mae), √L·d (rmse) for every component c; the margin covers d's rounding.
             reach *= call.L if s.distance == "mae" else math.sqrt(call.L)
             reach += reach * 1e-5
-        bands = bind(
-            layout.conr_bands_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
-            HAS_P=call.is_confused, EXACT=call.L == 1, ROWS=ROW_PAD,
-        )  # fmt: skip
-        n_programs = padded(max(call.N, call.K)) // ROW_PAD
-        n_steps = call.K.bit_length()
-        numbers = call.N, call.K, call.form.self_offset, n_steps, reach
-        names = (
-            "key_values0 key_order0 values0 order0 key_values1 key_order1 values1 order1 "
-            "layout excess"
-        )
-        return Launch(bands, n_programs, *numbers), self._pick(names)
-
-    def _gather(self, order: int, columns: int) -> Iterator[Step]:
-        """The copies in this order; in both, where there is room, with the first."""
-        from . import layout
-
-        call = self.call
-        if order == 1 and (self.is_apart or not call.is_confused):
-            return
-        gather = bind(
-            layout.conr_gather_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, D=call.D,
+        kernel = bind(
+            ordering.conr_order_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
+            HAS_P=call.is_confused, EXACT=call.L == 1, BAND_ROWS=ROW_PAD, D=call.D,
             D_PAD=call.D_pad, L=call.L, COLUMNS=columns, ROWS=GATHER_ROWS,
             CHUNK=min(call.D_pad, 128) if call.D_bucket else 64,
         )  # fmt: skip
-        launch = Launch(
-            gather, self.gather_programs * (1 + self.is_apart), call.N, call.K, call.D_pad,
-            self.gather_programs * order, int(self.is_apart), self.factor, call.scale,
-        )  # fmt: skip
+        n_bands = 1 + padded(max(call.N, call.K)) // ROW_PAD
+        n_programs = self.gather_programs * (1 + self.is_apart)
+        first = n_bands + self.gather_programs * order
         names = (
-            "layout excess key_x key_y key_p nothing q_j inverse_j y_j p_j nothing "
-            "x y p w nothing q_i inverse_i y_i p_i nothing poison nothing"
+            "nothing nothing nothing nothing layout nothing "
+            "key_x key_y key_p key_coef q_j inverse_j y_j p_j coef_j "
+            "x y p nothing coef q_i inverse_i y_i p_i coef_i nothing upstream"
         )
-        if columns:
+        if not columns:
+            if order == 0:
+                n_programs, first = n_programs + n_bands, 0
             names = (
-                "layout nothing key_x key_y key_p key_coef q_j inverse_j y_j p_j coef_j "
-                "x y p nothing coef q_i inverse_i y_i p_i coef_i nothing upstream"
+                f"key_values key_order values order layout {self.rank} "
+                "key_x key_y key_p nothing q_j inverse_j y_j p_j nothing "
+                "x y p w nothing q_i inverse_i y_i p_i nothing poison nothing"
             )
+        launch = Launch(
+            kernel, n_programs, call.N, call.K, call.form.self_offset, call.K.bit_length(),
+            call.D_pad, first, int(self.is_apart), reach, self.factor, call.scale,
+        )  # fmt: skip
         yield launch, self._pick(names)
 
     def _flags(self, order: int) -> dict[str, Any]:
@@ -184,11 +199,10 @@ class Plan:
         )  # fmt: skip
 
     def _forward(self) -> Iterator[Step]:
-        from . import dense_rows, sweeps
+        from . import dense, sweeps
 
         call, s, variant = self.call, self.call.settings, self.call.settings.variant
         chosen, n_slots = call.config("forward"), self.n_slots
-        yield self._bands()
         for order in (0, 1):
             yield from self._gather(order, 0)
             kernel = bind(
@@ -198,69 +212,98 @@ class Plan:
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I) * n_slots,
-                call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
+                call.N, call.K, n_slots, call.D_pad, int(self.is_apart), call.window,
+                s.push_scale,
             )  # fmt: skip
-            yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n", order)
+            yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
         finish = bind(
             sweeps.conr_finish_kernel, {"num_warps": 4}, SAME=not call.has_keys,
             SHIFTED=call.pair_flags["SHIFTED"], INSIDE=call.is_inside, PUSHING=variant.pushing,
             UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
-            WEIGHTED_ROWS=variant.weighted_rows, TINY=call.is_tiny, ROWS=FINISH_ROWS, SLOTS=SLOTS,
+            WEIGHTED_ROWS=variant.weighted_rows, TINY=call.is_tiny, ORDERS=1 + self.is_apart,
+            ROWS=FINISH_ROWS, SLOTS=SLOTS,
         )  # fmt: skip
-        launch = Launch(finish, tiles(call.N, FINISH_ROWS), call.N, call.K, n_slots, s.push_scale)
-        yield launch, self._pick("sums n poison w n_absent loss stats")
+        n_rows = padded(call.N) if self.is_kept else call.N
+        launch = Launch(finish, tiles(n_rows, FINISH_ROWS), call.N, call.K, n_slots, s.push_scale)
+        stats = "coef_j" if self.is_kept else "stats"
+        yield launch, self._pick(f"sums n poison w n_absent {self.rank} loss {stats}")
         if call.form.reduction != "none":
-            total = bind(dense_rows.conr_total_kernel, {"num_warps": 16}, BLOCK=8192)
-            yield Launch(total, 1, call.N, 0, self.factor), itemgetter("loss", "total")
+            total = bind(dense.conr_total_kernel, {"num_warps": 16}, BLOCK=8192)
+            yield Launch(total, 1, call.N, self.factor), "loss total"
 
     @property
     def kappa(self) -> float:
         """∂L/∂q_i = (1/τ) Σ_j H_ij q_j, and the sorted copies hold √(log₂e/τ)·q_j."""
         return 1 / (self.call.settings.temperature * self.call.scale)
 
-    def _backward(self) -> Iterator[Step]:
+    def _backward_narrow(self) -> Iterator[Step]:
+        call = self.call
+        tiles_i = tiles(call.N, call.config("backward").BLOCK_I)
+        n_slots = min(tiles(PARTS_PROGRAMS, 2 * tiles_i), SLOTS)
+        size = 2 * n_slots * call.N * call.D_pad
+        stand_apart = self.is_apart or not call.is_confused
+        if stand_apart and size * call.dtype.itemsize <= PARTS_BYTES:
+            self.work_of_gradient.add("G_parts", size, call.dtype)
+            return self._backward_at_once(n_slots)
+        return self._backward_in_turn()
+
+    def _backward_at_once(self, n_slots: int) -> Iterator[Step]:
+        from . import gradient
+
+        call, s = self.call, self.call.settings
+        chosen, upstream, kappa = call.config("backward"), "nothing", self.kappa
+        if self.is_kept:
+            upstream, kappa = "upstream", kappa * self.factor
+        else:
+            yield from self._gather(0, self.columns)
+        of_sums = bind(
+            gradient.conr_backward_parts_kernel, chosen.launch | call.fusion,
+            CONFUSED=call.is_confused, SAME=not call.has_keys, D_PAD=call.D_pad,
+            INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
+            **call.pair_flags, **chosen.tiles,
+        )  # fmt: skip
+        launch = Launch(
+            of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
+            call.N, call.K, n_slots, call.D_pad, int(self.is_apart), call.window, s.push_scale,
+        )  # fmt: skip
+        yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
+        of_rows = bind(
+            gradient.conr_gradient_kernel, {"num_warps": 4}, SAME=not call.has_keys, D=call.D,
+            D_PAD=call.D_pad, ROWS=PROJECTED_ROWS,
+        )  # fmt: skip
+        numbers = call.N, call.K, 2 * n_slots, kappa
+        launch = Launch(of_rows, tiles(padded(call.N), PROJECTED_ROWS), *numbers)
+        yield launch, self._pick(f"layout coef_i inverse_i x G_parts {upstream} gradient")
+
+    def _backward_in_turn(self) -> Iterator[Step]:
         from . import gradient
 
         call, s = self.call, self.call.settings
         chosen, dtype = call.config("backward"), call.form.dtype
         # The positives' part waits where the gradient will stand: 16-bit ones as two bfloat16
         # summands.
-        names = "layout q_i y_i p_i coef_i inverse_i q_j y_j p_j coef_j x G nothing gradient"
+        rest, upstream, kappa = "nothing", "nothing", self.kappa
         if dtype.itemsize == 2:
-            self.work_of_gradient.add("G_rest", call.N * call.D, torch.bfloat16)
-            names = names.replace("nothing", "G_rest")
+            rest = "G_rest"
+            self.work_of_gradient.add(rest, call.N * call.D, torch.bfloat16)
+        apart = self.is_kept and self.is_apart
+        if self.is_kept:
+            upstream, kappa = "upstream", kappa * self.factor
         for order in (0, 1):
-            yield from self._gather(order, self.columns)
+            if not self.is_kept:
+                yield from self._gather(order, self.columns)
             kernel = bind(
                 gradient.conr_backward_kernel, chosen.launch | call.fusion, D=call.D,
                 RESCALE=call.is_rescaled, **self._flags(order), **call.pair_flags, **chosen.tiles,
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
-                call.N, call.K, call.D_pad, call.window, s.push_scale, self.kappa,
+                call.N, call.K, call.D_pad, int(apart), call.window, s.push_scale, kappa,
             )  # fmt: skip
-            yield launch, self._pick(names, order)
-
-    def _backward_parts(self, n_slots: int) -> Iterator[Step]:
-        from . import gradient
-
-        call, s = self.call, self.call.settings
-        chosen = call.config("backward")
-        self.work_of_gradient.add("G", 2 * n_slots * call.N * call.D_pad, call.dtype)
-        yield from self._gather(0, self.columns)
-        kernel = bind(
-            gradient.conr_backward_parts_kernel, chosen.launch | call.fusion, APART=self.is_apart,
-            COLUMNS=self.columns, CONFUSED=call.is_confused, SAME=not call.has_keys,
-            D_PAD=call.D_pad, INSIDE=call.is_inside, PUSHING=s.variant.pushing,
-            RESCALE=call.is_rescaled, **call.pair_flags, **chosen.tiles,
-        )  # fmt: skip
-        launch = Launch(
-            kernel, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
-            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
-        )  # fmt: skip
-        names = "layout q_i y_i p_i coef_i q_j y_j p_j coef_j G"
-        yield launch, self._pick(names)
-        yield self._gradient(2 * n_slots)
+            yield launch, self._pick(
+                "layout q_i y_i p_i coef_i inverse_i q_j y_j p_j coef_j "
+                f"x G {rest} {upstream} gradient", 0 if apart else order,
+            )  # fmt: skip
 
     def _backward_wide(self) -> Iterator[Step]:
         from . import wide
@@ -313,21 +356,12 @@ class Plan:
                 ), of_scores  # fmt: skip
                 n_programs = n_here * (call.D_pad // columns)
                 yield Launch(products, n_programs, N, K, *numbers), of_products
-        yield self._gradient(1)
-
-    def _gradient(self, n_parts: int) -> Step:
-        """From the sums over keys in so many parts."""
-        from . import wide
-
-        call = self.call
         gradient = bind(
-            wide.conr_gradient_kernel, {"num_warps": 4}, CONFUSED=call.is_confused,
-            SAME=not call.has_keys, D=call.D, D_PAD=call.D_pad, ROWS=GATHER_ROWS,
-            CHUNK=min(call.D_pad, 64),
+            wide.conr_wide_gradient_kernel, {"num_warps": 4}, CONFUSED=call.is_confused,
+            SAME=not call.has_keys, D=call.D, D_PAD=call.D_pad, ROWS=GATHER_ROWS, CHUNK=64,
         )  # fmt: skip
-        numbers = call.N, call.K, n_parts, call.D_pad, self.kappa
-        launch = Launch(gradient, padded(call.N) // GATHER_ROWS, *numbers)
-        return launch, self._pick("layout coef_i inverse_i x G gradient", 1)
+        launch = Launch(gradient, padded(N) // GATHER_ROWS, N, K, call.D_pad, self.kappa)
+        yield launch, self._pick("layout coef_i inverse_i x G gradient", 1)
 
 
 def _even(n: int, most: int) -> int:
@@ -345,7 +379,7 @@ def plan_of(
 ) -> Plan:
     form = form_of(x, y, keys, self_offset, reduction)
     limits = PROGRAMS, WIDE_FEATURES, WORKSPACE, WIDE_PROGRAMS, BOTH_ORDERS, PARTS_BYTES
-    key = (id(s), form, *limits, PARTS_PROGRAMS)
+    key = (id(s), form, *limits)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= PLANS:

@@ -130,24 +130,14 @@ def conr_wide_product_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
-def _total(G_ptrs, mask, n_parts, stride):
-    """The sum of the parts of some numbers, ``stride`` apart."""
-    total = tl.load(G_ptrs, mask=mask, other=0.0)
-    for _ in range(1, n_parts):
-        G_ptrs += stride
-        total += tl.load(G_ptrs, mask=mask, other=0.0)
-    return total
-
-
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_parts"])
-def conr_gradient_kernel(
+@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
+def conr_wide_gradient_kernel(
     layout_ptr, coef_i_ptr, inverse_i_ptr, x_ptr, G_ptr, gradient_ptr,
-    n_anchors, n_keys, n_parts, width, kappa: tl.float64,
+    n_anchors, n_keys, width, kappa: tl.float64,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of ROWS rows from G [n_parts, N, D_PAD]; a program each.
+    """The gradient of ROWS rows from G; a program each.
 
     The radial part is that of G, from H_ij as it was rounded: nearly parallel features leave little
     else.
@@ -159,15 +149,14 @@ def conr_gradient_kernel(
     poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
     factor = tl.full((), kappa, dtype)
     radial = tl.zeros((ROWS,), dtype)
-    stride = n_anchors.to(tl.int64) * D_PAD
     for k in range(0, width, CHUNK):
         G_ptrs, mask = columns_of(G_ptr, row, k, n_anchors, D_PAD, CHUNK)
         q_i = unit_columns(x_ptr, inverse, row, k, n_anchors, D, CHUNK)
-        radial += tl.sum(q_i * _total(G_ptrs, mask, n_parts, stride), axis=1)
+        radial += tl.sum(q_i * tl.load(G_ptrs, mask=mask, other=0.0), axis=1)
     for k in range(0, width, CHUNK):
         G_ptrs, mask = columns_of(G_ptr, row, k, n_anchors, D_PAD, CHUNK)
         q_i = unit_columns(x_ptr, inverse, row, k, n_anchors, D, CHUNK)
-        G = _total(G_ptrs, mask, n_parts, stride)
         store_gradient(
-            G * factor, q_i, row, k, radial * factor, inverse, poison, gradient_ptr, n_anchors, D
-        )
+            tl.load(G_ptrs, mask=mask, other=0.0) * factor, q_i, row, k, radial * factor,
+            inverse, poison, gradient_ptr, n_anchors, D,
+        )  # fmt: skip

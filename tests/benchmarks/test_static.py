@@ -24,10 +24,9 @@ from conr_kernels.triton_backend import call as call_module
 from conr_kernels.triton_backend import (
     dense,
     dense_gradient,
-    dense_rows,
     gradient,
     launch_dense,
-    layout,
+    ordering,
     sweeps,
     wide,
 )
@@ -48,7 +47,7 @@ CONSTANTS = {
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
-                     "L_PAD", "SLOTS", "BLOCK_K", "PARTS")),
+                     "BAND_ROWS", "L_PAD", "SLOTS", "BLOCK_K", "PARTS")),
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {
@@ -59,7 +58,7 @@ EXCEPTIONS = {
     ("conr_spread_kernel", "L"): {3},
     ("conr_sort_keys_kernel", "L"): {3},
 }
-MODULES = (dense, dense_gradient, dense_rows, gradient, layout, sweeps, wide)
+MODULES = (dense, dense_gradient, gradient, ordering, sweeps, wide)
 
 
 def kernels(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, JITFunction]:
@@ -107,7 +106,7 @@ def test_every_branch_is_compiled(arch: int) -> None:
     optional = {key for key, values in given.items() if False in values}
     names = {"w_ptr", "n_absent_ptr", "gram_ptr", "out_ptr", "upstream_ptr", "G_rest_ptr"}
     assert {name for _, name in optional} >= names | {"poison_ptr"}
-    # In the gather kernel the anchors' copies and the coefficients go with HAS_KEYS and COLUMNS.
+    # Of the copies, the anchors' and the coefficients go with HAS_KEYS and COLUMNS.
     assert all(given[key] == BOOL for key in optional), {k: given[k] for k in optional}
 
 

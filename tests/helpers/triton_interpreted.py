@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
 from conr_kernels.core.inputs import Inputs
-from conr_kernels.triton_backend import launch_dense, launch_sweeps
+from conr_kernels.triton_backend import launch, launch_dense, launch_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
@@ -43,9 +43,15 @@ def in_guard_zone(t: Tensor, gap: int = 0) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def guarded_allocations():
-    """Every buffer of the backend is prefilled with NaN and must leave the NaN around it alone."""
-    buffers = []
-    plain_new_empty = torch.Tensor.new_empty
+    """Every buffer of the backend is prefilled with NaN and must leave the NaN around it alone, and
+    between its parts.
+    """
+    buffers, workspaces = [], []
+    plain_new_empty, plain_new = torch.Tensor.new_empty, launch.Parts.new
+
+    def new(parts, x):
+        workspaces.append((parts, plain_new(parts, x)))
+        return workspaces[-1][1]
 
     def allocate(shape, dtype):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -65,9 +71,19 @@ def guarded_allocations():
     with (
         mock.patch.object(torch.Tensor, "new_empty", new_empty),
         mock.patch.object(torch, "empty_like", empty_like),
+        mock.patch.object(launch, "GUARD", GUARD),
+        mock.patch.object(launch.Parts, "new", new),
+        mock.patch.object(launch_dense, "_plans", {}),
+        mock.patch.object(launch_sweeps, "_plans", {}),
     ):
         yield
     assert buffers
+    for parts, whole in workspaces:
+        is_free = torch.ones(parts.size, dtype=torch.bool)
+        for _, start, n, _ in parts.parts.values():
+            is_free[start : start + n] = False
+        assert is_free.sum() >= GUARD or not parts.parts
+        assert (whole[is_free] == SENTINEL).all(), "a kernel wrote outside its part of a workspace"
     for buffer, n in buffers:
         for zone in (buffer[:GUARD], buffer[GUARD + n :]):
             intact = zone.isnan() if buffer.is_floating_point() else zone == SENTINEL
@@ -291,6 +307,17 @@ def test_nearly_parallel_bfloat16_features_lose_what_their_rounding_loses(
         gradients.append(features.grad.double())
     ours, truth = gradients
     assert (ours - truth).norm() <= places * 2**-8 / spread * truth.norm()
+
+
+def test_a_write_behind_a_part_of_a_workspace_is_found() -> None:
+    with pytest.raises(AssertionError, match="outside its part"), guarded_allocations():
+        parts = launch.Parts()
+        parts.add("first second", 3, torch.float64)
+        parts.add("third", 3, torch.float32)
+        whole = parts.new(torch.zeros(1))
+        for part in parts.tensors(whole):
+            part.fill_(1)
+        whole[parts.parts["third"][1] - 1] = 0
 
 
 def test_there_are_at_least_sixty_structured_cases() -> None:
