@@ -217,13 +217,13 @@ def _sum_of_sweep(
     return G, tl.load(order_ptr + rows), behind
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots", "apart"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
 def conr_backward_parts_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, G_ptr,
-    n_anchors, n_keys, n_slots, width, apart, h: tl.float64, push_scale: tl.float64,
-    CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
-    RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
-    RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    n_anchors, n_keys, n_slots, width, h: tl.float64, push_scale: tl.float64,
+    APART: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Parts of ``Σ_j H_ij q_j`` in the caller's order, G [2 sweeps · n_slots, N, D_PAD]: n_slots
@@ -237,14 +237,14 @@ def conr_backward_parts_kernel(
     if which == 0:
         G, row, _ = _sum_of_sweep(
             tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, h, push_scale,
+            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, h, push_scale,
             False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     else:
         G, row, _ = _sum_of_sweep(
             tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, h, push_scale,
+            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, h, push_scale,
             True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, RESCALE, PRECISION,
             UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip

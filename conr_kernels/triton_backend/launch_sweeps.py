@@ -258,13 +258,14 @@ class Plan:
             yield from self._gather(0, self.columns)
         of_sums = bind(
             gradient.conr_backward_parts_kernel, chosen.launch | call.fusion,
-            CONFUSED=call.is_confused, SAME=not call.has_keys, D_PAD=call.D_pad,
+            APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
+            D_PAD=call.D_pad,
             INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
             **call.pair_flags, **chosen.tiles,
         )  # fmt: skip
         launch = Launch(
             of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
-            call.N, call.K, n_slots, call.D_pad, int(self.is_apart), call.window, s.push_scale,
+            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
         of_rows = bind(
