@@ -27,8 +27,13 @@ WIDE_PROGRAMS = 528
 #: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
 #: loss finds them kept; above, the negatives' copies replace the positives'.
 BOTH_ORDERS = 2**26
+#: Bytes of the gradient's parts up to which one launch serves both sweeps of the backward pass,
+#: cut into about so many programs; above, the positives' part waits in the gradient's memory.
+PARTS_BYTES = 2**26
+PARTS_PROGRAMS = 512
 GATHER_ROWS = 32
 FINISH_ROWS = 64
+PROJECTED_ROWS = 16
 
 #: A launch and the names of its pointers.
 Step = tuple[Launch, str]
@@ -75,7 +80,7 @@ class Plan:
         self.work.add("n", self.n_slots * N, torch.int32)
         self.sort_keys = self._sort_keys() if L > 1 else None
         forward = list(self._forward())
-        backward = list(self._backward_wide() if is_wide else self._backward())
+        backward = list(self._backward_wide() if is_wide else self._backward_narrow())
         if not is_reduced:
             rows, sorts = "x y p key_x key_y key_p", "key_values key_order values order"
             self.forward = Steps(
@@ -231,7 +236,47 @@ class Plan:
         """∂L/∂q_i = (1/τ) Σ_j H_ij q_j, and the sorted copies hold √(log₂e/τ)·q_j."""
         return 1 / (self.call.settings.temperature * self.call.scale)
 
-    def _backward(self) -> Iterator[Step]:
+    def _backward_narrow(self) -> Iterator[Step]:
+        call = self.call
+        tiles_i = tiles(call.N, call.config("backward").BLOCK_I)
+        n_slots = min(tiles(PARTS_PROGRAMS, 2 * tiles_i), SLOTS)
+        size = 2 * n_slots * call.N * call.D_pad
+        stand_apart = self.is_apart or not call.is_confused
+        if stand_apart and size * call.dtype.itemsize <= PARTS_BYTES:
+            self.work_of_gradient.add("G_parts", size, call.dtype)
+            return self._backward_at_once(n_slots)
+        return self._backward_in_turn()
+
+    def _backward_at_once(self, n_slots: int) -> Iterator[Step]:
+        from . import gradient
+
+        call, s = self.call, self.call.settings
+        chosen, upstream, kappa = call.config("backward"), "nothing", self.kappa
+        if self.is_kept:
+            upstream, kappa = "upstream", kappa * self.factor
+        else:
+            yield from self._gather(0, self.columns)
+        of_sums = bind(
+            gradient.conr_backward_parts_kernel, chosen.launch | call.fusion,
+            APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
+            D_PAD=call.D_pad,
+            INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
+            **call.pair_flags, **chosen.tiles,
+        )  # fmt: skip
+        launch = Launch(
+            of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
+            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
+        )  # fmt: skip
+        yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
+        of_rows = bind(
+            gradient.conr_gradient_kernel, {"num_warps": 4}, SAME=not call.has_keys, D=call.D,
+            D_PAD=call.D_pad, ROWS=PROJECTED_ROWS,
+        )  # fmt: skip
+        numbers = call.N, call.K, 2 * n_slots, kappa
+        launch = Launch(of_rows, tiles(padded(call.N), PROJECTED_ROWS), *numbers)
+        yield launch, self._pick(f"layout coef_i inverse_i x G_parts {upstream} gradient")
+
+    def _backward_in_turn(self) -> Iterator[Step]:
         from . import gradient
 
         call, s = self.call, self.call.settings
@@ -334,7 +379,8 @@ def plan_of(
     x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
 ) -> Plan:
     form = form_of(x, y, keys, self_offset, reduction)
-    key = (id(s), form, PROGRAMS, WIDE_FEATURES, WORKSPACE, WIDE_PROGRAMS, BOTH_ORDERS)
+    limits = PROGRAMS, WIDE_FEATURES, WORKSPACE, WIDE_PROGRAMS, BOTH_ORDERS, PARTS_BYTES
+    key = (id(s), form, *limits)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= PLANS:

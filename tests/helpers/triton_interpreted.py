@@ -94,7 +94,8 @@ def guarded_allocations():
 def forced(regime: str):
     """The kernels of the regime at any size, with guarded buffers.
 
-    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time.
+    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time;
+    "in turn": sweeps that add up the gradient one after the other.
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
     kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
@@ -110,6 +111,7 @@ def forced(regime: str):
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
+        mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**26),
         guarded_allocations(),
     ):
         yield
@@ -211,6 +213,9 @@ CASES = [
     Case(140, 16, labels="ages", regime="parts"),
     Case(70, 24, labels="decimal", window=0.2, regime="parts"),
     Case(130, 16, "released-age", K=20, labels="ages", regime="parts"),
+    *(Case(N, D, regime="in turn") for N, D in ((31, 1), (129, 16))),
+    *(Case(40, 20, v, K=50, regime="in turn") for v in ("paper", "contrastive")),
+    Case(70, 24, "released-age", labels="ages", regime="in turn"),
     Case(40, 20, "released-depth", K=95, L=3, distance="rmse"),
     *(Case(70, 24, v, labels="decimal", window=0.2) for v in ("paper", "released-age")),
     Case(70, 24, "paper", labels="decimal", window=0.2, L=2, distance="rmse"),
