@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         for _, _, steps in plan:
             found += measure_case(steps, {t.name: t for t in candidates}, common, bar)
     name = "cpu" if device == "cpu" else "gpu"
-    rows.write(options.output / f"{name}.csv", found)
+    rows.write(options.output / f"{name}.csv", [vars(row) for row in found])
     plot.picture(found, options.output / f"{name}.png")
 
     print(report.table(found))

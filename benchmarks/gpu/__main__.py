@@ -16,10 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from ..rows import ROOT
 from . import claims, rehearsal, steps
-from .plan import LEAST, LIMIT, NAMES, PICTURE, STAGES, command_of, planned
-from .processes import Record, Task, run_together
+from .plan import LEAST, LIMIT, NAMES, PICTURE, STAGES, planned, task_of
+from .processes import Record, run_together
 
 
 def run_stages(names: list[str], record: Record, limit: float) -> None:
@@ -40,8 +39,7 @@ def run_stages(names: list[str], record: Record, limit: float) -> None:
         print(f"{time.monotonic() - start:4.0f} s  {', '.join(s.name for s in stages)}: at most "
               f"{seconds:.0f} s", flush=True)  # fmt: skip
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        tasks = [Task(s.name, command_of(s.name), environment) for s in stages]
-        run_together(tasks, seconds, record, ROOT)
+        run_together([task_of(s.name, environment) for s in stages], seconds, record)
         record.decide()
 
 
@@ -81,7 +79,7 @@ def finish(record: Record, out: Path) -> int:
 
         plot.picture(claims.Rows(record.rows), record.environment, out / "steps.png")
     except Exception as error:  # no matplotlib, no rows: the numbers are what counts
-        record.log("picture", f"no picture: {type(error).__name__}: {error}")
+        record.line("picture", f"no picture: {type(error).__name__}: {error}")
     problems = record.problems()
     print("\n".join(["", *problems[:25], ""]))
     print(steps.table(claims.Rows(record.rows)), claims.table(record.claims), sep="\n\n")

@@ -27,8 +27,10 @@ def reason_against() -> str | None:
     return None if REHEARSAL or torch.cuda.is_available() else "no CUDA device"
 
 
-def architecture() -> tuple[int, int]:
-    return (9, 0) if REHEARSAL else torch.cuda.get_device_capability()
+def architecture() -> int:
+    """90 for sm_90."""
+    major, minor = (9, 0) if REHEARSAL else torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def synchronize() -> None:

@@ -9,12 +9,14 @@ behind that case.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
 
+from ..rows import ROOT
 from . import device
 
 ROW, CASE, TABLE = "row: ", "case: ", "table: "
@@ -52,6 +54,13 @@ class Stage:
             row["value"] = float(f"{value:.5g}")
         sys.stdout.write(f"{ROW}{json.dumps(row)}\n")  # in one piece
         sys.stdout.flush()
+
+    def start(self, command: list[str], **environment: str) -> subprocess.Popen:
+        """A process in the repository whose output is kept."""
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
     def output_of(self, process: subprocess.Popen) -> tuple[int, str]:
         """Exit status and output; a process that outlasts the deadline is ended, what it printed

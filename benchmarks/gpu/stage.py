@@ -14,11 +14,10 @@ from .rows import Stage
 
 #: A rehearsal's pairs of rows that Triton's kernels without a sort serve.
 REHEARSAL_PAIRS = 400
-
-
-MODULES = {name: name for name in ("warm", "train", "tune", "counters")}
-CHECKS = ("build", "sanitizer", "triton-kernels", "cuda-kernels", "planted-fault")
-MODULES |= dict.fromkeys(CHECKS, "checks")
+#: Where a stage is; the others: in speed.
+MODULES = {"warm": "warm", "tune": "tune", "counters": "counters"} | dict.fromkeys(
+    ("build", "sanitizer", "triton-kernels", "cuda-kernels", "planted-fault"), "checks"
+)
 
 
 def run(stage: Stage) -> int:

@@ -9,7 +9,6 @@ is real.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -21,7 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from ..rows import ROOT, write
+
 STEP = Path(__file__).with_name("step.py")
 SIZES = (128, 512, 1024, 4096, 16_384, 65_536)
 D = 128
@@ -96,10 +96,7 @@ def main() -> int:
         print(*(f"{row[name]:>12}" for name in COLUMNS), flush=True)
         found.append(row)
     if asked.csv is not None:
-        with asked.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+        write(asked.csv, found)
     return 0
 
 

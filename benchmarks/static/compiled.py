@@ -22,9 +22,10 @@ from triton.runtime.jit import JITFunction, mangle_type
 from conr_kernels import triton_backend
 from conr_kernels.core.rows import scale_statistics
 from conr_kernels.triton_backend import call
+from conr_kernels.triton_backend.configs import Config
 from conr_kernels.variants import Settings, resolve_variant
 
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,29 @@ def intercepted(architecture: int) -> Iterator[list[Launch]]:
         yield launches
 
 
+@contextlib.contextmanager
+def tried(kind: str, chosen: Config) -> Iterator[None]:
+    """The backend takes this configuration for kernels of the kind."""
+    plain = call.config
+
+    def config(asked: str, *key: object) -> Config:
+        return chosen if asked == kind else plain(asked, *key)
+
+    with mock.patch.object(call, "config", config):
+        yield
+
+
+@contextlib.contextmanager
+def matmul_precision(how: str) -> Iterator[None]:
+    """Of float32 products."""
+    saved = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(how)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(saved)
+
+
 def recorded_launches(
     N: int,
     D: int,
@@ -74,35 +98,34 @@ def recorded_launches(
     window: float = 1.0,
     has_weights: bool = True,
     precision: str = "high",
+    replacing: tuple[str, Config] | None = None,
 ) -> list[Launch]:
     """The launches of one step, from tensors without storage: of the losses' mean and its gradient,
     of the losses and theirs where there are further keys (``K``), of which some are absent.
+    ``replacing``: a kind of kernels and its configuration in place of the table's.
     """
     settings = Settings(window, temperature, 0.01, resolve_variant(variant), distance)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, w = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(N, dtype=wide, device="meta")
     y = torch.empty(N, L, device="meta")
-    keys = None
-    if K is not None:
+    rows = (x, y, y, w if has_weights else None)
+    with (
+        matmul_precision(precision),
+        tried(*replacing) if replacing else contextlib.nullcontext(),
+        intercepted(architecture) as launches,
+    ):
+        if K is None:
+            loss, kept, plan = triton_backend.reduced(*rows, None, settings, "mean", True)
+            triton_backend.reduced_gradient(x, kept, plan, loss)
+            return launches
         y_j = torch.empty(K, L, device="meta")
         keys = (torch.empty(K, D, dtype=dtype, device="meta"), y_j, y_j)
-    saved = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        with intercepted(architecture) as launches:
-            rows = (x, y, y, w if has_weights else None)
-            if keys is None:
-                loss, kept, plan = triton_backend.reduced(*rows, None, settings, "mean", True)
-                triton_backend.reduced_gradient(x, kept, plan, loss)
-                return launches
-            is_counted = settings.variant.unit_terms
-            n_absent = torch.empty((), dtype=torch.int64, device="meta") if is_counted else None
-            loss, stats, layout = triton_backend.forward(*rows, keys, 0, settings, n_absent)
-            coef_i = scale_statistics(stats, loss)
-            coef_j = coef_i.new_empty((K, coef_i.shape[1]))
-            triton_backend.backward(coef_i, coef_j, layout, x, y, y, keys, 0, settings)
-    finally:
-        torch.set_float32_matmul_precision(saved)
+        is_counted = settings.variant.unit_terms
+        n_absent = torch.empty((), dtype=torch.int64, device="meta") if is_counted else None
+        loss, stats, layout = triton_backend.forward(*rows, keys, 0, settings, n_absent)
+        coef_i = scale_statistics(stats, loss)
+        coef_j = coef_i.new_empty((K, coef_i.shape[1]))
+        triton_backend.backward(coef_i, coef_j, layout, x, y, y, keys, 0, settings)
     return launches
 
 

@@ -10,8 +10,6 @@ call, where they are few.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -87,11 +85,3 @@ def table(jobs: list[tuple[Call, int, int]]) -> list[dict[str, object]]:
         for done in tqdm(as_completed(pending), total=len(pending), file=sys.stderr, mininterval=2):
             rows[pending[done]] = done.result()
     return [rows[job] for job in jobs]
-
-
-def as_csv(rows: list[dict[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

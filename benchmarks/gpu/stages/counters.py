@@ -6,16 +6,14 @@ import csv
 import functools
 import io
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from ...rows import ROOT
 from .. import device
 from ..rows import Stage
-from .providers import Size, provider
+from .providers import PROVIDERS, Size
 
 TENSOR = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"
 WARPS = "sm__warps_active.avg.pct_of_peak_sustained_active"
@@ -26,7 +24,7 @@ SIZES = (Size(65_536), Size(16_384, 2048), Size(512))
 
 def one_step(n: int, d: int) -> None:
     """What the profiled process runs: kernels are compiled by the first step, counted in both."""
-    provider("triton").step(Size(n, d).batch())
+    PROVIDERS["triton"].step(Size(n, d).batch())
     torch.cuda.synchronize()
 
 
@@ -59,9 +57,7 @@ def profile(stage: Stage, tool: str, size: Size) -> None:
     code = f"from benchmarks.gpu.stages.counters import one_step; one_step({size.N}, {size.D})"
     metrics = ",".join((TENSOR, WARPS, ISSUED, BUSIEST, MEAN))
     command = [tool, "--csv", "--page", "raw", "--kernel-name", "regex:conr_", "--metrics", metrics]
-    process = subprocess.Popen([*command, sys.executable, "-c", code], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    status, output = stage.output_of(process)
+    status, output = stage.output_of(stage.start([*command, sys.executable, "-c", code]))
     kernels = parsed(output) if status == 0 else {}
     if not kernels:
         errors = [line for line in output.splitlines() if "ERROR" in line] or [f"status {status}"]
