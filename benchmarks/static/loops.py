@@ -11,8 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from .machine import MachineCode, is_tensor_core, opcode
+from .machine import TENSOR, MachineCode, opcode
 
 SIZES = {"i1": 1, "i8": 1, "f16": 2, "bf16": 2, "i16": 2, "f32": 4, "i32": 4, "f64": 8, "i64": 8}
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)(?:!tt\.ptr<)?(\w+)>*")
@@ -20,8 +21,30 @@ _DOT = re.compile(r"= tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x(\
 _SCALAR = re.compile(r"!tt\.ptr<(\w+)>")
 
 
+class Tree:
+    """A loop and the loops in it, the kernel around all of them at the top."""
+
+    loops: list
+    #: Of the loop's own body: whether it multiplies tiles, and takes exponentials of pairs.
+    multiplies: bool
+    is_of_pairs: bool
+
+    def walk(self) -> Iterator[Any]:
+        yield self
+        for loop in self.loops:
+            yield from loop.walk()
+
+    @property
+    def has_product(self) -> bool:
+        return any(loop.multiplies for loop in self.walk())
+
+    @property
+    def has_pairs(self) -> bool:
+        return any(loop.is_of_pairs for loop in self.walk())
+
+
 @dataclass
-class Nest:
+class Nest(Tree):
     """One loop, or the kernel around all loops: what one pass through its own body does.
 
     ``bound`` and ``step``: the loop counts up to this value, by this constant, as far as the IR
@@ -41,17 +64,12 @@ class Nest:
     loops: list[Nest] = field(default_factory=list)
 
     @property
-    def has_product(self) -> bool:
-        return bool(self.products) or any(loop.has_product for loop in self.loops)
+    def multiplies(self) -> bool:
+        return bool(self.products)
 
     @property
-    def has_pairs(self) -> bool:
-        return self.exponentials > 0 or any(loop.has_pairs for loop in self.loops)
-
-    def walk(self) -> Iterator[Nest]:
-        yield self
-        for loop in self.loops:
-            yield from loop.walk()
+    def is_of_pairs(self) -> bool:
+        return self.exponentials > 0
 
 
 def nest_of(ttir: str) -> Nest:
@@ -64,9 +82,9 @@ def nest_of(ttir: str) -> Nest:
         here, share = stack[-1]
         if line.startswith("}"):
             stack.pop()
-            if line.endswith("{"):
-                stack.append(stack[-1])
-                stack[-1] = (stack[-1][0], stack[-1][1] / 2)
+            if line.endswith("{"):  # the other branch
+                around, share = stack[-1]
+                stack.append((around, share / 2))
             continue
         if found := re.match(r"(%\S+) = arith\.constant (-?\d+) : ", line):
             constants[found[1]] = int(found[2])
@@ -89,22 +107,17 @@ def _count(nest: Nest, line: str, share: float) -> None:
             kind = how[1]
         nest.products[kind] += share * 2 * m * n * k
         nest.operand_bytes += share * (m + n) * k * SIZES[found[4]]
-    elif re.search(
-        r"\btt\.(load|store|descriptor_load|descriptor_store|descriptor_gather)\b", line
-    ):
-        shapes = _TENSOR.findall(line.split(" : ")[-1]) or [
-            ("", kind) for kind in _SCALAR.findall(line)
-        ]
-        dims, kind = shapes[-1]
-        n = math.prod(int(d) for d in dims.split("x") if d)
-        nest.bytes += share * n * SIZES[kind]
-        nest.loads += share * ("load" in line or "gather" in line)
+    elif found := re.search(r"\btt\.(load|store)\b", line):
+        shapes = _TENSOR.findall(line.split(" : ")[-1])
+        dims, kind = shapes[-1] if shapes else ("", _SCALAR.findall(line)[-1])
+        nest.bytes += share * math.prod(int(d) for d in dims.split("x") if d) * SIZES[kind]
+        nest.loads += share * (found[1] == "load")
     elif "exp2" in line and (found := re.search(r"tensor<(\d+)x(\d+)x(?:f32|f64)>", line)):
         nest.exponentials = int(found[1]) * int(found[2])
 
 
 @dataclass
-class CodeLoop:
+class CodeLoop(Tree):
     """One loop of the machine code: the instructions of its own body and the loops in it."""
 
     instructions: list[str]
@@ -115,18 +128,12 @@ class CodeLoop:
         return sum(opcode(line).startswith(prefixes) for line in self.instructions)
 
     @property
-    def has_product(self) -> bool:
-        multiplies = any(map(is_tensor_core, map(opcode, self.instructions)))
-        return multiplies or self.count("DFMA") >= 32 or any(x.has_product for x in self.loops)
+    def multiplies(self) -> bool:
+        return self.count(*TENSOR) > 0 or self.count("DFMA") >= 32
 
     @property
-    def has_pairs(self) -> bool:
-        return self.count("MUFU.EX2") > 0 or any(x.has_pairs for x in self.loops)
-
-    def walk(self) -> Iterator[CodeLoop]:
-        yield self
-        for loop in self.loops:
-            yield from loop.walk()
+    def is_of_pairs(self) -> bool:
+        return self.count("MUFU.EX2") > 0
 
 
 def code_loops(code: MachineCode) -> CodeLoop:
@@ -198,17 +205,12 @@ def _reached(start: int, nexts: list[list[int]], barred: int | None = None) -> s
 
 
 @dataclass(frozen=True)
-class Matched:
+class Matched(Tree):
     """A loop of the IR with its machine code; ``code`` is None where the compiler reshaped it."""
 
     nest: Nest
     code: CodeLoop | None
     loops: list[Matched]
-
-    def walk(self) -> Iterator[Matched]:
-        yield self
-        for loop in self.loops:
-            yield from loop.walk()
 
 
 #: Loops that must correspond, from all to those that do the work.
