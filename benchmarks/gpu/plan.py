@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .processes import Task
@@ -11,6 +13,7 @@ from .processes import Task
 #: Seconds of a whole run, of which the picture and the tables take the last, and the least that a
 #: stage is worth starting with.
 LIMIT, PICTURE, LEAST = 390.0, 10.0, 12.0
+REHEARSAL_LIMIT = 500.0
 #: What a stage keeps of its limit to end by itself.
 MARGIN = 8.0
 INTEGRATION = ["tests/gpu/test_gpu_integration.py", "tests/interface/test_compile.py",
@@ -67,7 +70,7 @@ def pytest_command(files: list[str], n_processes: int, *options: str) -> list[st
     return command
 
 
-def task_of(stage: str, environment: dict[str, str]) -> Task:
+def task_of(stage: str, environment: Mapping[str, str] = os.environ) -> Task:
     """A stage's process, or with commas between them that of several."""
 
     def command(seconds: float, done: list[str]) -> list[str]:
@@ -77,4 +80,20 @@ def task_of(stage: str, environment: dict[str, str]) -> Task:
         given = ["--seconds", f"{max(seconds - MARGIN, 1):.0f}", *left_out]
         return [sys.executable, "-m", "benchmarks.gpu.stage", stage, *given]
 
-    return Task(stage, command, environment)
+    return Task(stage, command, {**environment, "PYTHONUNBUFFERED": "1"})
+
+
+def rehearsal(names: list[str]) -> list[Task]:
+    """Every stage's lines on the CPU, on a few rows a batch, in three processes: starting one for
+    each stage would take most of the time.
+    """
+    environment = os.environ | {"CONR_REHEARSE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    found = []
+    if files := [files[0] for name, (files, *_) in TESTS.items() if name in names]:
+        found.append(Task("tests", lambda *_: pytest_command(files, 1), environment))
+    if others := [name for name in names if name not in TESTS and name != "warm"]:
+        found.append(task_of(",".join(others), environment | {"TRITON_INTERPRET": "1"}))
+    if "warm" in names:
+        found.append(task_of("warm", environment))
+    return found

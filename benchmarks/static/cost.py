@@ -233,11 +233,7 @@ class Model:
                     sum(n * phase.alone for phase, n in phases),
                 )
             per_tile.append(seen[visit])
-        n_programs = self.launch.grid[0]
-        if len(per_tile) <= n_programs:
-            return [per_tile[p % len(per_tile)] for p in range(n_programs)]
-        walks = (per_tile[p::n_programs] for p in range(n_programs))
-        return [tuple(map(sum, zip(*walk, strict=True))) for walk in walks]
+        return [per_tile[program % len(per_tile)] for program in range(self.launch.grid[0])]
 
     def _makespan(self) -> float:
         work = self._work()

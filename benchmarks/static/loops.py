@@ -25,9 +25,6 @@ class Tree:
     """A loop and the loops in it, the kernel around all of them at the top."""
 
     loops: list
-    #: Of the loop's own body: whether it multiplies tiles, and takes exponentials of pairs.
-    multiplies: bool
-    is_of_pairs: bool
 
     def walk(self) -> Iterator[Any]:
         yield self
@@ -53,12 +50,12 @@ class Nest(Tree):
 
     bound: str = ""
     step: int = 0
-    loads: float = 0.0
-    bytes: float = 0.0
+    loads: int = 0
+    bytes: int = 0
     #: FLOP by kind (``"half"``, ``"tf32"``, ``"tf32x3"``, ``"ieee"``, ``"f64"``), and the bytes of
     #: both factors.
     products: Counter[str] = field(default_factory=Counter)
-    operand_bytes: float = 0.0
+    operand_bytes: int = 0
     #: Pairs of rows whose exponentials this very body takes.
     exponentials: int = 0
     loops: list[Nest] = field(default_factory=list)
@@ -73,45 +70,43 @@ class Nest(Tree):
 
 
 def nest_of(ttir: str) -> Nest:
-    """The loops of a kernel in Triton IR; of two branches of an if, each counts half."""
+    """The loops of a kernel in Triton IR; what both branches of an if do counts."""
     kernel = Nest()
     constants: dict[str, int] = {}
-    stack: list[tuple[Nest, float]] = [(kernel, 1.0)]
+    stack = [kernel]
     for raw in ttir.splitlines():
         line = re.sub(r"\s*loc\(#loc\d*\)$", "", raw).strip()
-        here, share = stack[-1]
         if line.startswith("}"):
-            stack.pop()
+            here = stack.pop()
             if line.endswith("{"):  # the other branch
-                around, share = stack[-1]
-                stack.append((around, share / 2))
+                stack.append(here)
             continue
+        here = stack[-1]
         if found := re.match(r"(%\S+) = arith\.constant (-?\d+) : ", line):
             constants[found[1]] = int(found[2])
         if found := re.search(r"scf\.for %\S+ = \S+ to (\S+) step (\S+)", line):
-            loop = Nest(found[1].lstrip("%"), constants.get(found[2], 0))
-            here.loops.append(loop)
-            stack.append((loop, 1.0))
+            stack.append(Nest(found[1].lstrip("%"), constants.get(found[2], 0)))
+            here.loops.append(stack[-1])
             continue
-        _count(here, line, share)
+        _count(here, line)
         if line.endswith("{"):
-            stack.append((here, share))
+            stack.append(here)
     return kernel
 
 
-def _count(nest: Nest, line: str, share: float) -> None:
+def _count(nest: Nest, line: str) -> None:
     if found := _DOT.search(line):
         m, k, n = (int(size) for size in found.groups()[:3])
         kind = {"f64": "f64", "f32": "ieee"}.get(found[4], "half")
         if kind == "ieee" and (how := re.search(r"inputPrecision = (\w+)", line)):
             kind = how[1]
-        nest.products[kind] += share * 2 * m * n * k
-        nest.operand_bytes += share * (m + n) * k * SIZES[found[4]]
+        nest.products[kind] += 2 * m * n * k
+        nest.operand_bytes += (m + n) * k * SIZES[found[4]]
     elif found := re.search(r"\btt\.(load|store)\b", line):
         shapes = _TENSOR.findall(line.split(" : ")[-1])
         dims, kind = shapes[-1] if shapes else ("", _SCALAR.findall(line)[-1])
-        nest.bytes += share * math.prod(int(d) for d in dims.split("x") if d) * SIZES[kind]
-        nest.loads += share * (found[1] == "load")
+        nest.bytes += math.prod(int(d) for d in dims.split("x") if d) * SIZES[kind]
+        nest.loads += found[1] == "load"
     elif "exp2" in line and (found := re.search(r"tensor<(\d+)x(\d+)x(?:f32|f64)>", line)):
         nest.exponentials = int(found[1]) * int(found[2])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -106,13 +107,11 @@ def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) ->
     kind = "wide" if kind == "backward" and width == 0 else kind
     width = 0 if kind in ("wide", "product") else width
     configs = candidates(kind, width, arithmetic, arch)
-    results = []
+    judged = functools.partial(
+        judge, kind, D=D, arithmetic=arithmetic, arch=arch, variant=variant, N=N
+    )
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(judge, kind, chosen, D, arithmetic, arch, variant, N) for chosen in configs
-        ]
-        for job in tqdm(jobs, file=sys.stderr):
-            results.append(job.result())
+        results = list(tqdm(pool.map(judged, configs), total=len(configs), file=sys.stderr))
     shipped = call.config(kind, arch, width, arithmetic)
     results.sort(key=lambda result: (result[1] is None, result[1] or 0.0))
     print(f"{kind}, D = {D}, {arithmetic}, sm_{arch}, {variant}, N = {N}: predicted for an H200")
