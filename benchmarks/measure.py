@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark.utils.timer import timer
 
-from conr_kernels import conr_loss, reference
+from conr_kernels import reference
 from conr_kernels.variants import Settings, resolve_variant
 
 from .batches import Batch, make_batch
@@ -119,32 +120,29 @@ def row_difference(provider: Provider, n: int, labels: str, device: str) -> floa
 
     Of the first rows of the batch, which are in random order, against all others.
     """
+    batch = make_batch(n, labels=labels, device=device)
     with torch.no_grad():
-        found = provider.row_losses(make_batch(n, labels=labels, device=device))
-        found = found[:SAMPLED_ROWS].cpu().double()
-        batch = make_batch(n, labels=labels)
-        exact = exact_row_losses(batch.x.double(), batch)
+        exact = exact_losses(batch, batch.x.double(), SAMPLED_ROWS)
+        found = provider.row_losses(batch)[: len(exact)].double()
     return ((found - exact).abs().max() / exact.abs().max()).item()
 
 
-def exact_row_losses(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+def exact_losses(batch: Batch, x: Tensor, n_rows: int) -> Tensor:
     """Of the first rows as anchors against all rows as keys, ``x`` [N, D] in float64."""
     y, p, w = batch.y[:, None], batch.p[:, None], batch.w.double()
     settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
-    rows = (t[:SAMPLED_ROWS] for t in (x, y, p, w))
+    rows = (t[:n_rows] for t in (x, y, p, w))
     return reference.row_losses(*rows, (x, y, p), 0, settings)
 
 
-def exact_rows_and_gradient(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row losses and the gradient of their mean from the float64 reference on the CPU."""
-    x = batch.x.detach().cpu().double().requires_grad_()
-    y, p, w = (t.cpu() for t in (batch.y, batch.p, batch.w))
-    rows = conr_loss(
-        x, y, p, w, window=WINDOW, temperature=TEMPERATURE, push_scale=PUSH_SCALE,
-        reduction="none", backend="reference",
-    )  # fmt: skip
-    (gradient,) = torch.autograd.grad(rows.mean(), x)
-    return rows.detach(), gradient
+def exact(batch: Batch, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses ``ℓ_i`` of the first rows, as many as ``g_i``, and the gradient [N, D] of
+    ``Σ g_i ℓ_i``, in float64.
+    """
+    x = batch.x.detach().double().requires_grad_()
+    losses = exact_losses(batch, x, len(g))
+    (gradient,) = torch.autograd.grad(losses, x, g.to(losses))
+    return losses.detach(), gradient
 
 
 def gate(candidates: list[Provider], device: str) -> list[str]:
@@ -156,16 +154,16 @@ def gate(candidates: list[Provider], device: str) -> list[str]:
     problems = []
     for n, labels in ((64, "agedb"), (257, "agedb"), (257, "constant"), (LARGEST_GATE, "agedb")):
         batch = make_batch(n, labels=labels, device=device)
-        exact = exact_rows_and_gradient(batch)
-        if not exact[0].count_nonzero() > n // 4:
+        truths = exact(batch, torch.full((n,), 1 / n))
+        if not truths[0].count_nonzero() > n // 4:
             problems.append(f"N = {n}, {labels}: too few anchors for a check")
-        largest = [truth.abs().max().item() for truth in exact]
+        largest = [truth.abs().max().item() for truth in truths]
         allowed = [1e-5 * most for most in largest]
         for provider in candidates:
             found = (provider.row_losses(batch), provider.step(batch))
             errors = [
-                (got.detach().cpu().double() - truth).abs().max().item()
-                for got, truth in zip(found, exact, strict=True)
+                (got.detach().double() - truth).abs().max().item()
+                for got, truth in zip(found, truths, strict=True)
             ]
             problems += [
                 f"{provider.name}, N = {n}, {labels}: {what} differs from the reference by "
