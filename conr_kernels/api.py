@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import notices, validation
-from .batch import Keys, Options, loss, prepare, try_prepare
+from .batch import Options, loss, prepare, try_prepare
+from .core.inputs import Keys
 from .large_batch.memory_bank import MemoryBank
 from .large_batch.ranks import find_group, group_name
 from .large_batch.union import union_loss

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, validation
-from .core.labels import accumulation_dtype, as_labels, as_weights
-from .plan import make_plan
+from .backends import choose_backend
+from .core.inputs import Inputs, Keys
+from .core.labels import as_labels, as_weights
 from .variants import DISTANCES, Settings, Variant, resolve_variant
-
-Keys = tuple[Tensor, Tensor, Tensor]
 
 
 class Batch(NamedTuple):
@@ -48,6 +47,11 @@ class Batch(NamedTuple):
         x = self.x if self.backend == "reference" else self.x.detach()
         key_x, key_y, key_p = self.keys
         return torch.cat([x, key_x]), torch.cat([self.y, key_y]), torch.cat([self.p, key_p])
+
+    def inputs(self, keys: Keys | None, self_offset: int = 0) -> Inputs:
+        """As backends take them, ``keys`` all keys or None."""
+        of_call = (keys, self_offset, self.settings, self.n_absent)
+        return Inputs(self.x, self.y, self.p, self.w, *of_call)
 
 
 class Options(NamedTuple):
@@ -119,7 +123,7 @@ def _checked_backend(
         return found
     if form is None or form not in _passed:
         validation.check_tensors(x, y, p, w, None)
-    found = make_plan(backend, x.device, x.dtype).backend
+    found = choose_backend(backend, x.device, x.dtype)
     if form is not None:
         if len(_passed) >= FORMS:
             _passed.clear()
@@ -170,7 +174,7 @@ def prepare(
             return Batch(*rows, *of_call, reduces=True)
     else:
         validation.check_tensors(x, targets, predictions, weights, keys, mask)
-        backend = make_plan(options.backend, x.device, x.dtype).backend
+        backend = choose_backend(options.backend, x.device, x.dtype)
     y, p = as_labels(targets), as_labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys
@@ -200,24 +204,18 @@ def try_prepare(
 
 def loss(batch: Batch) -> Tensor:
     """The batch's loss, reduced as it asks for."""
-    if batch.mask is not None:
-        return _loss_of_present(batch)
     if batch.reduces:
-        return ops.reduced_loss(*batch[:8])
-    rows = row_losses(batch, batch.all_keys())
+        return ops.reduced_loss(batch.inputs(None), batch.keys, batch.reduction, batch.backend)
+    n_present = None
+    if batch.mask is not None:
+        reach, n_present = extent(batch)
+        batch = without_absent(batch, reach, batch.x.shape[0] - n_present)
+    rows = row_losses(batch)
     if batch.reduction == "none":
         return rows
-    return rows.mean() if batch.reduction == "mean" and rows.shape[0] > 0 else rows.sum()
-
-
-def _loss_of_present(batch: Batch) -> Tensor:
-    """The loss of a batch with a mask."""
-    reach, n_present = extent(batch)
-    batch = without_absent(batch, reach, batch.x.shape[0] - n_present)
-    rows = row_losses(batch, batch.all_keys())
-    if batch.reduction == "none":
-        return rows
-    return rows.sum() / n_present.clamp(min=1) if batch.reduction == "mean" else rows.sum()
+    if batch.reduction == "sum" or rows.shape[0] == 0:
+        return rows.sum()
+    return rows.mean() if n_present is None else rows.sum() / n_present.clamp(min=1)
 
 
 def extent(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -271,20 +269,18 @@ def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0
     )
 
 
-def row_losses(batch: Batch, keys: Keys | None) -> Tensor:
-    """``ℓ_i`` [N] of the batch against the keys, of which its own rows are the first."""
+def row_losses(batch: Batch) -> Tensor:
+    """``ℓ_i`` [N] of the batch against its own rows and the further keys."""
+    inputs = batch.inputs(batch.all_keys())
     if batch.backend == "reference":
-        return reference_losses(batch, batch.x, keys, 0)
-    rows, _, _ = ops.row_losses(
-        batch.x, batch.y, batch.p, batch.w, keys, 0, batch.settings, batch.backend, batch.n_absent
-    )
-    return rows
+        return reference_losses(inputs)
+    return ops.row_losses(inputs, batch.backend)
 
 
-def reference_losses(batch: Batch, x: Tensor, keys: Keys | None, self_offset: int) -> Tensor:
-    dtype = accumulation_dtype(x)
+def reference_losses(inputs: Inputs) -> Tensor:
+    x, y, p, w, keys, *rest, n_absent = inputs
     if keys is not None:
-        keys = (keys[0].to(dtype), *keys[1:])
-    n_absent = 0 if batch.n_absent is None else batch.n_absent
-    rows = (x.to(dtype).contiguous(), batch.y, batch.p, batch.w, keys, self_offset)
-    return ops.without_autocast(reference.row_losses, x.device, *rows, batch.settings, n_absent)
+        keys = (keys[0].to(inputs.dtype), *keys[1:])
+    rows = (x.to(inputs.dtype).contiguous(), y, p, w, keys, *rest)
+    n_absent = 0 if n_absent is None else n_absent
+    return ops.without_autocast(reference.row_losses, x.device, *rows, n_absent)

@@ -6,23 +6,19 @@ once to a backend module. Every backend module provides
 - ``unavailable(device, dtype) -> str | None``: why it cannot run there and what to do;
 - ``layout_size(n_anchors, n_keys, dtype, settings) -> int``: length of the int32 layout that it
   keeps for backward; dtype is the accumulation dtype;
-- ``forward(x, y, p, w, keys, self_offset, settings, n_absent) -> (loss [N], stats [N, 3 or 5],
-  layout)``;
-- ``backward(coef_i, coef_j, layout, x, y, p, keys, self_offset, settings) -> gradient of x``;
+- ``forward(inputs) -> (loss [N], stats [N, 3 or 5], layout)``;
+- ``backward(inputs, coef_i, coef_j, layout) -> gradient of x``; ``coef`` is stats times the
+  upstream gradient, coef_j None where the anchors are the keys;
 
 and, where one call finds the reduced loss and prepares its gradient,
 
 - ``reduces(x, y, further, settings, wants_gradient) -> bool``: whether it does so for these rows
   and further keys;
-- ``reduced(x, y, p, w, further, settings, reduction, wants_gradient) -> (loss, saved
-  tensors, plan)``;
+- ``reduced(inputs, further, reduction, wants_gradient) -> (loss, saved tensors, plan)``; the keys
+  are the rows and then the further keys;
 - ``reduced_gradient(x, saved, plan, upstream) -> gradient of x``.
 
-Anchors are the rows of x [N, D] with labels and predictions [N, L]; ``keys = (key_x, key_y,
-key_p)`` are all rows that can be positives or negatives, anchor i being key ``self_offset + i``,
-or None where the anchors are the keys; ``n_absent``, a scalar tensor or None for 0, says how many
-of them ``unit_terms`` does not count. ``stats`` is rows.py's; ``coef`` is stats times the
-upstream gradient.
+``inputs`` is core/inputs.py's, ``stats`` are core/rows.py's.
 """
 
 from __future__ import annotations
@@ -31,11 +27,12 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .core.inputs import Inputs, Keys
 from .core.rows import no_statistics, scale_statistics
 from .variants import Settings, Variant
 
@@ -44,8 +41,6 @@ NO_SECOND_DERIVATIVE = (
     "conr_loss has no second derivative and no vmap rule in its fused backends; "
     'use backend="reference", which supports both'
 )
-
-Keys = tuple[Tensor, Tensor, Tensor]
 
 _SETTINGS = (
     "int self_offset, float window, float temperature, float push_scale, "
@@ -77,10 +72,6 @@ def _settings(*scalars: Any) -> Settings:
     return Settings(window, temperature, push_scale, Variant.from_code(variant), distance)
 
 
-def _keys(key_x: Tensor | None, key_y: Tensor | None, key_p: Tensor | None) -> Keys | None:
-    return None if key_x is None else (key_x, key_y, key_p)
-
-
 def without_autocast(function, device: torch.device, *args):
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return function(*args)
@@ -88,30 +79,58 @@ def without_autocast(function, device: torch.device, *args):
         return function(*args)
 
 
-def _forward(x, y, p, w, key_x, key_y, key_p, n_absent, self_offset, *scalars):
-    *scalars, backend = scalars
-    function = backend_module(backend).forward
-    rows = (x, y, p, w, _keys(key_x, key_y, key_p), self_offset)
-    return without_autocast(function, x.device, *rows, _settings(*scalars), n_absent)
+def forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses [N], row statistics and layout."""
+    return without_autocast(backend_module(backend).forward, inputs.x.device, inputs)
 
 
-def _backward(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, self_offset, *scalars):
-    *scalars, backend = scalars
+def gradient(
+    inputs: Inputs, backend: str, coef_i: Tensor, coef_j: Tensor | None, layout: Tensor,
+    operator: Callable[..., Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """The gradient of x from the scaled statistics of anchors and keys; through an operator of the
+    schema ``backward`` where one is given.
+    """
+    if operator is not None:
+        rows, keys, scalars = _operands(inputs, backend)
+        return operator(coef_i, coef_j, layout, *rows, *keys, *scalars)
     function = backend_module(backend).backward
-    rows = (coef_i, coef_j, layout, x, y, p, _keys(key_x, key_y, key_p), self_offset)
-    return without_autocast(function, x.device, *rows, _settings(*scalars))
+    return without_autocast(function, inputs.x.device, inputs, coef_i, coef_j, layout)
 
 
-def _forward_fake(x, y, p, w, key_x, key_y, key_p, n_absent, self_offset, *scalars):
+def _operands(inputs: Inputs, backend: str) -> tuple[tuple[Any, ...], ...]:
+    """Rows, keys and scalars as the operators take them."""
+    keys = inputs.keys or (None,) * 3
+    return inputs[:3], keys, (inputs.self_offset, *inputs.settings.scalars, backend)
+
+
+def _inputs(
+    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, key_x: Tensor | None, key_y: Tensor | None,
+    key_p: Tensor | None, n_absent: Tensor | None, self_offset: int, *scalars: Any,
+) -> tuple[Inputs, str]:  # fmt: skip
+    """What the forward operator's operands say: the inputs and the backend's name."""
+    keys = None if key_x is None else (key_x, key_y, key_p)
     *scalars, backend = scalars
-    settings = _settings(*scalars)
-    N, K = x.shape[0], (x if key_x is None else key_x).shape[0]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    size = backend_module(backend).layout_size(N, K, dtype, settings)
+    return Inputs(x, y, p, w, keys, self_offset, _settings(*scalars), n_absent), backend
+
+
+def _forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(*_inputs(*operands))
+
+
+def _backward(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *scalars):
+    of_call = _inputs(x, y, p, None, key_x, key_y, key_p, None, *scalars)
+    return gradient(*of_call, coef_i, coef_j, layout)
+
+
+def _forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, backend = _inputs(*operands)
+    N, dtype = inputs.x.shape[0], inputs.dtype
+    size = backend_module(backend).layout_size(N, inputs.n_keys, dtype, inputs.settings)
     return (
-        x.new_empty((N,), dtype=dtype),
-        x.new_empty((N, 3 if settings.exponent_is_small else 5), dtype=dtype),
-        x.new_empty((size,), dtype=torch.int32),
+        inputs.x.new_empty((N,), dtype=dtype),
+        inputs.x.new_empty((N, inputs.columns), dtype=dtype),
+        inputs.x.new_empty((size,), dtype=torch.int32),
     )
 
 
@@ -125,43 +144,15 @@ torch.library.register_fake("conr_kernels::forward", _forward_fake, lib=_library
 torch.library.register_fake("conr_kernels::backward", _backward_fake, lib=_library)
 
 
-class Call(NamedTuple):
-    """What a call gives its backend beside the features; one argument for autograd's machinery."""
-
-    y: Tensor
-    p: Tensor
-    w: Tensor | None
-    keys: Keys | None
-    self_offset: int
-    settings: Settings
-    backend: str
-    n_absent: Tensor | None = None
-
-    def operands(self) -> tuple[Any, ...]:
-        """As the forward operator takes them, after the features."""
-        keys = self.keys or (None,) * 3
-        scalars = (self.self_offset, *self.settings.scalars, self.backend)
-        return self.y, self.p, self.w, *keys, self.n_absent, *scalars
-
-
-def row_losses(
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-    backend: str,
-    n_absent: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``ℓ_i`` [N] of the anchors, differentiable once in x; row statistics; layout."""
-    call = Call(y, p, w, keys, self_offset, settings, backend, n_absent)
-    if is_plain(x):
-        return _EagerForward.apply(x, call)
+def row_losses(inputs: Inputs, backend: str) -> Tensor:
+    """``ℓ_i`` [N] of the anchors, differentiable once in x."""
+    if is_plain(inputs.x):
+        return _EagerForward.apply(inputs.x, inputs, backend)
+    rows, keys, scalars = _operands(inputs, backend)
+    operands = (*rows, inputs.w, *keys, inputs.n_absent, *scalars)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _TransformedForward.apply(x, *call.operands())
-    return torch.ops.conr_kernels.forward(x, *call.operands())
+        return _TransformedForward.apply(*operands)[0]
+    return torch.ops.conr_kernels.forward(*operands)[0]
 
 
 #: Types of tensors without a behaviour of their own.
@@ -185,21 +176,12 @@ def takes_any_labels(x: Tensor, backend: str) -> bool:
     return backend == "triton" and not x.is_cpu and backend_module(backend).takes_any_labels(x)
 
 
-def reduced_loss(
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    further: Keys | None,
-    settings: Settings,
-    reduction: str,
-    backend: str,
-) -> Tensor:
+def reduced_loss(inputs: Inputs, further: Keys | None, reduction: str, backend: str) -> Tensor:
     """The mean or sum of ``ℓ_i``, where ``reduces`` says so."""
-    call = Reduction(backend_module(backend), y, p, w, further, settings, reduction)
+    x, module = inputs.x, backend_module(backend)
     if x.requires_grad and torch.is_grad_enabled():
-        return _EagerReduced.apply(x, call)
-    return call.forward(x, False)[0]
+        return _EagerReduced.apply(x, module, inputs, further, reduction)
+    return without_autocast(module.reduced, x.device, inputs, further, reduction, False)[0]
 
 
 def is_plain(x: Tensor) -> bool:
@@ -217,37 +199,21 @@ def is_untransformed(x: Tensor) -> bool:
     )
 
 
-class Reduction(NamedTuple):
-    """The call of a reduced loss, beside the features."""
-
-    module: ModuleType
-    y: Tensor
-    p: Tensor
-    w: Tensor | None
-    further: Keys | None
-    settings: Settings
-    reduction: str
-
-    def forward(self, x: Tensor, wants_gradient: bool) -> tuple[Tensor, tuple, Any]:
-        module, *rows = self
-        return without_autocast(module.reduced, x.device, x, *rows, wants_gradient)
-
-
 class _EagerReduced(torch.autograd.Function):
-    """Mean or sum of the row losses of a small batch, with the gradient found on the way."""
+    """Mean or sum of the row losses, prepared for its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Reduction) -> Tensor:
-        loss, saved, plan = call.forward(x, True)
+    def forward(ctx: Any, x: Tensor, module: ModuleType, *call: Any) -> Tensor:
+        loss, saved, plan = without_autocast(module.reduced, x.device, *call, True)
         ctx.save_for_backward(x, *saved)
-        ctx.gradient, ctx.plan = call.module.reduced_gradient, plan
+        ctx.gradient, ctx.plan = module.reduced_gradient, plan
         return loss
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         refuse_batched(g)
         x, *saved = ctx.saved_tensors
-        return once(ctx.gradient, x, saved, ctx.plan, g), None
+        return once(ctx.gradient, x, saved, ctx.plan, g), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -278,32 +244,18 @@ class _EagerForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        y, p, w, keys, self_offset, settings, backend, n_absent = call
-        rows = (x, y, p, w, keys, self_offset, settings, n_absent)
-        output = without_autocast(backend_module(backend).forward, x.device, *rows)
-        _, stats, layout = output
-        ctx.mark_non_differentiable(stats, layout)
+    def forward(ctx: Any, x: Tensor, inputs: Inputs, backend: str) -> Tensor:
+        loss, stats, layout = forward(inputs, backend)
         ctx.set_materialize_grads(False)
-        if ctx.needs_input_grad[0]:
-            y, p = own_copies(y, p)
-        ctx.save_for_backward(stats, layout, x, y, p, *(keys or (None,) * 3))
-        ctx.call = (self_offset, settings, backend)
-        return output
+        keep(ctx, inputs, backend, stats, layout)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None]:
         refuse_batched(g)
-        if g is None:
-            return None, None
-        self_offset, settings, backend = ctx.call
-        coefficients, layout, x, y, p, *keys = _scaled(ctx.saved_tensors, g, self_offset)
-        if torch.is_grad_enabled():
-            # A graph of the gradient goes through the operator, which refuses to be differentiated.
-            operands = (*coefficients, layout, x, y, p, *keys, self_offset, *settings.scalars)
-            return torch.ops.conr_kernels.backward(*operands, backend), None
-        rows = (*coefficients, layout, x, y, p, _keys(*keys), self_offset, settings)
-        return without_autocast(backend_module(backend).backward, x.device, *rows), None
+        # A graph of the gradient goes through the operator, which refuses to be differentiated.
+        operator = torch.ops.conr_kernels.backward if torch.is_grad_enabled() else None
+        return _differentiate(ctx, g, operator), None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -314,16 +266,16 @@ class _TransformedForward(torch.autograd.Function):
     """The forward operator under ``torch.func``, which takes derivatives from a Function only."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.conr_kernels.forward(*args)
+    def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.conr_kernels.forward(*operands)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _save(ctx, inputs, output)
+    def setup_context(ctx: Any, operands: tuple, output: tuple) -> None:
+        _keep_operands(ctx, operands, output)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, g, _TransformedBackward.apply)
+        return _differentiate(ctx, g, _TransformedBackward.apply), *(None,) * ctx.n_constant
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -338,11 +290,11 @@ class _TransformedBackward(torch.autograd.Function):
     """The backward operator under ``torch.func``: it has no derivative of its own."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return torch.ops.conr_kernels.backward(*args)
+    def forward(*operands: Any) -> Tensor:
+        return torch.ops.conr_kernels.backward(*operands)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, operands: tuple, output: Tensor) -> None:
         pass
 
     @staticmethod
@@ -354,14 +306,30 @@ class _TransformedBackward(torch.autograd.Function):
         refuse()
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, y, p, _, key_x, key_y, key_p, _, *ctx.scalars = inputs
+def keep(ctx: Any, inputs: Inputs, backend: str, stats: Tensor, layout: Tensor) -> None:
+    """Saves what ``kept`` gives back, labels and predictions as they are now."""
+    x, y, p, _, keys, *_ = inputs
+    if ctx.needs_input_grad[0]:
+        y, p = own_copies(y, p)
+    ctx.save_for_backward(stats, layout, x, y, p, *(keys or (None,) * 3))
+    ctx.call = (inputs.self_offset, inputs.settings, backend)
+
+
+def kept(ctx: Any) -> tuple[Tensor, Tensor, Inputs, str]:
+    """Statistics, layout, inputs without weights, and the backend's name."""
+    stats, layout, x, y, p, *keys = ctx.saved_tensors
+    self_offset, settings, backend = ctx.call
+    keys = None if keys[0] is None else tuple(keys)
+    return stats, layout, Inputs(x, y, p, None, keys, self_offset, settings), backend
+
+
+def _keep_operands(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Of the forward operator's operands; by the names that torch.library gives."""
     _, stats, layout = output
     ctx.mark_non_differentiable(stats, layout)
     ctx.set_materialize_grads(False)
-    if ctx.needs_input_grad[0]:
-        y, p = own_copies(y, p)
-    ctx.save_for_backward(stats, layout, x, y, p, key_x, key_y, key_p)
+    ctx.n_constant = len(inputs) - 1
+    keep(ctx, *_inputs(*inputs), stats, layout)
 
 
 def own_copies(y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,27 +338,22 @@ def own_copies(y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _differentiate(
-    ctx: Any, g: Tensor | None, backward_operator: Callable[..., Tensor]
-) -> tuple[Tensor | None, ...]:
-    no_grads = (None,) * (7 + len(ctx.scalars))
+    ctx: Any, g: Tensor | None, operator: Callable[..., Tensor] | None
+) -> Tensor | None:
+    """The gradient of x, through the operator where one is given."""
     if g is None:
-        return None, *no_grads
-    coefficients, *saved = _scaled(ctx.saved_tensors, g, ctx.scalars[0])
-    return backward_operator(*coefficients, *saved, *ctx.scalars), *no_grads
-
-
-def _scaled(saved: tuple[Tensor, ...], g: Tensor, self_offset: int) -> tuple[Any, ...]:
-    """What the backward operator takes before the scalars, the coefficients as a pair."""
-    stats, layout, x, y, p, key_x, key_y, key_p = saved
+        return None
+    stats, layout, inputs, backend = kept(ctx)
     coef_i, coef_j = scale_statistics(stats, g), None
-    if key_x is not None:  # keys that are no anchors have no row loss
-        coef_j = no_statistics(key_x.shape[0], coef_i)
-        coef_j[self_offset : self_offset + x.shape[0]] = coef_i
-    return (coef_i, coef_j), layout, x, y, p, key_x, key_y, key_p
+    if inputs.keys is not None:  # keys that are no anchors have no row loss
+        coef_j = no_statistics(inputs.n_keys, coef_i)
+        coef_j[inputs.self_offset : inputs.self_offset + g.shape[0]] = coef_i
+    return gradient(inputs, backend, coef_i, coef_j, layout, operator)
 
 
 def _differentiate_operator(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _differentiate(ctx, g, torch.ops.conr_kernels.backward)
+    operator = torch.ops.conr_kernels.backward
+    return _differentiate(ctx, g, operator), *(None,) * ctx.n_constant
 
 
 def refuse(*_: Any) -> None:
@@ -405,7 +368,7 @@ def refuse_batched(g: Tensor | None) -> None:
 
 
 torch.library.register_autograd(
-    "conr_kernels::forward", _differentiate_operator, setup_context=_save, lib=_library
+    "conr_kernels::forward", _differentiate_operator, setup_context=_keep_operands, lib=_library
 )
 torch.library.register_autograd("conr_kernels::backward", refuse, lib=_library)
 for _name in ("forward", "backward"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .batch import Keys
+from .core.inputs import Keys
 from .core.sets import ConRStatistics, all_labels, checked_rows, count
 from .large_batch.union import union_statistics
 from .variants import Variant

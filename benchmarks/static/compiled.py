@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from conr_kernels import triton_backend
+from conr_kernels.core.inputs import Inputs
 from conr_kernels.core.rows import scale_statistics
 from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend.configs import Config
@@ -115,17 +116,19 @@ def recorded_launches(
         intercepted(architecture) as launches,
     ):
         if K is None:
-            loss, kept, plan = triton_backend.reduced(*rows, None, settings, "mean", True)
+            inputs = Inputs(*rows, None, 0, settings)
+            loss, kept, plan = triton_backend.reduced(inputs, None, "mean", True)
             triton_backend.reduced_gradient(x, kept, plan, loss)
             return launches
         y_j = torch.empty(K, L, device="meta")
         keys = (torch.empty(K, D, dtype=dtype, device="meta"), y_j, y_j)
         is_counted = settings.variant.unit_terms
         n_absent = torch.empty((), dtype=torch.int64, device="meta") if is_counted else None
-        loss, stats, layout = triton_backend.forward(*rows, keys, 0, settings, n_absent)
+        inputs = Inputs(*rows, keys, 0, settings, n_absent)
+        loss, stats, layout = triton_backend.forward(inputs)
         coef_i = scale_statistics(stats, loss)
         coef_j = coef_i.new_empty((K, coef_i.shape[1]))
-        triton_backend.backward(coef_i, coef_j, layout, x, y, y, keys, 0, settings)
+        triton_backend.backward(inputs, coef_i, coef_j, layout)
     return launches
 
 

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.inputs import Inputs, Keys
 from ..core.sweep import sort_reach
 from ..reference import poison
 from ..variants import Settings
-
-Keys = tuple[Tensor, Tensor, Tensor]
 
 LIBRARY = "_conr_cuda.dll" if os.name == "nt" else "_conr_cuda.so"
 #: Up to this many pairs one sweep over all of them is faster than two sorts.
@@ -112,25 +111,16 @@ def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Setti
     return 2 + 2 * (n_keys + 3 * n_anchors)
 
 
-def forward(
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-    n_absent: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py) and the layout of the sweeps."""
+    x, y, p, w, keys, self_offset, settings, n_absent = inputs
     N = len(x)
-    x_j, y_j, p_j = (x, y, p) if keys is None else keys
+    x_j, y_j, p_j = inputs.all_keys
     q, scale, norm = _prepare(x_j)
     y, p, y_j, p_j = (t.float().contiguous() for t in (y, p, y_j, p_j))
     dtype = scale.dtype
     layout = _layout(y, p, y_j, p_j, keys is None, self_offset, settings)
-    n_stats = 3 if settings.exponent_is_small else 5
-    loss, stats = scale.new_empty(N), scale.new_empty(N, n_stats)
+    loss, stats = scale.new_empty(N), scale.new_empty(N, inputs.columns)
     sums, counts = scale.new_empty(N, 5), layout.new_empty(N, 2)
     absent = scale.new_zeros(()) if n_absent is None else n_absent.to(dtype)
     finite = torch.stack([poison(norm, y_j, p_j, w).to(dtype), absent])
@@ -141,19 +131,10 @@ def forward(
     return loss, stats, layout
 
 
-def backward(
-    coef_i: Tensor,
-    coef_j: Tensor | None,
-    layout: Tensor,
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-) -> Tensor:
+def backward(inputs: Inputs, coef_i: Tensor, coef_j: Tensor | None, layout: Tensor) -> Tensor:
     """Gradient of the features [N, D] from the scaled statistics of anchors and keys."""
-    x_j, y_j, p_j = (x, y, p) if keys is None else keys
+    x, self_offset, settings = inputs.x, inputs.self_offset, inputs.settings
+    x_j, y_j, p_j = inputs.all_keys
     q, scale, norm = _prepare(x_j)
     y_j, p_j = y_j.float().contiguous(), p_j.float().contiguous()
     coef_i = coef_i.contiguous()

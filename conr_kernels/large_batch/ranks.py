@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..batch import Batch, Keys, extent
+from ..batch import Batch, extent
+from ..core.inputs import Keys
 
 
 @dataclass(frozen=True)

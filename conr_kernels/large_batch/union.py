@@ -87,9 +87,10 @@ def _row_losses(batch: Batch, union: Union) -> Tensor:
         function = SharedRowLosses if _shares_forward(batch, union) else _RowLosses
         return function.apply(batch.x, batch, union)
     if union.n_ranks == 1:
-        return reference_losses(batch, batch.x, batch.all_keys(), 0)
+        return reference_losses(batch.inputs(batch.all_keys()))
     x = _Gather.apply(batch.x, union)
-    return reference_losses(batch, x[union.own], union.gather_keys(batch, x), union.offset)
+    keys = union.gather_keys(batch, x)
+    return reference_losses(batch._replace(x=x[union.own]).inputs(keys, union.offset))
 
 
 def _shares_forward(batch: Batch, union: Union) -> bool:
@@ -105,41 +106,27 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: Batch, union: Union) -> Tensor:
-        settings, backend = batch.settings, batch.backend
         if union.n_ranks == 1:
             keys = batch.all_keys()
         else:
             keys = union.gather_keys(batch, union.gather(x, union.sizes))
-        rows, stats, layout = ops.row_losses(
-            x.detach(),
-            batch.y,
-            batch.p,
-            batch.w,
-            keys,
-            union.offset,
-            settings,
-            backend,
-            batch.n_absent,
-        )
-        labels = ops.own_copies(batch.y, batch.p)
-        ctx.save_for_backward(stats, layout, x, *labels, *(keys or (None,) * 3))
-        ctx.scalars = (union.offset, *settings.scalars, backend)
+        inputs = batch.inputs(keys, union.offset)
+        rows, stats, layout = ops.forward(inputs, batch.backend)
+        ops.keep(ctx, inputs, batch.backend, stats, layout)
         ctx.union = union
         return rows
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         ops.refuse_batched(g)
-        stats, layout, x, y, p, key_x, key_y, key_p = ctx.saved_tensors
+        stats, layout, inputs, backend = ops.kept(ctx)
         union = ctx.union
         coef_i, coef_j = scale_statistics(stats, g * union.n_ranks), None
-        if key_x is not None:
-            coef_j = no_statistics(len(key_x), stats)
+        if inputs.keys is not None:
+            coef_j = no_statistics(inputs.n_keys, stats)
             coef_j[: union.n_rows] = union.gather(coef_i, union.sizes)
-        gradient = torch.ops.conr_kernels.backward(
-            coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *ctx.scalars
-        )
-        return gradient, None, None
+        operator = torch.ops.conr_kernels.backward
+        return ops.gradient(inputs, backend, coef_i, coef_j, layout, operator), None, None
 
 
 class _Gather(torch.autograd.Function):

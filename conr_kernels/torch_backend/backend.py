@@ -12,12 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core.rows import (
-    collapse_statistics,
-    finish_log_rows,
-    finish_rows,
-    to_log_statistics,
-)
+from ..core.inputs import Inputs, Keys
+from ..core.rows import collapse_statistics, finish_log_rows, finish_rows, to_log_statistics
 from ..core.sweep import Sweep
 from ..reference import pair_distance
 from ..variants import Settings
@@ -40,8 +36,6 @@ KEPT_ROWS = 640
 #: Rows of the gradient that are finished at a time.
 PROJECTED_ROWS = 1024
 
-Keys = tuple[Tensor, Tensor, Tensor]
-
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run there, and what to do; None where it can."""
@@ -55,17 +49,9 @@ def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Setti
     return 2 * n_anchors * n_keys * dtype.itemsize // 4
 
 
-def forward(
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-    n_absent: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py) and the layout (see ``layout_size``)."""
+    x, y, p, w, keys, self_offset, settings, n_absent = inputs
     x = x.contiguous()  # results keep a transposed layout, and products its rounding
     is_shifted = _is_shifted(y, keys, settings)
     counts_negatives = not negatives_show(settings, is_shifted)
@@ -175,22 +161,14 @@ def reduces(
 
 
 def reduced(
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    further: Keys | None,
-    settings: Settings,
-    reduction: str,
-    wants_gradient: bool,
+    inputs: Inputs, further: Keys | None, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor], None]:
     """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
-
-    ``further``: keys beside the batch's own rows, or None.
 
     Where every row has the same upstream gradient nothing need be kept: a third less host time. The
     bits are those of ``forward`` and ``backward``.
     """
+    x, y, p, w, _, _, settings, _ = inputs
     x = x.contiguous()
     others = None
     if further is not None and len(further[0]) > 0:
@@ -252,18 +230,9 @@ def _finish(
     return finish(**of_rows, n_keys=n_keys, settings=settings)
 
 
-def backward(
-    coef_i: Tensor,
-    coef_j: Tensor | None,
-    layout: Tensor,
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-) -> Tensor:
+def backward(inputs: Inputs, coef_i: Tensor, coef_j: Tensor | None, layout: Tensor) -> Tensor:
     """Gradient of the features [N, D] from the scaled statistics of anchors and keys."""
+    x, y, p, _, keys, self_offset, settings, _ = inputs
     if coef_i.shape[1] == 5 and not _is_shifted(y, keys, settings):
         coef_i = collapse_statistics(coef_i)
         coef_j = None if coef_j is None else collapse_statistics(coef_j)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.inputs import Inputs, Keys
 from ..variants import Settings
 from . import launch_dense as few
 from . import launch_sweeps as many
 from . import run_sweeps
 from .availability import unavailable
-from .call import Keys
 from .launch import on_device, place_of
 
 __all__ = [
@@ -36,88 +36,47 @@ def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Setti
     return of_dense if n_anchors * n_keys <= few.KEPT_PAIRS else max(of_dense, of_sweeps)
 
 
-def forward(
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-    n_absent: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py), and what ``layout_size`` says for the backward
     pass.
     """
-    N, K = x.shape[0], (x if keys is None else keys[0]).shape[0]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    N, x, dtype = inputs.x.shape[0], inputs.x, inputs.dtype
     loss = x.new_empty(N, dtype=dtype)
-    stats = x.new_empty((N, 3 if settings.exponent_is_small else 5), dtype=dtype)
-    layout = x.new_empty(layout_size(N, K, dtype, settings), dtype=torch.int32)
+    stats = x.new_empty((N, inputs.columns), dtype=dtype)
+    size = layout_size(N, inputs.n_keys, dtype, inputs.settings)
+    layout = x.new_empty(size, dtype=torch.int32)
     if N > 0:
-        rows = (y, p, w, keys, self_offset, settings, n_absent, loss, stats, layout)
-        on_device(_forward, x, *rows)
+        on_device(_forward, x, inputs, (loss, stats, layout))
     return loss, stats, layout
 
 
-def _forward(
-    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, keys: Keys | None, self_offset: int,
-    settings: Settings, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
-) -> None:  # fmt: skip
-    w = None if w is None else w.contiguous()
-    (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
-    x, y, p, keys = _contiguous(x, y, p, keys)
-    rows, results = (x, y, p, w, keys, n_absent), (loss, stats, layout)
-    if few.serves(N, K, D, x.dtype):
-        plan = few.plan_of(x, y, keys, self_offset, settings, "none")
-        few.forward_dense(plan, place_of(x), *rows, *results)
-    else:
-        plan = many.plan_of(x, y, keys, self_offset, settings, "none")
-        run_sweeps.forward(plan, place_of(x), *rows, *results)
+def _forward(x: Tensor, inputs: Inputs, results: tuple[Tensor, ...]) -> None:
+    x, y, p, w, keys, self_offset, settings, n_absent = inputs.contiguous()
+    path, launched = (few, few) if _are_few(inputs) else (many, run_sweeps)
+    plan = path.plan_of(x, y, keys, self_offset, settings, "none")
+    launched.forward(plan, place_of(x), x, y, p, w, keys, n_absent, *results)
 
 
-def backward(
-    coef_i: Tensor,
-    coef_j: Tensor | None,
-    layout: Tensor,
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    keys: Keys | None,
-    self_offset: int,
-    settings: Settings,
-) -> Tensor:
+def backward(inputs: Inputs, coef_i: Tensor, coef_j: Tensor | None, layout: Tensor) -> Tensor:
     """Gradient of the features [N, D] from the scaled statistics of anchors and keys."""
-    gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.shape[0] > 0:
+    gradient = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
+    if inputs.x.shape[0] > 0:
         coef_i = coef_i.contiguous()
         coef_j = coef_i if coef_j is None else coef_j.contiguous()
-        on_device(_backward, x, y, p, keys, self_offset, settings, coef_i, coef_j, layout, gradient)
+        on_device(_backward, inputs.x, inputs, (coef_i, coef_j, layout, gradient))
     return gradient
 
 
-def _backward(
-    x: Tensor, y: Tensor, p: Tensor, keys: Keys | None, self_offset: int, settings: Settings,
-    coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
-) -> None:  # fmt: skip
-    (N, D), K = x.shape, (x if keys is None else keys[0]).shape[0]
-    x, y, p, keys = _contiguous(x, y, p, keys)
-    rows = (x, y, p, keys, coef_i, coef_j, layout, gradient)
-    if few.serves(N, K, D, x.dtype):
-        plan = few.plan_of(x, y, keys, self_offset, settings, "none")
-        few.backward_dense(plan, place_of(x), *rows)
-    else:
-        plan = many.plan_of(x, y, keys, self_offset, settings, "none")
-        run_sweeps.backward(plan, place_of(x), *rows)
+def _backward(x: Tensor, inputs: Inputs, given: tuple[Tensor, ...]) -> None:
+    x, y, p, _, keys, self_offset, settings, _ = inputs.contiguous()
+    path, launched = (few, few) if _are_few(inputs) else (many, run_sweeps)
+    plan = path.plan_of(x, y, keys, self_offset, settings, "none")
+    launched.backward(plan, place_of(x), x, y, p, keys, *given)
 
 
-def _contiguous(
-    x: Tensor, y: Tensor, p: Tensor, keys: Keys | None
-) -> tuple[Tensor, Tensor, Tensor, Keys | None]:
-    if keys is not None:
-        key_x, key_y, key_p = keys
-        keys = key_x.contiguous(), key_y.contiguous(), key_p.contiguous()
-    return x.contiguous(), y.contiguous(), p.contiguous(), keys
+def _are_few(inputs: Inputs) -> bool:
+    N, D = inputs.x.shape
+    return few.serves(N, inputs.n_keys, D, inputs.x.dtype)
 
 
 def reduces(
@@ -134,31 +93,21 @@ def takes_any_labels(x: Tensor) -> bool:
 
 
 def reduced(
-    x: Tensor,
-    y: Tensor,
-    p: Tensor,
-    w: Tensor | None,
-    further: None,
-    settings: Settings,
-    reduction: str,
-    wants_gradient: bool,
+    inputs: Inputs, further: None, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
     """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``."""
-    return on_device(_reduced, x, y, p, w, settings, reduction, wants_gradient)
+    return on_device(_reduced, inputs.x, inputs, reduction, wants_gradient)
 
 
 def _reduced(
-    x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, settings: Settings, reduction: str,
-    wants_gradient: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], few.Plan | many.Plan]:  # fmt: skip
-    N, D = x.shape
-    x, y, p = x.contiguous(), y.contiguous(), p.contiguous()
-    if few.serves(N, N, D, x.dtype):
+    x: Tensor, inputs: Inputs, reduction: str, wants_gradient: bool
+) -> tuple[Tensor, tuple[Tensor, ...], few.Plan | many.Plan]:
+    x, y, p, w, _, _, settings, _ = inputs.contiguous()
+    if _are_few(inputs):
         plan = few.plan_of(x, y, None, 0, settings, reduction)
-        loss, workspace = few.reduced_dense(plan, place_of(x), x, y, p, w, wants_gradient)
+        loss, workspace = few.reduced(plan, place_of(x), x, y, p, w, wants_gradient)
         return loss, (workspace,), plan
     plan = many.plan_of(x, y, None, 0, settings, reduction)
-    w = None if w is None else w.contiguous()
     return *run_sweeps.reduced(plan, place_of(x), x, y, p, w), plan
 
 

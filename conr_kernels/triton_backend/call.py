@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.inputs import Keys
 from ..variants import Settings
 from .availability import interpreted
 from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
@@ -17,8 +18,6 @@ from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
 ROW_PAD = 128
-
-Keys = tuple[Tensor, Tensor, Tensor]
 
 
 class Form(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.inputs import Keys
 from ..variants import Settings
 from .availability import interpreted
 from .call import arithmetic, largest_total, precision, tiles
@@ -31,8 +32,6 @@ ROWS = 8
 #: Largest D whose gradient tile stays in the registers, by the size of a feature.
 REGISTER_D = {2: 256, 4: 128, 8: 64}
 PAD = 16
-
-Keys = tuple[Tensor, Tensor, Tensor]
 
 
 class Tile(NamedTuple):
@@ -258,7 +257,7 @@ def _gram(plan: Plan, place: Place | None, x: Tensor, rows: list[Pointer]) -> Po
     return gram
 
 
-def forward_dense(
+def forward(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
     keys: Keys | None, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
 ) -> None:  # fmt: skip
@@ -270,7 +269,7 @@ def forward_dense(
     plan.rows(place, pointer(w), pointer(n_absent), sums, pointer(loss), pointer(stats))
 
 
-def backward_dense(
+def backward(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, keys: Keys | None,
     coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
 ) -> None:  # fmt: skip
@@ -284,7 +283,7 @@ def backward_dense(
     plan.finish(place, of_x, coef, kept, G, NOTHING, pointer(gradient))
 
 
-def reduced_dense(
+def reduced(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.inputs import Keys
 from ..variants import Settings
-from .call import ROW_PAD, WIDE_PAD, Call, Form, Keys, form_of, padded, tiles
+from .call import ROW_PAD, WIDE_PAD, Call, Form, form_of, padded, tiles
 from .launch import Launch, Parts, bind
 
 #: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the

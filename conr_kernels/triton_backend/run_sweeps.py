@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Keys
+from ..core.inputs import Keys
 from .launch import NOTHING, Place, Pointer, place_of, pointer
 from .launch_sweeps import Plan, Step
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conr_kernels import ops
+from conr_kernels.core.inputs import Inputs
 from conr_kernels.cuda_backend import backend as cuda_backend
 from conr_kernels.reference import row_losses
 from conr_kernels.variants import PRESETS, Settings, Variant
@@ -134,7 +135,7 @@ def test_anchors_among_more_keys(shim, path):
         x = keys.x[here].clone().requires_grad_()
         all_keys = (keys.x, keys.y, keys.p)
         labels = keys.y[here], keys.p[here], keys.w[here]
-        rows, _, _ = ops.row_losses(x, *labels, all_keys, offset, settings, "cuda")
+        rows = ops.row_losses(Inputs(x, *labels, all_keys, offset, settings), "cuda")
         rows.backward(keys.upstream[here])
         anchors = keys.x[here].double().requires_grad_()
         fixed = keys.x.double()
@@ -208,8 +209,8 @@ def test_dense_and_banded_are_chosen_on_the_device(shim, monkeypatch):
     settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"])
 
     def served(p):
-        inputs = (batch.x, batch.y, p, None, None, 0, settings)
-        return cuda_backend.forward(*inputs)[2][:2].tolist()
+        inputs = Inputs(batch.x, batch.y, p, None, None, 0, settings)
+        return cuda_backend.forward(inputs)[2][:2].tolist()
 
     assert served(batch.p) == [1, 2]
     assert served(torch.zeros_like(batch.p)) == [3, 0]
@@ -240,9 +241,10 @@ def test_the_host_never_waits_for_the_device(shim, path, L, has_keys):
     keys = (batch.x, batch.y, batch.p) if has_keys else None
     x, y, p, w = (t[:50] if has_keys else t for t in (batch.x, batch.y, batch.p, batch.w))
     with HostReads() as reads:
-        _, stats, layout = cuda_backend.forward(x, y, p, w, keys, 0, settings)
+        inputs = Inputs(x, y, p, w, keys, 0, settings)
+        _, stats, layout = cuda_backend.forward(inputs)
         coef_j = torch.zeros(66, 3) if has_keys else None
-        cuda_backend.backward(stats, coef_j, layout, x, y, p, keys, 0, settings)
+        cuda_backend.backward(inputs, stats, coef_j, layout)
         assert not reads.seen
         x.sum().item()
         assert reads.seen == {"_local_scalar_dense"}
@@ -254,9 +256,9 @@ def test_tiles_of_positives_only(shim, monkeypatch, dtype):
     monkeypatch.setattr(cuda_backend, "DENSE_PAIRS", 0)
     monkeypatch.setattr(cuda_backend, "DENSE_SHARE", 2.0)
     batch = make_batch(300, 24, dtype=dtype, spread=2.5)
-    layout = cuda_backend.forward(
-        batch.x, batch.y, batch.p, None, None, 0, Settings(1.0, 0.2, 0.01, PRESETS["paper"])
-    )[2]
+    settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+    inputs = Inputs(batch.x, batch.y, batch.p, None, None, 0, settings)
+    layout = cuda_backend.forward(inputs)[2]
     lo, hi = layout[2 + 600 : 2 + 1200].view(2, 300)
     assert (hi[64] - lo[127] > 2 * 64) and lo[127] < 64 and hi[64] >= 192
     for variant in ("paper", "released-age", "released-depth"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from conr_kernels import reference
+from conr_kernels.core.inputs import Inputs
 from conr_kernels.core.rows import scale_statistics
 
 from .cases import Case
@@ -16,9 +17,10 @@ from .cases import Case
 def fused(backend: ModuleType, case: Case, dtype: torch.dtype, g: Tensor) -> tuple[Tensor, Tensor]:
     """Row losses and gradient of a backend, with features and weights in the given dtype."""
     x, y, p, w = case.x.to(dtype), case.y, case.p, case.weights(dtype)
-    loss, stats, layout = backend.forward(x, y, p, w, None, 0, case.settings)
+    inputs = Inputs(x, y, p, w, None, 0, case.settings)
+    loss, stats, layout = backend.forward(inputs)
     coef = scale_statistics(stats, g.to(stats.dtype))
-    return loss, backend.backward(coef, None, layout, x, y, p, None, 0, case.settings)
+    return loss, backend.backward(inputs, coef, None, layout)
 
 
 def oracle(case: Case, dtype: torch.dtype, g: Tensor) -> tuple[Tensor, Tensor]:

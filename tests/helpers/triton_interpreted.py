@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
+from conr_kernels.core.inputs import Inputs
 from conr_kernels.triton_backend import launch_dense, launch_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
@@ -389,6 +390,6 @@ def test_the_choice_of_sweep_is_made_from_the_bands(collapsed: bool) -> None:
         mock.patch.object(launch_dense, "DENSE_PAIRS", -1),
         mock.patch.object(launch_sweeps, "PROGRAMS", 1),
     ):
-        arguments = (given["x"], given["y"], given["p"], given["w"], None, 0, settings)
-        _, _, layout = triton_backend.forward(*arguments)
+        inputs = Inputs(given["x"], given["y"], given["p"], given["w"], None, 0, settings)
+        _, _, layout = triton_backend.forward(inputs)
     assert layout[0] == collapsed

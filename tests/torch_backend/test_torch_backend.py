@@ -7,6 +7,7 @@ import torch
 
 from conr_kernels import conr_loss, reference
 from conr_kernels.core import sweep
+from conr_kernels.core.inputs import Inputs
 from conr_kernels.core.rows import scale_statistics
 from conr_kernels.torch_backend import backend as torch_backend
 from conr_kernels.torch_backend import source as torch_source
@@ -53,19 +54,17 @@ def test_anchors_among_further_keys_equal_rows_of_one_batch(regime):
     for case in structured_cases(2000):
         x, y, p, w = case.inputs
         g = torch.rand(len(x), generator=torch.Generator().manual_seed(3)).double()
-        loss, stats, layout = torch_backend.forward(x, y, p, w, None, 0, case.settings)
+        inputs = Inputs(x, y, p, w, None, 0, case.settings)
+        loss, stats, layout = torch_backend.forward(inputs)
         coef = scale_statistics(stats, g)
-        gradient = torch_backend.backward(coef, None, layout, x, y, p, None, 0, case.settings)
+        gradient = torch_backend.backward(inputs, coef, None, layout)
         rows = slice(len(x) // 3, len(x) - len(x) // 4)
-        anchors, keys = (x[rows], y[rows], p[rows]), (x, y, p)
-        part, part_stats, layout = torch_backend.forward(
-            *anchors, None if w is None else w[rows], keys, rows.start, case.settings
-        )
+        anchors = (x[rows], y[rows], p[rows], None if w is None else w[rows])
+        inputs = Inputs(*anchors, (x, y, p), rows.start, case.settings)
+        part, part_stats, layout = torch_backend.forward(inputs)
         torch.testing.assert_close(part, loss[rows], rtol=1e-11, atol=1e-11, msg=str(case))
         torch.testing.assert_close(part_stats, stats[rows], rtol=1e-9, atol=1e-9, msg=str(case))
-        part_gradient = torch_backend.backward(
-            coef[rows], coef, layout, *anchors, keys, rows.start, case.settings
-        )
+        part_gradient = torch_backend.backward(inputs, coef[rows], coef, layout)
         scale = max(gradient.abs().max().item(), 1.0)
         assert (part_gradient - gradient[rows]).abs().max() <= 1e-9 * scale, str(case)
 
@@ -155,7 +154,7 @@ def test_the_layout_is_as_large_as_announced_where_the_keys_are_the_rows(n, dtyp
     settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"], "mae")
     x, y = torch.randn(n, 4, dtype=dtype), torch.arange(float(n))[:, None] / 2
     for keys in (None, (x, y, y)):
-        loss, _, layout = torch_backend.forward(x, y, y, None, keys, 0, settings)
+        loss, _, layout = torch_backend.forward(Inputs(x, y, y, None, keys, 0, settings))
         assert len(layout) == torch_backend.layout_size(n, n, loss.dtype, settings)
 
 
