@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MET, MISSED, NOT_RUN, MEASURED = "met", "missed", "not run", "measured"
+MET, MISSED, NOT_RUN = "met", "missed", "not run"
 OFF, COLLAPSED, BOTH = "7 years off", "collapsed", "forward+backward"
 BF16, F32 = "bfloat16", "float32"
 Verdict = tuple[str, str]
@@ -145,21 +145,6 @@ def built(rows: Rows) -> Verdict:
     return f"{rows.value(stage='build', metric='wall seconds') or 0:.0f} s", MET
 
 
-def training(N: int) -> Claim:
-    def decide(rows: Rows) -> Verdict:
-        where = dict(mode="training step", N=N)
-        parts = []
-        for provider in ("fused", "eager"):
-            t = rows.value(metric="time", provider=provider, **where)
-            memory = rows.value(metric="memory", provider=provider, **where)
-            if t is None or memory is None:
-                return "", NOT_RUN
-            parts.append(f"{t * 1e3:.2f} ms {memory / 2**20:.0f} MiB")
-        return " / ".join(parts), MEASURED
-
-    return Claim("pytorch", f"training, batch {N}: fused / careful eager", "measured", decide)
-
-
 CLAIMS = [
     *(tests("triton", text, "tests", *names) for text, names in {
         "every dtype and regime agrees with float64": (
@@ -204,7 +189,6 @@ CLAIMS = [
         "group= with NCCL on one rank": ("test_a_group",),
         "deterministic mode": ("test_deterministic",),
     }.items()),
-    *map(training, (128, 1024, 16_384)),
 ]  # fmt: skip
 
 

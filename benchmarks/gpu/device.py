@@ -103,11 +103,6 @@ def bytes_free() -> int:
     return 2**34 if REHEARSAL else torch.cuda.mem_get_info()[0]
 
 
-def free_memory() -> None:
-    if not REHEARSAL:
-        torch.cuda.empty_cache()
-
-
 @contextlib.contextmanager
 def side_stream() -> Iterator[None]:
     """Work goes to a stream of its own; the current stream waits for it afterwards."""

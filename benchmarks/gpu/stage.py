@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import traceback
 
 import torch
 
@@ -47,8 +46,7 @@ def main() -> int:
         try:
             status = max(status, run(stage))
         except Exception as error:
-            traceback.print_exc(file=sys.stdout)
-            stage.add("failed", 1, note=f"{type(error).__name__}: {error}".split("\n")[0][:300])
+            stage.fail(error)
             status = 1
     return status
 

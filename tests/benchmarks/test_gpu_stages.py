@@ -58,7 +58,6 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
     monkeypatch.setitem(providers.PROVIDERS, "triton", wrong)
     monkeypatch.setattr(device, "DEVICE", "cpu")
     monkeypatch.setattr(device, "synchronize", lambda: None)
-    monkeypatch.setattr(device, "free_memory", lambda: None)
     monkeypatch.setattr(device, "bytes_free", lambda: 2**34)
     monkeypatch.setattr(device, "extra_bytes", lambda function: 1)
     monkeypatch.setattr(device, "seconds", lambda functions, *_: dict.fromkeys(functions, 0.5))

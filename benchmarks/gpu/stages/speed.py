@@ -45,9 +45,8 @@ def tried(stage: Stage, row: Row, function: Callable[..., T], *arguments: object
     except Exception as error:
         if device.is_broken():
             raise
-        text = f"{type(error).__name__}: {error}".split("\n")[0][:300]
-        stage.add("failed", 1, **row, note=text)
-        device.free_memory()
+        stage.fail(error, **row)
+        torch.cuda.empty_cache()
         return None
 
 
@@ -68,7 +67,7 @@ def timed(
             del runs[name]
             continue
         stage.add("memory", peak, **rows[name])
-        device.free_memory()
+        torch.cuda.empty_cache()
     if not runs:
         return
     for name, t in device.seconds(runs, repeats, steps).items():
@@ -79,7 +78,7 @@ def timed(
             t = device.seconds({name: graph[0]}, repeats, steps)[name]
             stage.add("time", t, **rows[name] | {"mode": GRAPH}, note=note)
         del graph
-        device.free_memory()
+        torch.cuda.empty_cache()
 
 
 def measure(
