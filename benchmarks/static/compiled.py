@@ -99,22 +99,16 @@ def recorded_launches(
     window: float = 1.0,
     has_weights: bool = True,
     precision: str = "high",
-    replacing: tuple[str, Config] | None = None,
 ) -> list[Launch]:
     """The launches of one step, from tensors without storage: of the losses' mean and its gradient,
     of the losses and theirs where there are further keys (``K``), of which some are absent.
-    ``replacing``: a kind of kernels and its configuration in place of the table's.
     """
     settings = Settings(window, temperature, 0.01, resolve_variant(variant), distance)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, w = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(N, dtype=wide, device="meta")
     y = torch.empty(N, L, device="meta")
     rows = (x, y, y, w if has_weights else None)
-    with (
-        matmul_precision(precision),
-        tried(*replacing) if replacing else contextlib.nullcontext(),
-        intercepted(architecture) as launches,
-    ):
+    with matmul_precision(precision), intercepted(architecture) as launches:
         if K is None:
             inputs = Inputs(*rows, None, 0, settings)
             loss, kept, plan = triton_backend.reduced(inputs, None, "mean", True)

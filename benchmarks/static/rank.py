@@ -10,7 +10,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from unittest import mock
 
-import torch
 from tqdm import tqdm
 
 from conr_kernels.triton_backend import call
@@ -62,19 +61,16 @@ def judge(
     """The predicted microseconds of the kernels that read the configuration, and remarks; None and
     the reason where it is rejected.
     """
+    of = shipped.Call(N, D, arithmetic, variant)
     bucket = (lambda *_: 0) if kind in ("wide", "product") else call.bucket
-    with mock.patch.object(call, "bucket", bucket):
-        launches, marked = (
-            compiled.recorded_launches(
-                N, D, getattr(torch, arithmetic.split()[0]), arch, variant=variant,
-                precision="highest" if arithmetic.endswith("highest") else "high",
-                replacing=(kind, replace(chosen, num_warps=chosen.num_warps + mark)),
-            )
-            for mark in (0, MARK)
-        )  # fmt: skip
+    launches = []
+    for mark in (0, MARK):
+        config = replace(chosen, num_warps=chosen.num_warps + mark)
+        with compiled.tried(kind, config), mock.patch.object(call, "bucket", bucket):
+            launches.append(of.launches(arch))
     total, remarks = 0.0, []
     models: dict[str, Model] = {}
-    for launch, twin in zip(launches, marked, strict=True):
+    for launch, twin in zip(*launches, strict=True):
         if twin.options.get("num_warps", 0) < MARK:
             continue
         key = shipped.specialization(launch)

@@ -100,7 +100,7 @@ def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone(monkeypatch):
         assert len(near) >= 3 and len(set(near)) == len(near)
         odd = replace(near[0], num_warps=16, num_stages=7)  # as no shipped entry
         call = warm.call_of(N=size.N, D=size.D, dtype=size.dtype, precision=how,
-                            replacing=(kind, odd))  # fmt: skip
+                            tried=(kind, odd))  # fmt: skip
         marked = [n for n in warm.launches(call, 90) if n.options.get("num_stages") == 7]
         assert marked, (kind, size)
         assert {launch.arguments["BLOCK_I"] for launch in marked} == {odd.BLOCK_I}

@@ -76,7 +76,7 @@ def precompile(stage: Stage) -> None:
     if device.REHEARSAL:  # the interpreter compiles nothing
         return
     calls = [
-        warm.call_of(N=size.N, D=size.D, dtype=size.dtype, precision=how, replacing=(kind, config))
+        warm.call_of(N=size.N, D=size.D, dtype=size.dtype, precision=how, tried=(kind, config))
         for kind, size, how in ITEMS
         for config in neighbours(kind, size, how)
     ]

@@ -7,6 +7,7 @@ look for. Each kernel is compiled by one process only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -14,7 +15,6 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from unittest import mock
 
@@ -32,7 +32,7 @@ from ..rows import Stage
 from . import dense
 from .providers import BF16, F32
 
-#: ``recorded_launches``'s arguments by name, or ``dense``, the comparator's D.
+#: ``recorded_launches``'s arguments by name, maybe with ``tried``; or ``dense``, that kernel's D.
 Call = tuple[tuple[str, object], ...]
 
 
@@ -40,7 +40,7 @@ def call_of(**arguments: object) -> Call:
     return tuple(arguments.items())
 
 
-def compiling_for(architecture: int) -> AbstractContextManager:
+def compiling_for(architecture: int) -> contextlib.AbstractContextManager:
     """A driver that names the architecture: nothing is loaded or launched."""
     target = GPUTarget("cuda", architecture, 32)
     named = SimpleNamespace(
@@ -75,7 +75,9 @@ def launches(call: Call, architecture: int) -> list[Launch]:
     options = dict(call)
     if width := options.get("dense"):
         return list(_of_dense(width, architecture))
-    return compiled.recorded_launches(architecture=architecture, **options)
+    replaced = options.pop("tried", None)
+    with compiled.tried(*replaced) if replaced else contextlib.nullcontext():
+        return compiled.recorded_launches(architecture=architecture, **options)
 
 
 def _of_dense(width: int, architecture: int) -> Iterator[Launch]:
