@@ -143,27 +143,16 @@ def code_loops(code: MachineCode) -> CodeLoop:
             if header == 0 or header == end or end not in _reached(0, successors, header):
                 body = {header} if header == end else {header} | _reached(end, before, header)
                 bodies.setdefault(header, set()).update(body)
-    order = sorted(bodies.items(), key=lambda item: (item[0], -len(item[1])))
     root = CodeLoop([])
-    made: list[tuple[set[int], CodeLoop]] = [(reached, root)]
-    for _, body in order:
-        if body in (at for at, _ in made) or not _is_work(body, blocks):
-            continue
-        parent = min((m for m in made if body <= m[0]), key=lambda m: len(m[0]))[1]
-        loop = CodeLoop([])
-        parent.loops.append(loop)
-        made.append((body, loop))
+    made = [(reached, root)]
+    for _, body in sorted(bodies.items()):
+        _, parent = min((m for m in made if body <= m[0]), key=lambda m: len(m[0]))
+        parent.loops.append(CodeLoop([]))
+        made.append((body, parent.loops[-1]))
     for block in sorted(reached):
-        owner = min((m for m in made if block in m[0]), key=lambda m: len(m[0]))[1]
+        _, owner = min((m for m in made if block in m[0]), key=lambda m: len(m[0]))
         owner.instructions += blocks[block]
     return root
-
-
-def _is_work(body: set[int], blocks: list[list[str]]) -> bool:
-    """False for the empty loop that ends a kernel and for waiting at a barrier in memory."""
-    instructions = [line for block in body for line in blocks[block]]
-    waits = any("TRYWAIT" in line for line in instructions)
-    return len(instructions) > (8 if waits else 1)
 
 
 def _blocks(code: MachineCode) -> tuple[list[list[str]], list[list[int]]]:
