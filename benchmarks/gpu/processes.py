@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import platform
-import shutil
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ import torch
 
 from ..rows import ROOT, commit, write
 from . import claims
+from .device import cuda_tool
 from .rows import CASE, COLUMNS, ROW, TABLE
 
 #: Characters of one process's log, and of one line, that are kept: a compiler that fails prints
@@ -149,7 +149,6 @@ def environment() -> dict[str, object]:
     query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
     smi = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split("\n")[0]
     gpu = dict(zip(query.split(","), smi.split(", "), strict=False)) if smi else {}
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     try:
         import triton
 
@@ -160,8 +159,8 @@ def environment() -> dict[str, object]:
         gpu=gpu.get("name", "none"), details=gpu, commit=commit(),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         torch=torch.__version__, cuda=torch.version.cuda, triton=triton_version,
-        nvcc=_output(nvcc, "--version").split("\n")[-1], python=platform.python_version(),
-        kernel=platform.release(), cores=os.cpu_count(),
+        nvcc=_output(cuda_tool("nvcc") or "nvcc", "--version").split("\n")[-1],
+        python=platform.python_version(), kernel=platform.release(), cores=os.cpu_count(),
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def test_counters_of_every_kernels_slowest_launch_are_read():
 
 def test_what_is_missing_is_not_run_and_says_why(monkeypatch, capsys):
     monkeypatch.setattr(device, "REHEARSAL", False)
-    monkeypatch.setattr(counters.shutil, "which", lambda name: "/nowhere/ncu")
+    monkeypatch.setattr(device.shutil, "which", lambda name, path=None: None)
     stage = rows.Stage("counters", 10.0)
     assert counters.counters(stage) == 0 and "ncu is not installed" in capsys.readouterr().out
     monkeypatch.setattr(packages, "MODULES", {"memeff": "no_such_module"})

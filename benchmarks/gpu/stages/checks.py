@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import torch
 import triton
@@ -95,8 +93,8 @@ def planted_fault(stage: Stage) -> int:
 
 def sanitizer(stage: Stage) -> int:
     """compute-sanitizer over every regime, after it has caught a fault that is there on purpose."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not device.REHEARSAL and not Path(tool).exists():
+    tool = device.cuda_tool("compute-sanitizer")
+    if not device.REHEARSAL and tool is None:
         stage.add("not run", 1, note="compute-sanitizer is not installed")
         return 0
     programs = {"planted fault": ("memcheck", "planted-fault")}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import functools
-import io
-import shutil
+import itertools
 import sys
-from pathlib import Path
 
 import torch
 
@@ -19,6 +17,7 @@ TENSOR = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"
 WARPS = "sm__warps_active.avg.pct_of_peak_sustained_active"
 ISSUED = "smsp__issue_active.avg.pct_of_peak_sustained_active"
 BUSIEST, MEAN = "sm__cycles_active.max", "sm__cycles_active.avg"
+METRICS = (TENSOR, WARPS, ISSUED, BUSIEST, MEAN)
 SIZES = (Size(65_536), Size(16_384, 2048), Size(512))
 
 
@@ -32,15 +31,13 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
     """Percentages of every kernel in ``ncu --csv --page raw``, its slowest launch where it has
     several: ``imbalance`` is what the busiest multiprocessor has more than the mean.
     """
-    lines = text.splitlines()
-    start = next((at for at, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    table = itertools.dropwhile(lambda line: not line.startswith('"ID"'), text.splitlines())
     found: dict[str, dict[str, float]] = {}
     slowest: dict[str, float] = {}
-    for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
+    for row in csv.DictReader(table):
         if not row["ID"]:  # units
             continue
-        value = {name: float(row[name].replace(",", "")) for name in
-                 (TENSOR, WARPS, ISSUED, BUSIEST, MEAN)}  # fmt: skip
+        value = {name: float(row[name].replace(",", "")) for name in METRICS}
         kernel = row["Kernel Name"]
         if value[BUSIEST] > slowest.get(kernel, 0.0):
             slowest[kernel] = value[BUSIEST]
@@ -55,9 +52,9 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
 
 def profile(stage: Stage, tool: str, size: Size) -> None:
     code = f"from benchmarks.gpu.stages.counters import one_step; one_step({size.N}, {size.D})"
-    metrics = ",".join((TENSOR, WARPS, ISSUED, BUSIEST, MEAN))
-    command = [tool, "--csv", "--page", "raw", "--kernel-name", "regex:conr_", "--metrics", metrics]
-    status, output = stage.output_of(stage.start([*command, sys.executable, "-c", code]))
+    command = [tool, "--csv", "--page", "raw", "--kernel-name", "regex:conr_", "--metrics"]
+    command += [",".join(METRICS), sys.executable, "-c", code]
+    status, output = stage.output_of(stage.start(command))
     kernels = parsed(output) if status == 0 else {}
     if not kernels:
         errors = [line for line in output.splitlines() if "ERROR" in line] or [f"status {status}"]
@@ -69,8 +66,8 @@ def profile(stage: Stage, tool: str, size: Size) -> None:
 
 def counters(stage: Stage) -> int:
     """Tensor pipe, occupancy, cycles without an eligible warp, imbalance, of every kernel."""
-    tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    if device.REHEARSAL or not Path(tool).exists():
+    tool = device.cuda_tool("ncu")
+    if device.REHEARSAL or tool is None:
         reason = "rehearsal" if device.REHEARSAL else "ncu is not installed"
         stage.add("not run", 1, provider="triton", note=reason)
         return 0
