@@ -29,23 +29,24 @@ class Rows:
         text = {key: str(value) for key, value in wanted.items()}
         return [row for row in self.rows if all(row.get(key, "") == t for key, t in text.items())]
 
-    def value(self, **wanted: object) -> float | None:
-        """Of the latest such row."""
-        found = self.find(**wanted)
-        return float(found[-1]["value"]) if found else None
+    def value(self, **wanted: object) -> float:
+        """Of the latest such row; an IndexError where there is none."""
+        return float(self.find(**wanted)[-1]["value"])
 
-    def time(self, provider: str, N: int, D: int = 128, **other: object) -> float | None:
+    def time(self, provider: str, N: int, D: int = 128, **other: object) -> float:
         mode = "forward" if provider == "q @ q.T" else BOTH
         wanted = dict(stage="speed", mode=mode, dtype=BF16, regime=OFF) | other
         return self.value(metric="time", provider=provider, N=N, D=D, **wanted)
 
 
-Value = Callable[[Rows], float | None]
+Value = Callable[[Rows], float]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence, what it requires, and how a run's rows decide: ``(measured, verdict)``."""
+    """A sentence, what it requires, and how a run's rows decide: ``(measured, verdict)``, or an
+    IndexError where they have not its numbers.
+    """
 
     subject: str
     text: str
@@ -59,8 +60,6 @@ def limited(text: str, sign: str, limit: float, unit: str, value: Value, form: s
 
     def decide(rows: Rows) -> Verdict:
         found = value(rows)
-        if found is None:
-            return "", NOT_RUN
         is_met = found <= limit if sign == "≤" else found >= limit
         return f"{found:{form}}{unit}", MET if is_met else MISSED
 
@@ -72,11 +71,7 @@ def time(provider: str, N: int, D: int = 128, **other: object) -> Value:
 
 
 def ratio(above: Value, below: Value) -> Value:
-    def value(rows: Rows) -> float | None:
-        a, b = above(rows), below(rows)
-        return None if a is None or b is None else a / max(b, 1e-12)
-
-    return value
+    return lambda rows: above(rows) / max(below(rows), 1e-12)
 
 
 def speed_up(other: str, N: int, **where: object) -> Value:
@@ -92,19 +87,17 @@ def dense_rate(D: int) -> Value:
     return ratio(lambda rows: 6 * 65_536**2 * D / 1e12, time("triton", 65_536, D, regime=COLLAPSED))
 
 
-def wide_share(rows: Rows) -> float | None:
+def wide_share(rows: Rows) -> float:
     """FLOP of the visited pairs, one product forward and two backward, over the product's rate."""
     where = dict(stage="speed", metric="visited pairs", D=2048)
     forward, backward = (rows.value(mode=mode, **where) for mode in ("forward", "backward"))
-    t, rate = rows.time("triton", 16_384, 2048), rows.value(metric="TFLOP/s")
-    if None in (forward, backward, t, rate):
-        return None
-    return 2 * 2048 * (forward + 2 * backward) / t / 1e12 / max(rate, 1e-12)
+    rate = 2 * 2048 * (forward + 2 * backward) / rows.time("triton", 16_384, 2048) / 1e12
+    return rate / max(rows.value(metric="TFLOP/s"), 1e-12)
 
 
-def memory_share(rows: Rows) -> float | None:
+def memory_share(rows: Rows) -> float:
     peak = rows.value(stage="speed", metric="memory", provider="triton", N=2**20, D=128)
-    return None if peak is None else peak / (2 * 2**20 * 128)
+    return peak / (2 * 2**20 * 128)
 
 
 def tests(subject: str, text: str, stage: str, *functions: str) -> Claim:
@@ -140,9 +133,8 @@ def sanitizer(backend: str) -> Claim:
 
 
 def built(rows: Rows) -> Verdict:
-    if not rows.find(stage="build", metric="built"):
-        return "", NOT_RUN
-    return f"{rows.value(stage='build', metric='wall seconds') or 0:.0f} s", MET
+    rows.value(stage="build", metric="built")
+    return f"{rows.value(stage='build', metric='wall seconds'):.0f} s", MET
 
 
 CLAIMS = [
@@ -196,7 +188,10 @@ def decided(rows: Rows, is_rehearsal: bool = False) -> list[dict[str, str]]:
     """Every claim with what was measured; a rehearsal's numbers decide nothing."""
     found = []
     for claim in CLAIMS:
-        measured, verdict = claim.decide(rows)
+        try:
+            measured, verdict = claim.decide(rows)
+        except IndexError:
+            measured, verdict = "", NOT_RUN
         if is_rehearsal and verdict != NOT_RUN:
             measured, verdict = "", "rehearsed"
         found.append(
