@@ -94,33 +94,42 @@ def phases_of(
     has_pairs = "BLOCK_J" in given  # the exponentials of the kernels that finish rows are no pairs'
     pairs = [m for m in tree.walk() if m is not tree and m.nest.exponentials and has_pairs]
     kinds = {"full": full, "edge": edge} if len(pairs) == 2 else {"edge": full + edge}
+    if tree.nest.exponentials and has_pairs:
+        yield "edge", list(_subtree(tree, given, 1.0)), 1.0
+        return
     names = iter(kinds)
     rest: list[tuple[Matched, float]] = []
 
     def walk(m: Matched, times: float):
         rest.append((m, times))
         for loop in m.loops:
+            known = _trips(loop.nest, given)
             if loop.nest.exponentials and has_pairs:
                 kind = next(names)
-                yield kind, list(_subtree(loop, given, kinds[kind])), kinds[kind]
+                n = kinds[kind] if known is None else times * known
+                yield kind, list(_subtree(loop, given, n)), n
             elif loop.nest.has_product:
                 n = full + edge if pairs or sweep_of(launch) else times
-                yield "product", [(loop, _products(loop.nest, given, times, n))], n
+                yield "product", list(_products(loop, given, times, n)), n
             else:
-                rest.append((loop, times * (_trips(loop.nest, given) or 1)))
+                rest.append((loop, times * (known or 1)))
 
     yield from walk(tree, 1.0)
     yield "rest", rest, 1.0
 
 
-def _products(nest: Nest, given: dict, times: float, n: float) -> float:
-    """Passes of a loop of products over ``n`` tiles."""
-    known = _trips(nest, given)
+def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
+    """Passes of a nest of products over ``n`` tiles: its loops over D come from outside in."""
+    known = _trips(loop.nest, given)
     if known is None:  # a part of D: so many columns, or chunks
-        part = given.get("chunk", given.get("n_chunks", 0) * nest.step)
-        known = math.ceil(part / nest.step) if part else None
+        part = given.get("chunk", given.get("n_chunks", 0) * loop.nest.step)
+        known = math.ceil(part / loop.nest.step) if part else None
     steps = given["BLOCK_J"] // given.get("BLOCK_K", given["BLOCK_J"])
-    return times * known if known is not None else n * steps
+    passes = times * known if known is not None else n * steps
+    yield loop, passes
+    for child in loop.loops:
+        inner = _trips(child.nest, given)
+        yield child, passes * inner if inner is not None else n * (known or 1) * steps
 
 
 def _subtree(m: Matched, given: dict, times: float) -> Iterator[tuple[Matched, float]]:

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, wait
 from types import SimpleNamespace
 from unittest import mock
 
@@ -139,19 +139,16 @@ def compile_all(stage: Stage, wanted: list[Call], seconds: float) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 1)), context)
-    n_done, problems = 0, set()
     waiting = [pool.submit(compile_one, *task, architecture) for task in work]
-    try:
-        for future in as_completed(waiting, timeout=max(end - time.monotonic(), 0.1)):
-            n_done += 1
-            problems.add(future.result())
-    except TimeoutError:
-        problems.add(f"time is up, {len(work) - n_done} kernels are left")
+    done, left = wait(waiting, timeout=max(end - time.monotonic(), 0.1))
+    problems = {future.result() for future in done} - {""}
+    if left:
+        problems.add(f"time is up, {len(left)} kernels are left")
         for process in list(pool._processes.values()):
             process.kill()
     pool.shutdown(wait=False, cancel_futures=True)
-    stage.add("kernels", n_done, provider="triton", note=f"of {len(work)}")
-    print("\n".join(sorted(problems - {""})), flush=True)
+    stage.add("kernels", len(done), provider="triton", note=f"of {len(work)}")
+    print("\n".join(sorted(problems)), flush=True)
 
 
 def warm(stage: Stage) -> int:
