@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 
@@ -12,6 +13,7 @@ import torch
 from benchmarks.gpu import __main__ as main
 from benchmarks.gpu import claims, plan, rows, steps
 from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
+from benchmarks.rows import ROOT
 
 #: Longer than any test waits.
 FOREVER = 300
@@ -175,6 +177,12 @@ def test_without_a_gpu_nothing_runs_and_nothing_is_claimed(monkeypatch, capsys, 
     assert main.main(["--out", str(tmp_path / "out")]) == 0
     assert "not run: no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_the_stages_of_cuda_need_no_triton():
+    stages = ", ".join(f"benchmarks.gpu.stages.{name}" for name in ("speed", "checks", "counters"))
+    code = f"import sys; sys.modules['triton'] = None; import {stages}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def time_row(provider: str, value: float, **other: object) -> dict[str, object]:

@@ -8,8 +8,6 @@ import textwrap
 import time
 
 import torch
-import triton
-import triton.language as tl
 
 from conr_kernels import available_backends, conr_loss
 
@@ -74,16 +72,12 @@ def _every_regime(backend: str) -> int:
     return 0
 
 
-@triton.jit
-def store_kernel(x_ptr, offset, BLOCK: tl.constexpr):
-    """Stores BLOCK numbers ``offset`` elements behind the start of x."""
-    tl.store(x_ptr + offset + tl.arange(0, BLOCK), 1.0)
-
-
 def planted_fault(stage: Stage) -> int:
     """A store just behind its buffer, which nothing but a sanitizer notices."""
     if device.REHEARSAL:
         return FAULT
+    from .fault import store_kernel
+
     x = torch.zeros(1024, device=device.DEVICE)
     store_kernel[(1,)](x, 1024, BLOCK=1024)
     device.synchronize()
