@@ -78,12 +78,12 @@ WIDTH = {"LDS": 4, "STS": 4, "LDSM": 4, "STSM": 4, "LDGSTS": 4}
 
 @dataclass(frozen=True)
 class Phase:
-    """A kind of work of one program and the cycles of each unit for one pass through it.
+    """A kind of work of one program ("full", "edge", "product" or "rest") and the cycles of each
+    unit for one pass through it.
 
-    ``kind``: ``"full"``, ``"edge"``, ``"product"`` or ``"rest"``; ``instructions`` per thread.
+    ``instructions``: of a thread.
     """
 
-    kind: str
     units: dict[str, float]
     latency: float
     instructions: float
@@ -100,9 +100,8 @@ class Phase:
 
 def _one_after_the_other(units: dict[str, float]) -> float:
     """Products, then arithmetic."""
-    at = {unit: units.get(unit, 0.0) for unit in UNITS}
-    products = max(at["tensor"], at["shared"])
-    return products + max(at["issue"], at["exponential"], at["float64"])
+    arithmetic = max(units["issue"], units["exponential"], units["float64"])
+    return max(units["tensor"], units["shared"]) + arithmetic
 
 
 class Model:
@@ -113,8 +112,8 @@ class Model:
         self.tree = match(nest_of(ttir), code_loops(code))
         self.warps = launch.options.get("num_warps", 4)
         self.stages = launch.options.get("num_stages", 3)
-        self._units: dict[int, dict[str, float]] = {}
         self.has_tensor_cores = any(map(is_tensor_core, code.counts))
+        self._units = {id(loop): self._count(loop) for loop in self.tree.walk()}
 
     @property
     def resident(self) -> int:
@@ -136,7 +135,7 @@ class Model:
     def _phases(self, full: int, edge: int, l2: float) -> dict[str, tuple[Phase, float]]:
         """The phases of an anchor tile with so many tiles of keys, and how often each passes."""
         return {
-            kind: (self._phase(kind, node, n, l2), n)
+            kind: (self._phase(node, n, l2), n)
             for kind, node, n in phases_of(self.tree, self.launch, full, edge)
             if n
         }
@@ -144,25 +143,22 @@ class Model:
     def l2_share(self, n_programs: int) -> float:
         return min(L2_BANDWIDTH / CLOCK / min(n_programs, SMS), L2_PORT)
 
-    def _phase(self, kind: str, node: list[tuple[Matched, float]], n: float, l2: float) -> Phase:
-        units, latency, instructions = Counter(dict.fromkeys(UNITS, 0.0)), 0.0, 0.0
+    def _phase(self, node: list[tuple[Matched, float]], n: float, l2: float) -> Phase:
+        units, latency, instructions = dict.fromkeys(UNITS, 0.0), 0.0, 0.0
         for loop, passes in node:
             passes /= n
             for unit, cycles in self._own(loop, l2).items():
                 units[unit] += cycles * passes
             latency += self._latency(loop) * passes
             instructions += passes * (len(loop.code.instructions) if loop.code else 0)
-        return Phase(kind, dict(units), latency, instructions)
+        return Phase(units, latency, instructions)
 
     def _own(self, loop: Matched, l2: float) -> dict[str, float]:
         """Cycles of each unit for one pass through a loop's own body."""
-        if id(loop) not in self._units:
-            self._units[id(loop)] = self._count(loop)
-        return {**self._units[id(loop)], "L2": loop.nest.bytes / l2}
+        return self._units[id(loop)] | {"L2": loop.nest.bytes / l2}
 
     def _count(self, loop: Matched) -> dict[str, float]:
-        rates, code = FLOP[self.architecture], loop.code
-        units = {}
+        rates, code, units = FLOP[self.architecture], loop.code, dict.fromkeys(UNITS, 0.0)
         if self.has_tensor_cores:
             kinds = {k: n * PASSES.get(k, 1) for k, n in loop.nest.products.items()}
             cycles = sum(n / rates[k[:4]] for k, n in kinds.items() if k[:4] in rates)
@@ -235,11 +231,7 @@ class Model:
                     sum(n * phase.alone for phase, n in phases),
                 )
             per_tile.append(seen[visit])
-        n_programs = self.launch.grid[0]
-        if len(per_tile) <= n_programs:
-            return [per_tile[p % len(per_tile)] for p in range(n_programs)]
-        walks = (per_tile[p::n_programs] for p in range(n_programs))
-        return [tuple(map(sum, zip(*walk, strict=True))) for walk in walks]
+        return [per_tile[program % len(per_tile)] for program in range(self.launch.grid[0])]
 
     def _makespan(self) -> float:
         work = self._work()

@@ -23,14 +23,14 @@ LIMITS = {128: (5, 190), 1024: (5, 190), 4096: (5, 190), 16_384: (10, 230)}
 @pytest.mark.parametrize("N", LIMITS)
 def test_kernels_and_calls_of_a_step_are_few(host: Host, N: int) -> None:
     kernels, calls = LIMITS[N]
-    found = host.ask(N, 128, 1)
+    found = host.ask(N, 128)
     assert 0 < found["launches"] + found["torch_ops"] <= kernels, found["names"]
     assert 0 < found["calls"] <= calls
 
 
 def test_a_step_without_a_kernel_would_show(host: Host) -> None:
     """Every count of a step is one of this step: kernels by their names."""
-    found = host.ask(128, 128, 1)
+    found = host.ask(128, 128)
     assert set(COUNTS) <= set(found) and found["microseconds"] > 0
     names = found["names"]
     assert [n for n in names if n.startswith("conr_")] == [
