@@ -56,7 +56,7 @@ def forward(
     for name, parts in zip(sums, dealt, strict=True):
         own_sums[name] = parts.logsumexp(0) if how.is_log(name) else parts.sum(0)
     n_keys = len(union) if n_absent is None else len(union) - n_absent
-    poison = poison.expand(own.stop - own.start)
+    poison = poison.to(union.dtype).expand(own.stop - own.start)
     loss, stats = finish(own_sums, poison, n_keys, w, how)
     return loss, stats.mT.contiguous()
 
