@@ -17,7 +17,7 @@ from ..core.rows import RowSums, finish_rows, to_log_statistics
 from ..core.sweep import Sweep
 from ..variants import Settings
 from . import small
-from .pairs import LN_2, How, Sums, is_shifted, wide_dtype
+from .pairs import LN_2, How, Sums, wide_dtype
 from .source import Source, row_norms
 from .sweeps import all_sweeps, gradient_sums, row_sums
 
@@ -80,7 +80,7 @@ def reduces(
         return False
     labels = (y,) if further is None else (y, further[1])
     n_others = 0 if further is None else len(further[0])
-    return small.is_small(len(y), n_others, How.of(settings, is_shifted(settings, *labels)))
+    return small.is_small(len(y), n_others, How.of(settings, *labels))
 
 
 def reduced(
@@ -129,7 +129,7 @@ def _prepare(
     x, y, p, _, keys, self_offset, settings, _ = inputs
     labels = [y] if keys is None else [keys[1]]
     labels += [] if further is None else [further[1]]
-    how = How.of(settings, is_shifted(settings, *labels))
+    how = How.of(settings, *labels)
     if coef_i is not None and not settings.exponent_is_small and not how.is_shifted:
         # The other columns are logarithms of 1.
         coef_i, coef_j = coef_i[:, :3], None if coef_j is None else coef_j[:, :3]

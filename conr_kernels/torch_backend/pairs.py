@@ -39,7 +39,14 @@ class How(NamedTuple):
     counts_negatives: bool
 
     @classmethod
-    def of(cls, settings: Settings, is_shifted: bool) -> How:
+    def of(cls, settings: Settings, *labels: Tensor) -> How:
+        """With these labels of all keys."""
+        is_shifted = not settings.exponent_is_small
+        if is_shifted and settings.variant.pushing == "exponential" and labels[0].is_cpu:
+            y = torch.cat(labels)
+            largest_d = (y.amax(0) - y.amin(0)).max().item() if len(y) > 0 else torch.inf
+            largest_exponent = 2 / settings.temperature + abs(settings.push_scale) * largest_d
+            is_shifted = not largest_exponent <= settings.SAFE_EXPONENT
         counts_negatives = is_shifted or settings.window < settings.SMALLEST_WINDOW
         return cls(settings, is_shifted, settings.variant.log == "inside", counts_negatives)
 
@@ -50,23 +57,6 @@ class How(NamedTuple):
 
     def is_log(self, name: str) -> bool:
         return self.is_shifted and name in ("E", "B")
-
-    def is_present(self, weighted: Tensor) -> Tensor:
-        """1 for pairs of the mask, 0 for others, from their weights or the logarithms of these."""
-        return (weighted > (-torch.inf if self.is_shifted else 0.0)).to(weighted.dtype)
-
-
-def is_shifted(settings: Settings, *labels: Tensor) -> bool:
-    """Whether an exponent may be large, with these labels of all keys."""
-    if settings.exponent_is_small:
-        return False
-    n_rows = sum(map(len, labels))
-    if settings.variant.pushing != "exponential" or not labels[0].is_cpu or n_rows == 0:
-        return True
-    y = torch.cat(labels)
-    largest_d = (y.amax(0) - y.amin(0)).max().item()
-    largest_exponent = 2 / settings.temperature + abs(settings.push_scale) * largest_d
-    return not largest_exponent <= settings.SAFE_EXPONENT
 
 
 class Sums(dict[str, Tensor]):
@@ -229,6 +219,11 @@ def add_sums(sums: Sums, tile: Tile, i: Rows, j: Rows, how: How) -> Weighted:
     return positive, negative
 
 
+def is_present(weighted: Tensor, how: How) -> Tensor:
+    """1 for the pairs of the mask, 0 for others."""
+    return (weighted > (-torch.inf if how.is_shifted else 0.0)).to(weighted.dtype)
+
+
 def gradient_weights(
     tile: Tile, i: Rows, j: Rows, how: How, weighted: Weighted | None = None
 ) -> Tensor:
@@ -239,7 +234,7 @@ def gradient_weights(
     if weighted is None:
         weighted = weigh(tile, i, j, how, linear=linear)
     elif linear is not None:
-        linear.mul_(how.is_present(weighted[0]))
+        linear.mul_(is_present(weighted[0], how))
     for t_ij, c_i, c_j in zip(weighted, (i.alpha, i.gamma), (j.alpha, j.gamma), strict=True):
         if t_ij is not None:
             term = _times_coefficients(t_ij, tile.of_anchors(c_i), tile.of_keys(c_j))

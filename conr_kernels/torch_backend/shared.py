@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.sweep import Sweep
 from ..variants import Settings
 from .backend import finish, project
-from .pairs import How, Sums, is_shifted
+from .pairs import How, Sums
 from .source import Source
 from .sweeps import all_sweeps, gradient_sums, row_sums
 from .tiles import share_of
@@ -48,7 +48,7 @@ def forward(
         deal: exchanges these sums [S, n_anchors] of the own rows for all processes' sums of them
             [n, S, n_own].
     """
-    how = How.of(settings, is_shifted(settings, union.y))
+    how = How.of(settings, union.y)
     anchors, others = union.part(slice(0, n_anchors)), union.rest(slice(0, n_anchors))
     sums = row_sums(anchors, others, shares, how)
     dealt = deal(torch.stack(list(sums.values()))).unbind(1)
@@ -70,7 +70,7 @@ def backward(
         sweeps = unpack_sweeps(layout, own.start, len(anchors), is_exact=union.y.shape[1] == 1)
     else:
         sweeps = all_sweeps(anchors.labels, None if others is None else others.labels, settings)
-    how = How.of(settings, anchors.coef.shape[1] == 5)
+    how = How.of(settings, union.y)
     G = gradient_sums(anchors, others, sweeps, how)
     return project(G, anchors, inverse, how)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .pairs import How, Sums, Weighted, add_sums, gradient_weights
+from .pairs import How, Sums, Weighted, add_sums, gradient_weights, is_present
 from .source import Rows, Source
 from .tiles import Tile
 
@@ -48,7 +48,7 @@ def row_sums(
     for tile, keys in _tiles(n, others):
         positive, negative = add_sums(sums, tile, rows, keys, how)
         if products is not None:
-            weights = (positive, negative, how.is_present(positive) if how.is_inside else None)
+            weights = (positive, negative, is_present(positive, how) if how.is_inside else None)
             for product, weight in zip(products, weights, strict=False):
                 product.addmm_(weight, keys.q)
     return sums, of_rows

@@ -74,10 +74,6 @@ class Tile:
         return t.as_strided((self.count, length, t.shape[1]), (step * row, row, column), at)
 
     @property
-    def edge_width(self) -> int:
-        return sum(columns.stop - columns.start for columns in self.edges)
-
-    @property
     def mirrored(self) -> Iterator[slice]:
         """The keys of each block's columns from ``mirror`` on, where ``mirror < width``."""
         for k in range(self.count):
@@ -98,41 +94,27 @@ class Block(NamedTuple):
     full1: int
 
 
-def block_rows(sweep: Sweep) -> int:
-    """Anchors of one block where all are equally long."""
-    return 4 * BLOCK_I if sweep.serves == "both" else BLOCK_I
-
-
-def make_tiles(sweep: Sweep) -> list[Tile]:
+def make_tiles(sweep: Sweep) -> Iterator[Tile]:
     """The tiles of a sweep's bands; of the upper triangle only where the anchors are the keys.
 
     Blocks are equally long, or begin where the bands change, as between labels that many rows
-    share: whichever costs less.
+    share: whichever costs less. Even blocks mostly cost 1.2 to 1.5 times the least.
     """
-    rows, N = block_rows(sweep), sweep.n_anchors
-    evenly = _make_blocks(sweep, [*range(0, N, rows), N])
-    cut = _cut_between_bands(sweep)
-    if not cut:
-        return list(_cut_tiles(sweep, evenly))
-    between = list(_cut_tiles(sweep, _make_blocks(sweep, cut)))
-    # Even blocks mostly end up 1.2 to 1.5 times as costly as that.
-    if _cost(between) <= 1.2 * float(_least_costs(evenly).sum()):
-        return between
-    return min(list(_cut_tiles(sweep, evenly)), between, key=_cost)
+    blocks = _make_blocks(sweep, _cut_evenly(sweep))
+    if cut := _cut_between_bands(sweep):
+        between = _make_blocks(sweep, cut)
+        if _least_costs(between, are_apart=True).sum() <= 1.5 * _least_costs(blocks).sum():
+            blocks = between
+    return _cut_tiles(sweep, blocks)
 
 
 def share_of(sweep: Sweep, k: int, n: int) -> Sweep:
     """The k-th of n parts of a sweep with about as much work each."""
-    rows, N = block_rows(sweep), sweep.n_anchors
     between = _cut_between_bands(sweep)
-    starts = between or [*range(0, N, rows), N]
+    starts = between or _cut_evenly(sweep)
     # Blocks between bands are seldom of one length, and then each is a tile.
     costs = _least_costs(_make_blocks(sweep, starts), are_apart=len(between) > 0)
     return sweep.part(k, n, starts, costs)
-
-
-def _cost(tiles: list[Tile]) -> float:
-    return sum(t.count * t.rows * (t.width + EDGE_COST * t.edge_width) + TILE_COST for t in tiles)
 
 
 def _least_costs(blocks: Tensor, are_apart: bool = False) -> Tensor:
@@ -144,6 +126,12 @@ def _least_costs(blocks: Tensor, are_apart: bool = False) -> Tensor:
     if are_apart:
         n_tiles = n_tiles.clamp(min=1)
     return n_rows * (width + EDGE_COST * edges) + TILE_COST * n_tiles
+
+
+def _cut_evenly(sweep: Sweep) -> list[int]:
+    """Starts of equally long blocks, and N."""
+    rows = 4 * BLOCK_I if sweep.serves == "both" else BLOCK_I
+    return [*range(0, sweep.n_anchors, rows), sweep.n_anchors]
 
 
 def _cut_between_bands(sweep: Sweep) -> list[int]:

@@ -79,7 +79,7 @@ def test_ties_beyond_the_reach_are_positives_and_negatives(n_components, distanc
 
 def counts(x, y, p, settings):
     anchors = torch_source.Source(x, torch_source.row_norms(x), y, p)
-    how = How.of(settings, False)._replace(counts_negatives=True)
+    how = How.of(settings, y)._replace(counts_negatives=True)
     if small.is_small(len(x), 0, how):
         sums, _ = small.row_sums(anchors.take(), None, how)
     else:
