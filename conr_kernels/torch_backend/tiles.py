@@ -94,7 +94,7 @@ class Block(NamedTuple):
     full1: int
 
 
-def make_tiles(sweep: Sweep) -> Iterator[Tile]:
+def make_tiles(sweep: Sweep) -> list[Tile]:
     """The tiles of a sweep's bands; of the upper triangle only where the anchors are the keys.
 
     Blocks are equally long, or begin where the bands change, as between labels that many rows
@@ -105,7 +105,7 @@ def make_tiles(sweep: Sweep) -> Iterator[Tile]:
         between = _make_blocks(sweep, cut)
         if _least_costs(between, are_apart=True).sum() <= 1.5 * _least_costs(blocks).sum():
             blocks = between
-    return _cut_tiles(sweep, blocks)
+    return list(_cut_tiles(sweep, blocks))
 
 
 def share_of(sweep: Sweep, k: int, n: int) -> Sweep:

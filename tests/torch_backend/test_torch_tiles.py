@@ -83,7 +83,7 @@ def test_blocks_cut_between_bands_have_no_edges_where_many_rows_share_a_label():
     y = torch.arange(10.0).repeat_interleave(20)[torch.randperm(200)][:, None]
     for keys in (None, y):
         sweep = banded_sweep("positives", y, keys, 1.0, "mae")
-        tiles = list(torch_tiles.make_tiles(sweep))
+        tiles = torch_tiles.make_tiles(sweep)
         assert all(tile.edges == () for tile in tiles)
         assert max(tile.rows for tile in tiles) <= 4 * torch_tiles.BLOCK_I
 
@@ -102,7 +102,7 @@ def test_shares_of_a_sweep_hold_every_pair_once_and_cost_about_the_same(n):
         costs = []
         for k in range(n):
             part = torch_tiles.share_of(sweep, k, n)
-            tiles = list(torch_tiles.make_tiles(part))
+            tiles = torch_tiles.make_tiles(part)
             costs.append(cost(tiles))
             # Of a symmetric part the keys behind its anchors have transposed pairs.
             i, j = part.key_order if sweep.is_symmetric else part.anchor_order, part.key_order
