@@ -41,8 +41,9 @@ def no_statistics(n_rows: int, like: Tensor) -> Tensor:
 
 
 class RowSums(NamedTuple):
-    """Of each row [N]: ``E_i = Σ_P exp s`` and ``B_i = Σ_M φ exp s``, or their logarithms; ``n_i``,
-    ``m_i``; 0, or NaN where an input is not finite; ``w_i``; ``Σ_P s``, of ``log="inside"``.
+    """Of each row [N]: ``E_i = Σ_P exp s`` and ``B_i = Σ_M φ exp s``, or their logarithms; ``n_i``;
+    ``m_i``, or what is as positive; 0, or NaN where an input is not finite; ``w_i``; and ``Σ_P s``
+    where ``log="inside"``.
 
     In float64 where the device has it: weights up to 1e30 meet sums up to 1e30 here.
     """
@@ -77,55 +78,41 @@ def finish_rows(
     if variant.weighted_rows and w is not None:
         scale = scale * w
     n = n.clamp(min=1)
-    unit_terms = None
+    c = share = unit_terms = log_E = None
     if variant.unit_terms:
         unit_terms = (n_keys - n).clamp_(min=0)  # below 0 of rows that take no part
-    c = share = None
     if variant.log == "inside":
         c = n + variant.count_self
         share = n / c
+
+    # T = Z − E, and excess = log Z − log E without forming Z − E.
     if is_log:
-        E, B = (torch.where(A > 0, t, 0.0) for t in (E, B))
-        log_E, excess, log_alpha, log_gamma = _log_coefficients(E, B, r, unit_terms, share)
-        gamma, log_A = torch.ones_like(n), A.log()
+        log_E, log_B = (torch.where(A > 0, t, 0.0) for t in (E, B))
+        log_r = torch.as_tensor(1.0 if r is None else r, dtype=E.dtype, device=E.device).log()
+        log_T = log_r + log_B
+        if unit_terms is not None:
+            log_T = torch.logaddexp(log_T, unit_terms.log())
+        gamma = torch.ones_like(log_E)
         alpha = -gamma if share is None else gamma
+        excess = torch.logaddexp(log_T - log_E, torch.zeros_like(log_E))
+        log_alpha = log_T - log_E if share is None else share.log()
+        log_gamma = log_r if share is None else log_alpha + log_r
+        logarithms = torch.stack([log_alpha, log_gamma.expand_as(n)]) + (A.log() - log_E - excess)
     else:
-        log_E, excess, alpha, gamma = _coefficients(E, B, r, unit_terms, share)
+        E = E.clamp(min=TINY)
+        T = B if r is None else B * r
+        if unit_terms is not None:
+            T = T + unit_terms
+        Z, ratio = E + T, T / E
+        excess = torch.log1p(ratio)
+        alpha = (ratio / Z).neg_() if share is None else share / Z
+        gamma = Z.reciprocal() if share is None else alpha
+        gamma = gamma if r is None else gamma * r
+
     if share is None:
         loss, beta = n.log() + excess, poison
     else:
+        log_E = E.log() if log_E is None else log_E
         loss, beta = (n * (log_E + excess) - s_sum) / c, 1 / c
     scaled = torch.stack([loss, alpha, beta, gamma]).mul_(scale)
-    if not is_log:
-        return scaled
-    return torch.cat([scaled, torch.stack([log_alpha + log_A, log_gamma + log_A])])
-
-
-#: E, B, and the pushing rate, the unit terms and ``n/c``, each None where there is none.
-def _coefficients(E, B, r, unit_terms, share):
-    """``log E``, where it is needed; ``log Z − log E`` without forming ``Z − E``; α and γ."""
-    E = E.clamp(min=TINY)
-    T = B if r is None else B * r  # Z − E
-    if unit_terms is not None:
-        T = T + unit_terms
-    Z, ratio = E + T, T / E
-    if share is None:
-        log_E, alpha, gamma = None, (ratio / Z).neg_(), Z.reciprocal()
-    else:
-        log_E, alpha = E.log(), share / Z
-        gamma = alpha
-    return log_E, torch.log1p(ratio), alpha, gamma if r is None else gamma * r
-
-
-def _log_coefficients(E, B, r, unit_terms, share):
-    """The same of ``log E`` and ``log B``, with ``log |α|`` and ``log γ``."""
-    log_r = torch.as_tensor(1.0 if r is None else r, dtype=E.dtype, device=E.device).log()
-    log_T = B + log_r
-    if unit_terms is not None:
-        log_T = torch.logaddexp(log_T, unit_terms.log())
-    excess = torch.logaddexp(log_T - E, torch.zeros_like(E))
-    log_Z = E + excess
-    if share is None:
-        return E, excess, log_T - E - log_Z, log_r - log_Z
-    log_alpha = share.log() - log_Z
-    return E, excess, log_alpha, log_alpha + log_r
+    return torch.cat([scaled, logarithms]) if is_log else scaled
