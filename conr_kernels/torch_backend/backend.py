@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ..core.inputs import Inputs, Keys
 from ..core.rows import RowSums, finish_rows, to_log_statistics
-from ..core.sweep import Sweep
 from ..variants import Settings
 from . import small
 from .pairs import LN_2, How, Sums, wide_dtype
 from .source import Source, row_norms
-from .sweeps import all_sweeps, gradient_sums, row_sums
+from .sweeps import gradient_sums, row_sums
 
 #: Rows of the gradient that are finished at a time.
 PROJECTED_ROWS = 1024
@@ -42,15 +41,15 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     anchors, others, how = _prepare(inputs)
     layout = anchors.norm.new_empty(0)
     if _is_small(anchors, others, how):
-        sums, kept = small.row_sums(anchors.as_given(), others, how)
+        sums, kept, _ = small.row_sums(anchors.as_given(), others, how)
         if others is None:
             layout = torch.stack(kept)
     else:
-        sums = row_sums(anchors, others, _sweeps(anchors, others, how), how)
+        sums = row_sums(anchors, others, how)
     n_keys: Tensor | int = inputs.n_keys
     if inputs.n_absent is not None:
         n_keys = n_keys - inputs.n_absent
-    loss, stats = finish(sums, _poison(anchors, others), n_keys, inputs.w, how)
+    loss, stats = finish(sums, anchors.poison(others), n_keys, inputs.w, how)
     stats = stats.mT.contiguous()
     if stats.shape[1] < inputs.columns:
         stats = to_log_statistics(stats)
@@ -67,7 +66,7 @@ def backward(inputs: Inputs, coef_i: Tensor, coef_j: Tensor | None, layout: Tens
         G = small.gradient_sums(rows, others, how, kept)
         project_rows(G, rows.q, anchors.inverse, how)
     else:
-        G = gradient_sums(anchors, others, _sweeps(anchors, others, how), how)
+        G = gradient_sums(anchors, others, how)
         project(G, anchors, anchors.inverse, how)
     return G.to(inputs.x.dtype)
 
@@ -92,19 +91,14 @@ def reduced(
     bits are those of ``forward`` and ``backward``.
     """
     anchors, others, how = _prepare(inputs, further)
-    rows, products = anchors.as_given(), None
-    n_keys = len(anchors)
-    if others is not None:
-        n_keys += len(others)
-        products = small.no_products(rows, how)
-    sums, pairs = small.row_sums(rows, others, how, products)
-    loss, stats = finish(sums, _poison(anchors, others), n_keys, inputs.w, how)
+    rows, n_keys = anchors.as_given(), len(anchors) + (0 if others is None else len(others))
+    sums, pairs, products = small.row_sums(rows, others, how, wants_products=True)
+    loss, stats = finish(sums, anchors.poison(others), n_keys, inputs.w, how)
     if reduction == "mean":
         stats[:3].mul_(1 / len(anchors))
     rows = rows.with_coefficients(stats.mT)
     G = small.gradient_sums(rows, None, how, pairs)
-    if products is not None:
-        small.add_products(G, products, rows)
+    small.add_products(G, products, rows)
     loss = loss.mean() if reduction == "mean" else loss.sum()
     return loss, (project_rows(G, rows.q, anchors.inverse, how),), None
 
@@ -149,18 +143,6 @@ def _is_small(anchors: Source, others: Source | None, how: How) -> bool:
     if others is None:
         return small.is_small(len(anchors), 0, how)
     return others.index is None and small.is_small(len(anchors), len(others), how)
-
-
-def _sweeps(anchors: Source, others: Source | None, how: How) -> list[Sweep]:
-    return all_sweeps(anchors.labels, None if others is None else others.labels, how.settings)
-
-
-def _poison(anchors: Source, others: Source | None) -> Tensor:
-    """0 for each row [N] with finite inputs, else NaN; NaN everywhere if another key is not
-    finite.
-    """
-    total = anchors.poison()
-    return total if others is None else total + others.not_finite()
 
 
 def finish(

@@ -50,7 +50,7 @@ def forward(
     """
     how = How.of(settings, union.y)
     anchors, others = union.part(slice(0, n_anchors)), union.rest(slice(0, n_anchors))
-    sums = row_sums(anchors, others, shares, how)
+    sums = row_sums(anchors, others, how, shares)
     dealt = deal(torch.stack(list(sums.values()))).unbind(1)
     own_sums = Sums(own.stop - own.start, how)
     for name, parts in zip(sums, dealt, strict=True):
@@ -66,12 +66,11 @@ def backward(
 ) -> Tensor:
     """Gradient of the own anchors of a union of unit features, of inverse norms [N, 1]."""
     anchors, others = union.part(own), union.rest(own)
+    sweeps = None
     if len(layout) > 0:
         sweeps = unpack_sweeps(layout, own.start, len(anchors), is_exact=union.y.shape[1] == 1)
-    else:
-        sweeps = all_sweeps(anchors.labels, None if others is None else others.labels, settings)
     how = How.of(settings, union.y)
-    G = gradient_sums(anchors, others, sweeps, how)
+    G = gradient_sums(anchors, others, how, sweeps)
     return project(G, anchors, inverse, how)
 
 

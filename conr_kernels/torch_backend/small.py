@@ -33,29 +33,23 @@ def is_small(n_rows: int, n_others: int, how: How) -> bool:
 
 
 def row_sums(
-    rows: Rows, others: Source | None, how: How, products: list[Tensor] | None = None
-) -> tuple[Sums, Weighted]:
-    """And the weighted pairs of the rows among themselves.
-
-    Args:
-        products: ``Σ_P exp(s_ij) q_j``, ``Σ_M φ exp(s_ij) q_j`` and, with ``log="inside"``,
-            ``Σ_P q_j`` over the other keys, each [N, D], to be added to; None where no gradient is
-            wanted.
+    rows: Rows, others: Source | None, how: How, wants_products: bool = False
+) -> tuple[Sums, Weighted, list[Tensor]]:
+    """And the weighted pairs of the rows among themselves; and, if they are wanted, the products
+    ``Σ_P exp(s_ij) q_j``, ``Σ_M φ exp(s_ij) q_j`` and, with ``log="inside"``, ``Σ_P q_j`` over the
+    other keys, each [N, D].
     """
     n = rows.q.shape[0]
-    sums = Sums(n, how)
+    sums, products = Sums(n, how), []
+    if wants_products and others is not None:
+        products = [torch.zeros_like(rows.q) for _ in range(3 if how.is_inside else 2)]
     of_rows = add_sums(sums, Tile.of_all(n, n, has_diagonal=True), rows, rows, how)
     for tile, keys in _tiles(n, others):
         positive, negative = add_sums(sums, tile, rows, keys, how)
-        if products is not None:
-            weights = (positive, negative, is_present(positive, how) if how.is_inside else None)
-            for product, weight in zip(products, weights, strict=False):
-                product.addmm_(weight, keys.q)
-    return sums, of_rows
-
-
-def no_products(rows: Rows, how: How) -> list[Tensor]:
-    return [torch.zeros_like(rows.q) for _ in range(3 if how.is_inside else 2)]
+        for k, product in enumerate(products):
+            weights = (positive, negative)[k] if k < 2 else is_present(positive, how)
+            product.addmm_(weights, keys.q)
+    return sums, of_rows, products
 
 
 def gradient_sums(

@@ -120,19 +120,19 @@ class Source:
         index[rows.start :] += rows.stop - rows.start
         return replace(self, index=index)
 
-    def poison(self) -> Tensor:
-        """0 or, where a feature, label or prediction is not finite, NaN of each row [N]."""
+    def poison(self, others: Source | None) -> Tensor:
+        """0 for each row [N] with finite inputs, else NaN; NaN everywhere if another key is not
+        finite.
+        """
         total = self.norm * 0
         for labels in (self.y, self.p):  # times 0 before any sum, which might overflow
             if labels.shape[1] > 1:
                 labels = (labels * 0).sum(dim=1, keepdim=True)
             total.add_(labels, alpha=0)
+        if others is not None:
+            at = slice(None) if others.index is None else others.index
+            total.add_(not_finite(others.norm[at], *others.labels))
         return total[:, 0]
-
-    def not_finite(self) -> Tensor:
-        """0, or NaN if any feature, label or prediction is not finite."""
-        norm = self.norm if self.index is None else self.norm[self.index]
-        return not_finite(norm, *self.labels)
 
 
 def not_finite(*tensors: Tensor) -> Tensor:

@@ -42,13 +42,19 @@ def all_sweeps(labels: Labels, labels_j: Labels | None, settings: Settings) -> l
     return sorted(own + cross, key=lambda sweep: sweep.serves == "negatives")
 
 
-def row_sums(anchors: Source, others: Source | None, sweeps: list[Sweep], how: How) -> Sums:
-    """Of all anchors, over the pairs of the sweeps."""
+def _sweeps(anchors: Source, others: Source | None, how: How) -> list[Sweep]:
+    return all_sweeps(anchors.labels, None if others is None else others.labels, how.settings)
+
+
+def row_sums(
+    anchors: Source, others: Source | None, how: How, sweeps: list[Sweep] | None = None
+) -> Sums:
+    """Of all anchors, over the pairs of the sweeps, by default of all."""
     sums = Sums(len(anchors), how)
     for name in how.sums:
         sums.start(name, anchors.x.device)
     last = None
-    for sweep in sweeps:
+    for sweep in sweeps or _sweeps(anchors, others, how):
         order = sweep.anchor_order
         if last is None or not _are_one(order, last.anchor_order):
             rows_i = anchors.take(order)
@@ -66,11 +72,13 @@ def row_sums(anchors: Source, others: Source | None, sweeps: list[Sweep], how: H
     return sums
 
 
-def gradient_sums(anchors: Source, others: Source | None, sweeps: list[Sweep], how: How) -> Tensor:
+def gradient_sums(
+    anchors: Source, others: Source | None, how: How, sweeps: list[Sweep] | None = None
+) -> Tensor:
     """``τ ∂L/∂q_i = Σ_j H_ij q_j`` [N, D]."""
     G = anchors.x.new_zeros(anchors.x.shape, dtype=anchors.dtype)
     last = None
-    for sweep in sweeps:
+    for sweep in sweeps or _sweeps(anchors, others, how):
         if last is None or not _are_one(sweep.anchor_order, last.anchor_order):
             if last is not None:
                 G = _reorder(G, last.anchor_order, sweep.anchor_order, anchors)

@@ -81,10 +81,9 @@ def counts(x, y, p, settings):
     anchors = torch_source.Source(x, torch_source.row_norms(x), y, p)
     how = How.of(settings, y)._replace(counts_negatives=True)
     if small.is_small(len(x), 0, how):
-        sums, _ = small.row_sums(anchors.take(), None, how)
+        sums, *_ = small.row_sums(anchors.as_given(), None, how)
     else:
-        sweeps = torch_sweeps.all_sweeps((y, p), None, settings)
-        sums = torch_sweeps.row_sums(anchors, None, sweeps, how)
+        sums = torch_sweeps.row_sums(anchors, None, how)
     return sums["n"].tolist(), sums["m"].tolist()
 
 
