@@ -2,10 +2,10 @@
 
 from ._version import __version__
 from .api import ConRLoss, conr_loss
+from .backends import available_backends
 from .compat import ConR, ConR_depth
 from .density import density_weights
 from .large_batch import MemoryBank, gradient_cache
-from .plan import available_backends
 from .statistics import ConRStatistics, conr_statistics
 from .variants import Variant
 from .window import WindowSuggestion, suggest_window

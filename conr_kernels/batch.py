@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, validation
+from .backends import choose_backend
 from .core.inputs import Inputs, Keys
 from .core.labels import as_labels, as_weights
-from .plan import make_plan
 from .variants import DISTANCES, Settings, Variant, resolve_variant
 
 
@@ -123,7 +123,7 @@ def _checked_backend(
         return found
     if form is None or form not in _passed:
         validation.check_tensors(x, y, p, w, None)
-    found = make_plan(backend, x.device, x.dtype).backend
+    found = choose_backend(backend, x.device, x.dtype)
     if form is not None:
         if len(_passed) >= FORMS:
             _passed.clear()
@@ -174,7 +174,7 @@ def prepare(
             return Batch(*rows, *of_call, reduces=True)
     else:
         validation.check_tensors(x, targets, predictions, weights, keys, mask)
-        backend = make_plan(options.backend, x.device, x.dtype).backend
+        backend = choose_backend(options.backend, x.device, x.dtype)
     y, p = as_labels(targets), as_labels(predictions)
     if keys is not None:
         key_x, key_y, key_p = keys

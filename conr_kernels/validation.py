@@ -35,11 +35,8 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_scalars(window: float, temperature: float, push_scale: float) -> None:
-    for name, value in (
-        ("window", window),
-        ("temperature", temperature),
-        ("push_scale", push_scale),
-    ):
+    named = dict(window=window, temperature=temperature, push_scale=push_scale)
+    for name, value in named.items():
         check_number(name, value)
     if math.isnan(window) or window < 0:
         raise ValueError(f"window must be ≥ 0, got {window}")
@@ -64,6 +61,15 @@ def check_dense(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) Tensor, got a {kind} one")
 
 
+def check_real(name: str, t: Any, expected: str = "a Tensor") -> None:
+    """A dense Tensor of numbers that have an order."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be {expected}, got {type(t).__name__}")
+    if t.dtype == torch.bool or t.dtype.is_complex:
+        raise TypeError(f"{name} must have a floating or integer dtype, got {t.dtype}")
+    check_dense(name, t)
+
+
 def check_features(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor of floating dtype, got {type(x).__name__}")
@@ -78,11 +84,7 @@ def check_features(name: str, x: Any) -> None:
 
 def check_labels(name: str, y: Any, n_rows: int, rows_of: str) -> None:
     """Labels or predictions: a real Tensor [N], [N, 1] or [N, L]."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{name} must be a Tensor of real dtype, got {type(y).__name__}")
-    if y.dtype == torch.bool or y.dtype.is_complex:
-        raise TypeError(f"{name} must have a floating or integer dtype, got {y.dtype}")
-    check_dense(name, y)
+    check_real(name, y, "a Tensor of real dtype")
     if y.dim() not in (1, 2) or y.shape[0] != n_rows or (y.dim() == 2 and y.shape[1] == 0):
         raise ValueError(
             f"{name} must have shape (N,), (N, 1) or (N, L) with N = {n_rows} as in {rows_of}, "
@@ -107,11 +109,7 @@ def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
         raise ValueError(f"weights must be ≥ 0, got {w}")
     if w is None or is_number(w):
         return
-    if not isinstance(w, Tensor):
-        raise TypeError(f"weights must be a Tensor, a number or None, got {type(w).__name__}")
-    if w.dtype == torch.bool or w.dtype.is_complex:
-        raise TypeError(f"weights must have a floating or integer dtype, got {w.dtype}")
-    check_dense("weights", w)
+    check_real("weights", w, "a Tensor, a number or None")
     if w.dim() != 0 and w.shape not in ((x.shape[0],), (x.shape[0], 1)):
         raise ValueError(
             f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in {rows_of} "
@@ -233,11 +231,7 @@ def check_density(bin_width: Any, kernel_size: Any, sigma: Any) -> None:
 def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
     """Tensors of any rank ≥ 1 with one row per sample, as many as the one named ``n_rows_of``."""
     for name, t in named.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        check_dense(name, t)
-        if t.dtype == torch.bool or t.dtype.is_complex:
-            raise TypeError(f"{name} must have a floating or integer dtype, got {t.dtype}")
+        check_real(name, t)
         if t.dim() == 0 or 0 in t.shape[1:]:
             raise ValueError(
                 f"{name} must have shape (N, …), nothing of it empty, got {tuple(t.shape)}"

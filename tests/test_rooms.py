@@ -20,7 +20,7 @@ FLOORS = (
     ("large_batch",),
     ("notices",),
     ("batch",),
-    ("plan",),
+    ("backends",),
     ("tracing", "ops"),
     ("torch_backend", "triton_backend", "cuda_backend"),
     ("core",),
@@ -150,7 +150,7 @@ FAULTS = [
     ("benchmarks.rows", LATE.format("benchmarks.gpu", "device"), "may not know"),
     ("benchmarks.examples.train_large_batch", "from ..batches import Batch\n", "may not know"),
     ("benchmarks.static.tiles", "from ..gpu.stages import dense\n", "may not know"),
-    ("conr_kernels.plan", "\n" * 500, "conr_kernels/plan.py has"),
+    ("conr_kernels.backends", "\n" * 500, "conr_kernels/backends.py has"),
     ("benchmarks.batches", "\n" * 401, "benchmarks/batches.py has"),
     *((package, "\n" * MOST_LINES[package], f"{package} has") for package in MOST_LINES),
 ]  # fmt: skip

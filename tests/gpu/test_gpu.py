@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu import device
 from conr_kernels import conr_loss
-from conr_kernels.plan import make_plan
+from conr_kernels.backends import choose_backend
 
 WHY_NOT = device.reason_against()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"not run: {WHY_NOT}")
@@ -76,7 +76,7 @@ def assert_close(rows: tuple[Tensor, ...], limits: tuple[float, float], **option
 
 @pytest.mark.skipif(device.REHEARSAL, reason="a rehearsal has CPU tensors")
 def test_auto_picks_triton() -> None:
-    assert make_plan("auto", torch.device("cuda"), torch.float32).backend == "triton"
+    assert choose_backend("auto", torch.device("cuda"), torch.float32) == "triton"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,27 +1,10 @@
-"""Which backend serves a call, and why: pure functions of the call's form, no tensor is read."""
+"""Which backend serves a call: pure functions of the call's form, no tensor is read."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from .ops import BACKENDS, backend_module
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The backend of a call and the reason for the choice."""
-
-    backend: str
-    why: str
-
-
-def backend_status(
-    device: torch.device, dtype: torch.dtype = torch.float32
-) -> dict[str, str | None]:
-    """For each fused backend None where it runs on the device, else the reason and the remedy."""
-    return {name: _unavailable(name, device, dtype) for name in BACKENDS}
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
@@ -41,7 +24,9 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     reason = _no_such_device(device)
     if reason is not None:
         return dict.fromkeys((*BACKENDS, "reference"), reason)
-    return {**backend_status(torch.device(device)), "reference": None}
+    device = torch.device(device)
+    status = {name: _unavailable(name, device, torch.float32) for name in BACKENDS}
+    return {**status, "reference": None}
 
 
 def _no_such_device(device: torch.device | str) -> str | None:
@@ -71,21 +56,19 @@ def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str 
     return backend_module(backend).unavailable(device, dtype)
 
 
-def make_plan(backend: str, device: torch.device, dtype: torch.dtype) -> Plan:
-    """The plan for ``backend``, ``"auto"`` included.
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves ``backend``, which may be ``"auto"``: on a CPU ``"torch"``, elsewhere
+    the first of BACKENDS that runs there.
 
     Raises:
         RuntimeError: an explicit backend cannot run there; the message says why and what to do.
     """
     if backend == "reference":
-        return Plan(backend, "asked for")
+        return backend
     if backend == "auto":
-        if device.type == "cpu":
-            return Plan("torch", "the backend for CPU tensors")
-        for name in BACKENDS:
-            if _unavailable(name, device, dtype) is None:
-                return Plan(name, f"the first of {', '.join(BACKENDS)} that runs on {device}")
+        of_device = ("torch",) if device.type == "cpu" else BACKENDS
+        return next(name for name in of_device if _unavailable(name, device, dtype) is None)
     reason = _unavailable(backend, device, dtype)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" cannot run here: {reason}')
-    return Plan(backend, "asked for")
+    return backend
