@@ -5,7 +5,8 @@ A row's *statistics* are what the backward pass needs, for an upstream gradient 
 - where no exponent can be large, three columns ``(α_i, β_i, γ_i)``;
 - otherwise five columns ``(±1, β_i, ±1, log|α_i|, log|γ_i|)``: the first three carry the sign
   and are multiplied by the upstream gradient, so that nothing over- or underflows before it meets
-  ``exp(s_ij)``. The logarithm of nothing is ``−inf``: ``exp(s_ij)`` alone may be infinite.
+  ``exp(s_ij)``. The logarithm of nothing is ``−inf``: ``exp(s_ij)`` alone may be infinite. Where
+  exponents turn out to be small, ``(α_i, β_i, γ_i, 0, 0)``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def scale_statistics(stats: Tensor, g: Tensor) -> Tensor:
 
 
 def to_log_statistics(stats: Tensor) -> Tensor:
-    """Three columns as five: what they multiply has the logarithm 0."""
+    """Three columns as five."""
     return torch.cat([stats, stats.new_zeros(len(stats), 2)], dim=1)
 
 

@@ -29,7 +29,7 @@ class Tile:
         serves, is_exact: as the sweep.
         i0, j0: the first anchor and key of the first block.
         step: block k's keys begin at ``j0 + k·step``; its anchors at ``i0 + k·rows``.
-        edges: columns that may hold pairs outside the window; all others are inside.
+        edges: columns that may hold pairs outside the window, None for all; others are inside.
         has_diagonal: the anchors' own pairs are the blocks' diagonals.
         mirror: columns from here on stand for the transposed tile too.
     """
@@ -42,7 +42,7 @@ class Tile:
     rows: int
     step: int
     width: int
-    edges: tuple[slice, ...]
+    edges: tuple[slice | None, ...]
     has_diagonal: bool
     mirror: int
 
