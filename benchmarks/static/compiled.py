@@ -8,6 +8,7 @@ Nothing here runs a kernel.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,13 +33,15 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
 @dataclass(frozen=True)
 class Launch:
     """One intercepted launch: the kernel, its grid and its arguments by name, launch options
-    apart.
+    apart; how far the sorted component of labels reaches, and whether it alone decides.
     """
 
     kernel: JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]
+    reach: float = 1.0
+    is_exact: bool = True
 
     @property
     def name(self) -> str:
@@ -46,14 +49,16 @@ class Launch:
 
 
 @contextlib.contextmanager
-def intercepted(architecture: int) -> Iterator[list[Launch]]:
+def intercepted(
+    architecture: int, reach: float = 1.0, is_exact: bool = True
+) -> Iterator[list[Launch]]:
     """Collects launches instead of running them; the table is read for that architecture."""
     launches: list[Launch] = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
         arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-        launches.append(Launch(kernel, grid, arguments, options))
+        launches.append(Launch(kernel, grid, arguments, options, reach, is_exact))
 
     with (
         mock.patch.object(JITFunction, "run", record),
@@ -108,7 +113,11 @@ def recorded_launches(
     x, w = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(N, dtype=wide, device="meta")
     y = torch.empty(N, L, device="meta")
     rows = (x, y, y, w if has_weights else None)
-    with matmul_precision(precision), intercepted(architecture) as launches:
+    reach = window * (1 if L == 1 else L if distance == "mae" else math.sqrt(L))
+    with (
+        matmul_precision(precision),
+        intercepted(architecture, reach, L == 1) as launches,
+    ):
         if K is None:
             inputs = Inputs(*rows, None, 0, settings)
             loss, kept, plan = triton_backend.reduced(inputs, None, "mean", True)

@@ -49,7 +49,7 @@ from .passes import (
     phases_of,
     programs_per_tile,
     sweep_of,
-    visited_here,
+    window_of,
 )
 
 SMS, CLOCK = 132, 1.755e9
@@ -129,7 +129,7 @@ class Model:
 
     def phases(self) -> dict[str, Phase]:
         """One pass through each kind of tile."""
-        found = self._phases(TYPICAL, TYPICAL, self.l2_share(SMS))
+        found = self._phases(*self._typical, self.l2_share(SMS))
         return {kind: phase for kind, (phase, _) in found.items() if kind != "rest"}
 
     def _phases(self, full: int, edge: int, l2: float) -> dict[str, tuple[Phase, float]]:
@@ -139,6 +139,11 @@ class Model:
             for kind, node, n in phases_of(self.tree, self.launch, full, edge)
             if n
         }
+
+    @property
+    def _typical(self) -> tuple[int, int]:
+        """Full and edge tiles; of a product for wide features, of one tile of anchors."""
+        return (1 if "BLOCK_K" in self.launch.arguments else TYPICAL), TYPICAL
 
     def l2_share(self, n_programs: int) -> float:
         return min(L2_BANDWIDTH / CLOCK / min(n_programs, SMS), L2_PORT)
@@ -207,7 +212,7 @@ class Model:
         """What bounds a kind of tile: a unit, or the latency of too few resident programs. A kernel
         without pairs has one kind, "rest", and memory for L2.
         """
-        phase = self._phases(TYPICAL, TYPICAL, self.l2_share(SMS))[kind][0]
+        phase = self._phases(*self._typical, self.l2_share(SMS))[kind][0]
         unit, cycles = phase.busiest
         resident = self._filled if kind == "rest" else self.resident
         unit = "memory" if kind == "rest" and unit == "L2" else unit
@@ -255,18 +260,21 @@ class Model:
         once = sum(unique.values())
         if is_of_few_rows(self.launch):  # of a workspace that its launches share, its own part
             return min(once, self.l2_bytes())
-        if sweep_of(self.launch) is None:
-            return once
+        sweep = sweep_of(self.launch)
         if "H_ptr" in given:
-            visited, share = visited_here(self.launch)
+            sweep, here, share = window_of(self.launch)
             area = given["BLOCK_I"] * given["BLOCK_J"]
-            once = once * share + visited * area * given["H_ptr"].element_size()
-        live = self._live_bytes()
+            once = once * share + sum(here) * area * given["H_ptr"].element_size()
+            if not here:
+                return 0.0
+        if sweep is None:
+            return once
+        live = self._live_bytes(sweep)
         return max(once, self.l2_bytes() * max(0.0, 1 - L2_BYTES / max(live, 1)))
 
-    def _live_bytes(self) -> float:
+    def _live_bytes(self, sweep: str) -> float:
         """What the resident programs of a sweep read and write again and again."""
-        given, sweep = self.launch.arguments, sweep_of(self.launch)
+        given = self.launch.arguments
         n, block_i = given["n_anchors"], given["BLOCK_I"]
         n_programs = min(self.launch.grid[0], SMS * self.resident)
         own = -(-n_programs // programs_per_tile(self.launch)) * block_i

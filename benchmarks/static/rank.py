@@ -32,10 +32,13 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
     double = arithmetic == "float64"
     if kind == "product":  # its tiles of pairs are those of "wide"
         wide = call.config("wide", arch, width, arithmetic)
+        steps, columns = ((16, 32), (16, 32, 64)) if double else ((32, 64, 128), (64, 128, 256))
         return [
-            replace(wide, BLOCK_J=block_j, BLOCK_D=block_d)
-            for block_j, block_d in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256))
-            if block_j <= wide.BLOCK_J and min(block_j, block_d) >= (16 if double else 32)
+            Config(wide.BLOCK_I, block_j, block_d, warps, stages)
+            for block_j, block_d, warps, stages in itertools.product(
+                steps, columns, (4, 8), (1,) if double else (2, 3)
+            )
+            if block_j <= wide.BLOCK_J and wide.BLOCK_I * block_d / (32 * warps) <= ACCUMULATORS
         ]
     sides = (16, 32) if double else (32, 64, 128)
     anchors = sides if double else (*sides, 256)

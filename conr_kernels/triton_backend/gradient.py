@@ -101,24 +101,26 @@ def columns_of(ptr, row, first, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
-    """Stores columns ``first …`` of G; as two bfloat16 summands where there is a G_rest."""
-    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
-    head = G.to(G_ptr.dtype.element_ty)
-    tl.store(G_ptrs, head, mask=mask)
+def store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
+    """Stores columns ``first …`` of G; where there is a G_rest, its halves of 16 bits."""
     if G_rest_ptr is not None:
-        G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
-        tl.store(G_ptrs, (G - head.to(G.dtype)).to(tl.bfloat16), mask=mask)
+        bits = G.to(tl.int32, bitcast=True)
+        rest_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
+        tl.store(rest_ptrs, bits.to(tl.int16), mask=mask)
+        G = (bits >> 16).to(tl.int16)
+    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
+    tl.store(G_ptrs, G, mask=mask)
 
 
 @triton.jit
-def _add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
-    """Adds what ``_store_sum`` stored."""
-    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
-    G += tl.load(G_ptrs, mask=mask, other=0.0).to(G.dtype)
+def load_sum(row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr):
+    """What ``store_sum`` stored."""
+    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, WIDTH)
+    G = tl.load(G_ptrs, mask=mask, other=0)
     if G_rest_ptr is not None:
-        G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
-        G += tl.load(G_ptrs, mask=mask, other=0.0).to(G.dtype)
+        rest_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, WIDTH)
+        rest = tl.load(rest_ptrs, mask=mask, other=0).to(tl.int32) & 0xFFFF
+        G = ((G.to(tl.int32) << 16) | rest).to(tl.float32, bitcast=True)
     return G
 
 
@@ -317,7 +319,7 @@ def conr_backward_kernel(
     parts = in_parts(G, PARTS)
     if not NEGATIVES:
         for c in tl.static_range(PARTS):
-            _store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
+            store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
     else:
         rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
         inverse = tl.load(inverse_i_ptr + behind + rows)
@@ -327,7 +329,7 @@ def conr_backward_kernel(
         factor = _factor(kappa, upstream_ptr)
         done = ()
         for c in tl.static_range(PARTS):
-            part = _add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
+            part = parts[c] + load_sum(row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)
             part *= factor.to(dtype)
             q = unit_columns(x_ptr, inverse, row, c * WIDTH, n_anchors, D, WIDTH)
             radial += tl.sum(q * part, axis=1)

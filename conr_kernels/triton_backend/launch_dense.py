@@ -295,14 +295,14 @@ def backward(
 def reduced(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor]]:  # fmt: skip
     """The reduced loss; and the workspace, in which the gradient's parts are where it is wanted."""
     steps, parts = plan.forward, plan.work
     if wants_gradient:
         steps, parts = plan.forward_with_gradient, plan.work_of_gradient
     loss, work = x.new_empty((), dtype=plan.dtype), parts.new(x)
     steps(place, [work], x, y, p, w, loss)
-    return loss, work
+    return loss, (work,)
 
 
 def reduced_gradient(x: Tensor, work: Tensor, plan: Plan, upstream: Tensor) -> Tensor:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..core.inputs import Keys
 from ..variants import Settings
-from .call import ROW_PAD, WIDE_PAD, Call, Form, form_of, padded, tiles
+from .call import ROW_PAD, WIDE_PAD, Call, Form, padded, tiles
+from .configs import Config
 from .launch import OWN_KEYS, Launch, Parts, Steps, bind
 
 #: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
 #: most that share a forward pass's tile of anchors.
 PROGRAMS = 1056
 SLOTS = 8
-#: Numbers of H_ij that are kept at a time: as many as the features', times this, but not fewer
-#: than WORKSPACE; programs that then multiply them by the keys' features, about.
+#: Of H_ij, bytes that are kept at a time: as many as the features', times WIDE_FEATURES, but from
+#: the first to the second of these, and for larger features half as many as theirs; and the most
+#: programs that take turns: four for each multiprocessor of an A100, H200 or B200.
 WIDE_FEATURES = 4
-WORKSPACE = 2**25
-WIDE_PROGRAMS = 528
+WORKSPACE = 2**27, 2**29
+WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
 #: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
-#: loss finds them kept; above, the negatives' copies replace the positives'.
+#: loss finds them kept; above, the negatives' copies replace the positives'. Of wide features,
+#: whose negatives then need a list of their own.
 BOTH_ORDERS = 2**26
+WIDE_BOTH_ORDERS = 2**28
 #: Bytes of the gradient's parts up to which one launch serves both sweeps of the backward pass,
 #: cut into about so many programs; above, the positives' part waits in the gradient's memory.
 PARTS_BYTES = 2**26
@@ -58,8 +59,9 @@ class Plan:
         n_rows = padded(K) + (padded(N) if call.has_keys else 0)
         self.gather_programs = n_rows // GATHER_ROWS
         size = n_rows * call.D_pad * form.dtype.itemsize
-        self.is_apart = call.is_confused and size <= BOTH_ORDERS
         is_wide, is_reduced = call.D_bucket == 0, form.reduction != "none"
+        both_orders = WIDE_BOTH_ORDERS if is_wide else BOTH_ORDERS
+        self.is_apart = call.is_confused and size <= both_orders
         self.is_kept = is_reduced and size <= BOTH_ORDERS and not is_wide
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
@@ -281,12 +283,12 @@ class Plan:
 
         call, s = self.call, self.call.settings
         chosen, dtype = call.config("backward"), call.form.dtype
-        # The positives' part waits where the gradient will stand: 16-bit ones as two bfloat16
-        # summands.
+        # The positives' part waits where the gradient will stand, and its lower 16 bits elsewhere
+        # if the gradient has no more.
         rest, upstream, kappa = "nothing", "nothing", self.kappa
         if dtype.itemsize == 2:
             rest = "G_rest"
-            self.work_of_gradient.add(rest, call.N * call.D, torch.bfloat16)
+            self.work_of_gradient.add(rest, call.N * call.D, torch.int16)
         apart = self.is_kept and self.is_apart
         if self.is_kept:
             upstream, kappa = "upstream", kappa * self.factor
@@ -311,58 +313,76 @@ class Plan:
 
         call, s, N, K = self.call, self.call.settings, self.call.N, self.call.K
         chosen, product = call.config("wide"), call.config("product")
-        n_tiles, n_tiles_j = tiles(N, chosen.BLOCK_I), padded(K) // chosen.BLOCK_J
         columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
-        # A row may meet every key, and no number of the device's is known here: as many rows at a
-        # time as the workspace holds with all keys, but enough to fill a GPU, and what keys then
-        # fit.
-        pair_size = chosen.BLOCK_I * chosen.BLOCK_J
-        most = max(WIDE_FEATURES * N * call.D, WORKSPACE) // pair_size
-        part = _even(n_tiles, max(most // n_tiles_j, tiles(WIDE_PROGRAMS, call.D_pad // columns)))
-        row_tiles = _even(n_tiles_j, min(most // part, 2**16))
-        row_size = row_tiles * chosen.BLOCK_J
-        n_slots = min(tiles(PROGRAMS, part), row_tiles)
-        parts, H_size = self.work_of_gradient, part * chosen.BLOCK_I * row_size
-        parts.add("H", H_size, call.form.dtype)
-        H_scale = "nothing"
+        tile = {"BLOCK_I": chosen.BLOCK_I, "BLOCK_J": chosen.BLOCK_J}
+        n_tiles = tiles(N, chosen.BLOCK_I)
+        window, passes, second = self._windows(chosen)
+        parts, G, H = self.work_of_gradient, "G nothing", "H nothing"
+        parts.add("list", 8 * (n_tiles + 1), torch.int64)
+        parts.add("H", window * chosen.BLOCK_I * chosen.BLOCK_J, call.form.dtype)
         if call.is_rescaled:
-            H_scale = "H_scale"
-            parts.add(H_scale, H_size // chosen.BLOCK_J, call.dtype)
-        parts.add("G", N * call.D_pad, call.dtype)
-        of_product = {name: call.pair_flags[name] for name in ("L", "PRECISION", "UPCAST")}
-        for order in (0, 1):
+            parts.add("H_scale", window * chosen.BLOCK_I, call.dtype)
+            H = "H H_scale"
+        if call.form.dtype.itemsize == 2:  # as in _backward
+            parts.add("G_rest", N * call.D, torch.int16)
+            G = "G G_rest"
+        of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
+        of_list = bind(
+            wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, BLOCK=1024
+        )
+        scores = bind(
+            wide.conr_wide_scores_kernel, chosen.launch | call.fusion, **of_all, D_PAD=call.D_pad,
+            INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
+            **call.pair_flags, **chosen.tiles,
+        )  # fmt: skip
+        products = bind(
+            wide.conr_wide_product_kernel, product.launch, **of_all, D=call.D, D_PAD=call.D_pad,
+            RESCALE=call.is_rescaled, PRECISION=call.pair_flags["PRECISION"],
+            UPCAST=call.pair_flags["UPCAST"], **tile, BLOCK_D=columns, BLOCK_K=product.BLOCK_J,
+        )  # fmt: skip
+        of_scores = self._pick(f"layout list q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
+        of_products = self._pick(f"layout list q_j {H} {G}")
+        most = WIDE_PROGRAMS[call.form.architecture]
+        n_programs = min(n_tiles * (call.D_pad // columns), most)
+        yield Launch(of_list, 1, N, K, window, second), "layout list"
+        for order, n_passes in enumerate(passes):
             yield from self._gather(order, self.columns)
-            scores = bind(
-                wide.conr_wide_scores_kernel, chosen.launch | call.fusion, RESCALE=call.is_rescaled,
-                **self._flags(order), **call.pair_flags, **chosen.tiles,
-            )  # fmt: skip
-            flags = self._flags(order)
-            products = bind(
-                wide.conr_wide_product_kernel, product.launch,
-                **{name: flags[name] for name in ("NEGATIVES", "CONFUSED", "SAME", "D_PAD")},
-                RESCALE=call.is_rescaled, **of_product, BLOCK_I=chosen.BLOCK_I,
-                BLOCK_J=chosen.BLOCK_J, BLOCK_D=columns, BLOCK_K=product.BLOCK_J,
-            )  # fmt: skip
-            of_scores = self._pick(
-                f"layout q_i y_i p_i coef_i q_j y_j p_j coef_j H {H_scale}", order
-            )
-            of_products = self._pick(f"layout q_j H {H_scale} G", order)
-            windows = itertools.product(range(0, n_tiles, part), range(0, n_tiles_j, row_tiles))
-            for first, start in windows:
-                n_here = min(part, n_tiles - first)
-                numbers = first, start, row_size
+            for first in range(second * order, second * order + n_passes * window, window):
+                numbers = N, K, first, window, int(self.is_apart)
                 yield Launch(
-                    scores, n_here * n_slots, N, K, n_slots, *numbers, call.D_pad, call.window,
-                    s.push_scale,
+                    scores, min(window, most), *numbers, call.D_pad, call.window, s.push_scale,
                 ), of_scores  # fmt: skip
-                n_programs = n_here * (call.D_pad // columns)
-                yield Launch(products, n_programs, N, K, *numbers), of_products
+                yield Launch(products, n_programs, *numbers), of_products
         gradient = bind(
-            wide.conr_wide_gradient_kernel, {"num_warps": 4}, CONFUSED=call.is_confused,
-            SAME=not call.has_keys, D=call.D, D_PAD=call.D_pad, ROWS=GATHER_ROWS, CHUNK=64,
+            wide.conr_wide_gradient_kernel, {"num_warps": 4}, **of_all, D=call.D, ROWS=GATHER_ROWS,
+            CHUNK=64,
         )  # fmt: skip
         launch = Launch(gradient, padded(N) // GATHER_ROWS, N, K, call.D_pad, self.kappa)
-        yield launch, self._pick("layout coef_i inverse_i x G gradient", 1)
+        yield launch, self._pick(f"layout coef_i inverse_i x {G} gradient", 1)
+
+    def _windows(self, chosen: Config) -> tuple[int, tuple[int, int], int]:
+        """Pairs of tiles in a window of the list; how many windows suffice for any bands, before
+        the negatives' copies replace the positives' and after; where negatives begin at the
+        earliest.
+        """
+        call, itemsize = self.call, self.call.form.dtype.itemsize
+        n, n_j = tiles(call.N, chosen.BLOCK_I), padded(call.K) // chosen.BLOCK_J
+        features = max(call.N, call.K) * call.D * itemsize
+        least, most = WORKSPACE
+        kept = max(least, min(WIDE_FEATURES * features, max(most, features // 2)))
+        window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
+        each = tiles(n * n_j, window)
+        if call.is_confused and not self.is_apart:
+            return window, (each, each), each * window
+        both = 2 * each
+        if call.L == 1:
+            # The negatives' keys are no more than those outside the label bands, so that both have
+            # every key once, and twice those at the borders of a tile of anchors: bands' ends grow
+            # from one tile to the next, and all the borders together have 2 K keys. The choice is
+            # made for ROW_PAD anchors; each of four ends adds less than a tile.
+            per_choice = ROW_PAD // chosen.BLOCK_I
+            both = min(both, tiles(n * (n_j + 4) + 3 * per_choice * n_j, window) + 1)
+        return window, (both, 0), 0
 
 
 def _even(n: int, most: int) -> int:
@@ -370,20 +390,6 @@ def _even(n: int, most: int) -> int:
     return tiles(n, tiles(n, max(most, 1)))
 
 
-#: By the identity of their settings, which an entry keeps alive, and the form.
-_plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
-PLANS = 64
-
-
-def plan_of(
-    x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
-) -> Plan:
-    form = form_of(x, y, keys, self_offset, reduction)
-    limits = PROGRAMS, WIDE_FEATURES, WORKSPACE, WIDE_PROGRAMS, BOTH_ORDERS, PARTS_BYTES
-    key = (id(s), form, *limits)
-    found = _plans.get(key)
-    if found is None:
-        if len(_plans) >= PLANS:
-            _plans.clear()
-        found = _plans[key] = (s, Plan(form, s))
-    return found[1]
+def limits() -> tuple[Any, ...]:
+    """What plans depend on beside the form of call."""
+    return PROGRAMS, WIDE_FEATURES, WORKSPACE, BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES

@@ -1,13 +1,33 @@
-"""The two sweeps over exact bands: workspaces, sorts, and the launches of launch_sweeps.py."""
+"""The two sweeps over exact bands: plans, workspaces, sorts, and launch_sweeps.py's launches."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.inputs import Keys
+from ..variants import Settings
+from .call import form_of
 from .launch import Place, place_of
-from .launch_sweeps import Plan
+from .launch_sweeps import Plan, limits
+
+#: By the identity of their settings, which an entry keeps alive, and the form.
+_plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
+PLANS = 64
+
+
+def plan_of(
+    x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
+) -> Plan:
+    key = (id(s), form_of(x, y, keys, self_offset, reduction), *limits())
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        found = _plans[key] = (s, Plan(key[1], s))
+    return found[1]
 
 
 def _sort(
@@ -49,13 +69,14 @@ def backward(
 
 
 def _sum_in(gradient: Tensor) -> Tensor:
-    """Where the positives' part of a gradient waits: 16 bits are bfloat16's."""
-    return gradient.view(torch.bfloat16) if gradient.dtype == torch.float16 else gradient
+    """Where the positives' part of a gradient waits: the upper half of numbers of 32 bits."""
+    return gradient.view(torch.int16) if gradient.dtype.itemsize == 2 else gradient
 
 
 def reduced(
-    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
+    wants_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
     """The reduced loss; what is kept for its gradient, also of labels and predictions: the caller
     may change his own.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -26,6 +28,19 @@ def test_kernels_and_calls_of_a_step_are_few(host: Host, N: int) -> None:
     found = host.ask(N, 128)
     assert 0 < found["launches"] + found["torch_ops"] <= kernels, found["names"]
     assert 0 < found["calls"] <= calls
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "windows"), [(16_384, 2048, 4), (65_536, 512, 34), (65_536, 2048, 18)]
+)
+def test_wide_features_take_as_few_windows_as_their_memory_allows(
+    host: Host, N: int, D: int, windows: int
+) -> None:
+    """Two launches each, before which a list of their pairs of tiles is made, and one behind."""
+    names = Counter(host.ask(N, D, 1)["names"])
+    assert names["conr_wide_scores_kernel"] == names["conr_wide_product_kernel"] == windows
+    assert names["conr_wide_list_kernel"] == names["conr_wide_gradient_kernel"] == 1
+    assert sum(n for name, n in names.items() if "wide" in name) == 2 * windows + 2
 
 
 def test_a_step_without_a_kernel_would_show(host: Host) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
 from conr_kernels.core.inputs import Inputs
-from conr_kernels.triton_backend import launch, launch_dense, launch_sweeps
+from conr_kernels.triton_backend import call, launch, launch_dense, launch_sweeps, run_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
@@ -74,7 +74,7 @@ def guarded_allocations():
         mock.patch.object(launch, "GUARD", GUARD),
         mock.patch.object(launch.Parts, "new", new),
         mock.patch.object(launch_dense, "_plans", {}),
-        mock.patch.object(launch_sweeps, "_plans", {}),
+        mock.patch.object(run_sweeps, "_plans", {}),
     ):
         yield
     assert buffers
@@ -95,11 +95,12 @@ def forced(regime: str):
     """The kernels of the regime at any size, with guarded buffers.
 
     "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time;
-    "in turn": sweeps that add up the gradient one after the other.
+    "in turn": sweeps that add up the gradient one after the other;
+    "windows": of three tiles of float32, and copies of both orders.
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
     kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
-    workspace, programs = (1, 1) if regime == "parts" else (2**25, 528)
+    workspace = {"parts": 1, "windows": 3 * 64 * 64 * 4}.get(regime, 2**27)
     chunks = 0 if regime == "dense-split" else launch_dense.GRAM_CHUNKS
     with (
         mock.patch.object(launch_dense, "DENSE_PAIRS", pairs),
@@ -107,11 +108,12 @@ def forced(regime: str):
         mock.patch.object(launch_dense, "GRAM_CHUNKS", chunks),
         mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
         mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
-        mock.patch.object(launch_sweeps, "WORKSPACE", workspace),
-        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
+        mock.patch.object(launch_sweeps, "WORKSPACE", (workspace, workspace)),
+        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
         mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**26),
+        mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
         guarded_allocations(),
     ):
         yield
@@ -210,6 +212,10 @@ CASES = [
     Case(140, 150, labels="ages", regime="parts"),
     Case(130, 150, "released-age", K=20, labels="ages", regime="parts"),
     Case(140, 130, "contrastive", regime="parts"),
+    Case(200, 150, labels="ages", regime="windows"),
+    Case(300, 130, "contrastive", labels="rare", regime="windows"),
+    Case(130, 150, "released-depth", K=95, L=3, distance="rmse", regime="windows"),
+    Case(150, 70, "released-age", F64, labels="ages", regime="windows"),
     Case(140, 16, labels="ages", regime="parts"),
     Case(70, 24, labels="decimal", window=0.2, regime="parts"),
     Case(130, 16, "released-age", K=20, labels="ages", regime="parts"),
@@ -359,6 +365,57 @@ def test_repeats_and_other_strides_have_the_same_bits(case: Case) -> None:
     with mock.patch(f"{__name__}.in_guard_zone", lambda t, gap: (t, t)):
         again = case.run_triton({**given, "x": turned})
     assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
+
+
+def gradient_of(case: Case, given: dict, size: int) -> Tensor:
+    with forced(case.regime), mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
+        return case.run("triton", case.dtype, given)[1]
+
+
+def test_windows_of_any_size_leave_the_same_gradient() -> None:
+    """Of the list of pairs of tiles: rows that span windows, windows with many rows, one for all;
+    the same bits from run to run.
+    """
+    case = Case(150, 130, "released-age", regime="windows", labels="ages")
+    given, tile = case.inputs(), 64 * 64 * 4
+    whole, two, five, again = (gradient_of(case, given, n * tile) for n in (99, 2, 5, 5))
+    for gradient in (two, five):
+        assert (gradient - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert torch.equal(five, again)
+
+
+BANDS = {
+    "one": lambda g: torch.zeros(300),
+    "far": lambda g: torch.randint(0, 3, (300,), generator=g) * 100.0,
+    "ladder": lambda g: torch.arange(300.0) / 40,
+    "normal": lambda g: torch.randn(300, generator=g).round() * 4,
+    "crowds": lambda g: torch.cat((torch.zeros(150), torch.arange(150.0))),
+}
+
+
+@pytest.mark.parametrize("labels", BANDS)
+@pytest.mark.parametrize("predictions", [*BANDS, None])
+def test_windows_suffice_for_any_bands(labels: str, predictions: str | None) -> None:
+    """The list ends within them, whatever the bands and the choice of sweep."""
+    g = torch.Generator().manual_seed(0)
+    y, p = (BANDS[name or labels](g)[:, None] for name in (labels, predictions))
+    s = Settings(1.0, 0.2, 0.01, PRESETS["paper" if predictions else "contrastive"])
+    x = torch.randn(300, 130, generator=g)
+    with forced("windows"):
+        *_, layout = triton_backend.forward(Inputs(x[:, :1].contiguous(), y, p, None, None, 0, s))
+    for window in (1, 2, 7, 30):
+        size = window * 64 * 64 * 4
+        with mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
+            plan = launch_sweeps.Plan(call.form_of(x, y, None, 0, "none"), s)
+        pairs = torch.full((2, 4, 6), -1)
+        launches = [(step.kernel.function.__name__, step) for step, _ in plan.backward.steps]
+        (of_list,) = (step for name, step in launches if "list" in name)
+        of_list(layout, pairs)
+        n_windows = sum("scores" in name for name, _ in launches)
+        window, starts = of_list.numbers[2], pairs[:, 0]
+        assert starts[0, 0] == 0 and starts[1, 0] % window == 0
+        assert starts[0, -1] <= starts[1, 0] and (starts.diff() >= 1).all()
+        assert starts[1, -1] <= n_windows * window
 
 
 @pytest.mark.parametrize("N", [3, 5, 16, 17])
