@@ -103,7 +103,7 @@ def _reduced(
     x: Tensor, inputs: Inputs, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], few.Plan | many.Plan]:
     x, y, p, w, _, _, settings, _ = inputs.contiguous()
-    path = few if _are_few(inputs) else many
+    path = few if takes_any_labels(x) else many
     plan = path.plan_of(x, y, None, 0, settings, reduction)
     return *path.reduced(plan, place_of(x), x, y, p, w, wants_gradient), plan
 
