@@ -16,13 +16,10 @@ from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
 from conr_kernels.core.inputs import Inputs
-from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
-from conr_kernels.triton_backend.launch import Parts, pointer
+from conr_kernels.triton_backend import call, launch, launch_dense, launch_sweeps, run_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
-#: Numbers between the parts of one buffer: as many as its parts are aligned to.
-GAP = 32
 #: Not a number also where a kernel keeps floating-point numbers in integers.
 SENTINEL = 2**31 - 1
 
@@ -46,9 +43,15 @@ def in_guard_zone(t: Tensor, gap: int = 0) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def guarded_allocations():
-    """Every buffer of the backend is prefilled with NaN and must leave the NaN around it alone."""
-    buffers = []
-    plain_new_empty = torch.Tensor.new_empty
+    """Every buffer of the backend is prefilled with NaN and must leave the NaN around it alone, and
+    between its parts.
+    """
+    buffers, workspaces = [], []
+    plain_new_empty, plain_new = torch.Tensor.new_empty, launch.Parts.new
+
+    def new(parts, x):
+        workspaces.append((parts, plain_new(parts, x)))
+        return workspaces[-1][1]
 
     def allocate(shape, dtype):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -65,32 +68,26 @@ def guarded_allocations():
     def empty_like(t, memory_format=None):
         return allocate(t.shape, t.dtype)
 
-    wholes, plain_add, plain_new = [], Parts.add, Parts.new
-
-    def add(self, name, n, dtype):
-        if not name.endswith("1"):  # the second order's copies stand right behind the first's
-            self.size += GAP
-        plain_add(self, name, n, dtype)
-
-    def new(self, x):
-        wholes.append((plain_new(self, x), self))
-        return wholes[-1][0]
-
     with (
         mock.patch.object(torch.Tensor, "new_empty", new_empty),
         mock.patch.object(torch, "empty_like", empty_like),
-        mock.patch.object(Parts, "add", add),
-        mock.patch.object(Parts, "new", new),
+        mock.patch.object(launch, "GUARD", GUARD),
+        mock.patch.object(launch.Parts, "new", new),
+        mock.patch.object(launch_dense, "_plans", {}),
+        mock.patch.object(run_sweeps, "_plans", {}),
     ):
         yield
     assert buffers
-    zones = [zone for buffer, n in buffers for zone in (buffer[:GUARD], buffer[GUARD + n :])]
-    for whole, parts in wholes:
-        starts = [start for name, (_, start, *_) in parts.parts.items() if not name.endswith("1")]
-        zones += [whole[start - GAP : start] for start in starts]
-    for zone in zones:
-        intact = zone.isnan() if zone.is_floating_point() else zone == SENTINEL
-        assert intact.all(), "a kernel wrote outside its buffer"
+    for parts, whole in workspaces:
+        is_free = torch.ones(parts.size, dtype=torch.bool)
+        for _, start, n, _ in parts.parts.values():
+            is_free[start : start + n] = False
+        assert is_free.sum() >= GUARD or not parts.parts
+        assert (whole[is_free] == SENTINEL).all(), "a kernel wrote outside its part of a workspace"
+    for buffer, n in buffers:
+        for zone in (buffer[:GUARD], buffer[GUARD + n :]):
+            intact = zone.isnan() if buffer.is_floating_point() else zone == SENTINEL
+            assert intact.all(), "a kernel wrote outside its buffer"
 
 
 @contextlib.contextmanager
@@ -98,6 +95,7 @@ def forced(regime: str):
     """The kernels of the regime at any size, with guarded buffers.
 
     "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time;
+    "in turn": sweeps that add up the gradient one after the other;
     "windows": of three tiles of float32, and copies of both orders.
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
@@ -114,6 +112,7 @@ def forced(regime: str):
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
+        mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**26),
         mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
         guarded_allocations(),
     ):
@@ -220,6 +219,9 @@ CASES = [
     Case(140, 16, labels="ages", regime="parts"),
     Case(70, 24, labels="decimal", window=0.2, regime="parts"),
     Case(130, 16, "released-age", K=20, labels="ages", regime="parts"),
+    *(Case(N, D, regime="in turn") for N, D in ((31, 1), (129, 16))),
+    *(Case(40, 20, v, K=50, regime="in turn") for v in ("paper", "contrastive")),
+    Case(70, 24, "released-age", labels="ages", regime="in turn"),
     Case(40, 20, "released-depth", K=95, L=3, distance="rmse"),
     *(Case(70, 24, v, labels="decimal", window=0.2) for v in ("paper", "released-age")),
     Case(70, 24, "paper", labels="decimal", window=0.2, L=2, distance="rmse"),
@@ -313,6 +315,17 @@ def test_nearly_parallel_bfloat16_features_lose_what_their_rounding_loses(
     assert (ours - truth).norm() <= places * 2**-8 / spread * truth.norm()
 
 
+def test_a_write_behind_a_part_of_a_workspace_is_found() -> None:
+    with pytest.raises(AssertionError, match="outside its part"), guarded_allocations():
+        parts = launch.Parts()
+        parts.add("first second", 3, torch.float64)
+        parts.add("third", 3, torch.float32)
+        whole = parts.new(torch.zeros(1))
+        for part in parts.tensors(whole):
+            part.fill_(1)
+        whole[parts.parts["third"][1] - 1] = 0
+
+
 def test_there_are_at_least_sixty_structured_cases() -> None:
     assert len({str(case) for case in CASES}) == len(CASES) >= 60
 
@@ -395,9 +408,10 @@ def test_windows_suffice_for_any_bands(labels: str, predictions: str | None) -> 
         with mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
             plan = launch_sweeps.Plan(call.form_of(x, y, None, 0, "none"), s)
         pairs = torch.full((2, 4, 6), -1)
-        (of_list,) = (step for step, _ in plan.backward if "list" in step.kernel.function.__name__)
-        of_list(None, pointer(layout), pointer(pairs))
-        n_windows = sum("scores" in step.kernel.function.__name__ for step, _ in plan.backward)
+        launches = [(step.kernel.function.__name__, step) for step, _ in plan.backward.steps]
+        (of_list,) = (step for name, step in launches if "list" in name)
+        of_list(layout, pairs)
+        n_windows = sum("scores" in name for name, _ in launches)
         window, starts = of_list.numbers[2], pairs[:, 0]
         assert starts[0, 0] == 0 and starts[1, 0] % window == 0
         assert starts[0, -1] <= starts[1, 0] and (starts.diff() >= 0).all()
