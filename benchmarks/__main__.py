@@ -6,7 +6,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,16 +23,16 @@ RESULTS = Path(__file__).parent / "results"
 MODE = "forward+backward"
 
 
-def cases(device: str, largest: int) -> Iterable[tuple[int, str, list[Step]]]:
-    """What is timed in turns: ``(N, labels, steps)``."""
+def cases(candidates: list[Provider], device: str, largest: int) -> list[list[Step]]:
+    """What is timed in turns: the steps of one N and kind of labels."""
     sizes = [(n, "agedb") for n in SIZES if n <= largest]
-    if largest >= CONSTANT_SIZE:
-        sizes.append((CONSTANT_SIZE, "constant"))
+    sizes += [(CONSTANT_SIZE, "constant")] * (largest >= CONSTANT_SIZE)
+    found = []
     for n, labels in sizes:
-        names = [t.name for t in providers(device) if n <= t.largest]
-        if n in PRODUCT_SIZES and labels == "agedb":
-            names.append(report.PRODUCT)
-        yield n, labels, [Step(name, n, labels, device) for name in names]
+        names = [provider.name for provider in candidates if n <= provider.largest]
+        names += [report.PRODUCT] * (n in PRODUCT_SIZES and labels == "agedb")
+        found.append([Step(name, n, labels, device) for name in names])
+    return found
 
 
 def fits(step: Step, by_name: dict[str, Provider]) -> bool:
@@ -44,31 +44,30 @@ def fits(step: Step, by_name: dict[str, Provider]) -> bool:
             f"skipped: {step.provider} at N = {step.n:,} needs about {report.bytes_text(needed)}, "
             f"{report.bytes_text(available)} are available"
         )
-        return False
-    return True
+    return needed <= 0.9 * available
 
 
-def measure_case(steps: list[Step], by_name: dict[str, Provider], common: dict, bar: tqdm):
+def measure_case(
+    steps: list[Step], by_name: dict[str, Provider], common: dict, bar: tqdm
+) -> Iterator[rows.Row]:
     """The rows of one N and kind of labels."""
-    first, steps = {}, [step for step in steps if fits(step, by_name) or bar.update()]
+    first: dict[Step, tuple[float, int]] = {}
     for step in steps:
         bar.set_description(f"N = {step.n:,}, {step.provider}")
-        first[step] = measure.first_step(step)
+        if fits(step, by_name):
+            first[step] = measure.first_step(step)
         bar.update()
-    seconds = measure.times([t for t in steps if first[t][0] <= measure.LONG_STEP_S])
-    for step in steps:
-        kernel = "conr paper, " + ("AgeDB" if step.labels == "agedb" else "constant p")
-        values = seconds.get(step, [first[step][0]])
-        found = {"time": statistics.median(values), "memory": first[step][1]}
-        if step.provider in by_name:
-            provider = by_name[step.provider]
+    seconds = measure.times([step for step in first if first[step][0] <= measure.LONG_STEP_S])
+    for step, (first_seconds, memory) in first.items():
+        values, provider = seconds.get(step, [first_seconds]), by_name.get(step.provider)
+        found = {"time": statistics.median(values), "memory": memory}
+        if provider is not None:
             found["difference"] = measure.row_difference(provider, step.n, step.labels, step.device)
-        mode = MODE if step.provider in by_name else "forward"
         for metric, value in found.items():
-            n_runs = len(values) if metric == "time" else 1
             yield rows.Row(
-                kernel=kernel, provider=step.provider, mode=mode, metric=metric, size=step.n,
-                value=value, n_runs=n_runs, **common,
+                kernel="conr paper, " + ("AgeDB" if step.labels == "agedb" else "constant p"),
+                provider=step.provider, mode="forward" if provider is None else MODE, metric=metric,
+                size=step.n, value=value, n_runs=len(values) if metric == "time" else 1, **common,
             )  # fmt: skip
 
 
@@ -90,12 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
     print("Losses and gradients agree with the float64 reference; measuring.", flush=True)
 
     found: list[rows.Row] = []
-    plan = list(cases(device, options.largest))
-    with tqdm(total=sum(len(steps) for _, _, steps in plan), unit="case") as bar:
-        for _, _, steps in plan:
-            found += measure_case(steps, {t.name: t for t in candidates}, common, bar)
+    plan, by_name = cases(candidates, device, options.largest), {t.name: t for t in candidates}
+    with tqdm(total=sum(map(len, plan)), unit="case") as bar:
+        for steps in plan:
+            found += measure_case(steps, by_name, common, bar)
     name = "cpu" if device == "cpu" else "gpu"
-    rows.write(options.output / f"{name}.csv", found)
+    rows.write(options.output / f"{name}.csv", [vars(row) for row in found])
     plot.picture(found, options.output / f"{name}.png")
 
     print(report.table(found))

@@ -29,7 +29,8 @@ class Batch:
 
 
 @functools.cache
-def _counts() -> tuple[Tensor, Tensor]:
+def age_counts() -> tuple[Tensor, Tensor]:
+    """The ages of AgeDB-DIR's training labels, and how many have each."""
     with AGES.open() as file:
         rows = [(float(row["age"]), float(row["count"])) for row in csv.DictReader(file)]
     ages, counts = torch.tensor(rows).unbind(1)
@@ -52,7 +53,7 @@ def make_batch(
         dtype: of the features; labels, predictions and weights are float32.
     """
     generator = torch.Generator().manual_seed(n)
-    ages, counts = _counts()
+    ages, counts = age_counts()
     y = ages[torch.multinomial(counts, n, replacement=True, generator=generator)]
     error = SMALL_ERROR if labels == "converged" else PREDICTION_ERROR
     deviation = error * math.sqrt(math.pi / 2)

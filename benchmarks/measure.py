@@ -6,11 +6,15 @@ import gc
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.benchmark.utils.timer import timer
 
-from conr_kernels import conr_loss, reference
+from conr_kernels import reference
 from conr_kernels.variants import Settings, resolve_variant
 
 from .batches import Batch, make_batch
@@ -49,53 +53,40 @@ def first_step(step: Step) -> tuple[float, int]:
     with 64 rows hold, from Linux's own high-water mark (VmHWM), reset just before the step. The
     process is fresh so that no memory cached by earlier steps hides it.
     """
-    if step.device != "cpu":
-        return _first_step_gpu(step)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.measure"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_first_step_cpu, args=(step, torch.get_num_threads(), sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise MemoryError(f"the process measuring {step} ended without a result") from None
-    finally:
-        process.join()
-
-
-def _first_step_cpu(step: Step, n_threads: int, sender) -> None:
-    torch.set_num_threads(n_threads)
-    Step(step.provider, 64, step.labels, step.device).prepare()()
-    run = step.prepare()
-    gc.collect()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = resident_bytes("VmRSS")
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    sender.send((seconds, max(0, resident_bytes("VmHWM") - before)))
-
-
-def resident_bytes(field: str) -> int:
-    """``"VmRSS"`` (now) or ``"VmHWM"`` (highest so far) of this process."""
-    with open("/proc/self/status") as file:
-        (line,) = [t for t in file if t.startswith(field + ":")]
-    return int(line.split()[1]) * 1024
-
-
-def _first_step_gpu(step: Step) -> tuple[float, int]:
+    if step.device == "cpu":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.measure"])
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_first_step_on_cpu, step, torch.get_num_threads()).result()
     run = step.prepare()
     run()  # compiles and loads kernels
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
+    return seconds(run), torch.cuda.max_memory_allocated() - before
+
+
+def _first_step_on_cpu(step: Step, n_threads: int) -> tuple[float, int]:
+    torch.set_num_threads(n_threads)
+    replace(step, n=64).prepare()()
+    run = step.prepare()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = linux_bytes("self/status", "VmRSS")
+    return seconds(run), max(0, linux_bytes("self/status", "VmHWM") - before)
+
+
+def linux_bytes(file: str, field: str) -> int:
+    """A field of a file in /proc that counts in kB."""
+    lines = Path("/proc", file).read_text().splitlines()
+    (found,) = [line for line in lines if line.startswith(field + ":")]
+    return int(found.split()[1]) * 1024
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = timer()  # waits for the device
     run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
+    return timer() - start
 
 
 def times(steps: list[Step], budget_s: float = 1.0) -> dict[Step, list[float]]:
@@ -110,34 +101,18 @@ def times(steps: list[Step], budget_s: float = 1.0) -> dict[Step, list[float]]:
     for n_rounds in range(1, 101):
         turn = n_rounds % max(len(steps), 1)
         for step in steps[turn:] + steps[:turn]:
-            uncounted = _seconds(runs[step], step.device)
+            uncounted = seconds(runs[step])
             repeats = min(max(int(TURN_S / max(uncounted, 1e-9)), 1), 50)
-            found[step] += [_seconds(runs[step], step.device) for _ in range(repeats)]
+            found[step] += [seconds(runs[step]) for _ in range(repeats)]
         if n_rounds >= 3 and time.perf_counter() - start > budget_s:
             break
     return found
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    torch.cuda.synchronize()
-    events[0].record()
-    run()
-    events[1].record()
-    torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) / 1e3
-
-
 def memory_available(device: str) -> int:
     if device != "cpu":
         return torch.cuda.mem_get_info()[0]
-    with open("/proc/meminfo") as file:
-        (line,) = [t for t in file if t.startswith("MemAvailable:")]
-    return int(line.split()[1]) * 1024
+    return linux_bytes("meminfo", "MemAvailable")
 
 
 def row_difference(provider: Provider, n: int, labels: str, device: str) -> float:
@@ -145,32 +120,29 @@ def row_difference(provider: Provider, n: int, labels: str, device: str) -> floa
 
     Of the first rows of the batch, which are in random order, against all others.
     """
+    batch = make_batch(n, labels=labels, device=device)
     with torch.no_grad():
-        found = provider.row_losses(make_batch(n, labels=labels, device=device))
-        found = found[:SAMPLED_ROWS].cpu().double()
-        batch = make_batch(n, labels=labels)
-        exact = exact_row_losses(batch.x.double(), batch)
+        exact = exact_losses(batch, batch.x.double(), SAMPLED_ROWS)
+        found = provider.row_losses(batch)[: len(exact)].double()
     return ((found - exact).abs().max() / exact.abs().max()).item()
 
 
-def exact_row_losses(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+def exact_losses(batch: Batch, x: Tensor, n_rows: int) -> Tensor:
     """Of the first rows as anchors against all rows as keys, ``x`` [N, D] in float64."""
     y, p, w = batch.y[:, None], batch.p[:, None], batch.w.double()
     settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
-    rows = (t[:SAMPLED_ROWS] for t in (x, y, p, w))
+    rows = (t[:n_rows] for t in (x, y, p, w))
     return reference.row_losses(*rows, (x, y, p), 0, settings)
 
 
-def exact_rows_and_gradient(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row losses and the gradient of their mean from the float64 reference on the CPU."""
-    x = batch.x.detach().cpu().double().requires_grad_()
-    y, p, w = (t.cpu() for t in (batch.y, batch.p, batch.w))
-    rows = conr_loss(
-        x, y, p, w, window=WINDOW, temperature=TEMPERATURE, push_scale=PUSH_SCALE,
-        reduction="none", backend="reference",
-    )  # fmt: skip
-    (gradient,) = torch.autograd.grad(rows.mean(), x)
-    return rows.detach(), gradient
+def exact(batch: Batch, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses ``ℓ_i`` of the first rows, as many as ``g_i``, and the gradient [N, D] of
+    ``Σ g_i ℓ_i``, in float64.
+    """
+    x = batch.x.detach().double().requires_grad_()
+    losses = exact_losses(batch, x, len(g))
+    (gradient,) = torch.autograd.grad(losses, x, g.to(losses))
+    return losses.detach(), gradient
 
 
 def gate(candidates: list[Provider], device: str) -> list[str]:
@@ -182,25 +154,26 @@ def gate(candidates: list[Provider], device: str) -> list[str]:
     problems = []
     for n, labels in ((64, "agedb"), (257, "agedb"), (257, "constant"), (LARGEST_GATE, "agedb")):
         batch = make_batch(n, labels=labels, device=device)
-        exact = exact_rows_and_gradient(batch)
-        if not exact[0].count_nonzero() > n // 4:
+        truths = exact(batch, torch.full((n,), 1 / n))
+        if not truths[0].count_nonzero() > n // 4:
             problems.append(f"N = {n}, {labels}: too few anchors for a check")
-        allowed = [1e-5 * t.abs().max().item() for t in exact]
+        largest = [truth.abs().max().item() for truth in truths]
+        allowed = [1e-5 * most for most in largest]
         for provider in candidates:
             found = (provider.row_losses(batch), provider.step(batch))
             errors = [
-                (a.detach().cpu().double() - b).abs().max().item()
-                for a, b in zip(found, exact, strict=True)
+                (got.detach().double() - truth).abs().max().item()
+                for got, truth in zip(found, truths, strict=True)
             ]
-            for what, error, limit in zip(("loss", "gradient"), errors, allowed, strict=True):
-                if not error <= limit:
-                    problems.append(
-                        f"{provider.name}, N = {n}, {labels}: {what} differs from the reference by "
-                        f"{error:.2e}, allowed {limit:.2e}"
-                    )
+            problems += [
+                f"{provider.name}, N = {n}, {labels}: {what} differs from the reference by "
+                f"{error:.2e}, allowed {limit:.2e}"
+                for what, error, limit in zip(("loss", "gradient"), errors, allowed, strict=True)
+                if not error <= limit
+            ]
             if provider is candidates[0]:
                 allowed = [
-                    ERROR_FACTOR * error + ERROR_FLOOR * t.abs().max().item()
-                    for error, t in zip(errors, exact, strict=True)
+                    ERROR_FACTOR * error + ERROR_FLOOR * most
+                    for error, most in zip(errors, largest, strict=True)
                 ]
     return problems

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (a backend without a display comes first)
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, NullLocator  # noqa: E402
 
 from . import report, rows  # noqa: E402
 from .providers import BASELINE  # noqa: E402
@@ -23,19 +23,19 @@ FUSED_COLORS = ("#1f6f8b", "#3a9d6e", "#7b4ea3")
 KERNEL = "conr paper, AgeDB"
 #: Points ``(N, value)`` of each line by its name.
 Lines = dict[str, list[tuple[int, float]]]
+Look = Callable[[str], dict[str, str]]
 
 
 def draw(
-    path: Path, title: str, note: str, time: Lines, memory: Lines, look: Callable[[str], dict],
-    ours: list[str],
-) -> None:  # fmt: skip
+    path: Path, title: str, note: str, time: Lines, memory: Lines, look: Look, ours: list[str]
+) -> None:
     """Two log-log panels, time and peak extra memory over N; ``look``: of a line by its name;
     ``ours``: the lines that eager is compared with.
     """
     with plt.rc_context({"font.size": 12, "axes.edgecolor": GREY, "text.color": DARK}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
-        _panel(left, time, "Time of one step", _seconds, look)
-        _panel(right, memory, "Peak extra memory of one step", _bytes, look)
+        _panel(left, time, "Time of one step", EngFormatter("s"), look)
+        _panel(right, memory, "Peak extra memory of one step", FuncFormatter(_bytes), look)
         values = [value for points in memory.values() for _, value in points] or [2.0**20]
         low, high = math.log2(max(min(values), 1)), math.log2(max(*values, 2))
         right.set_yticks([2.0**k for k in range(0, 61, 2) if low - 2 <= k <= high + 1])
@@ -48,7 +48,7 @@ def draw(
         plt.close(figure)
 
 
-def _panel(axes: Axes, lines: Lines, title: str, text: Callable[[float], str], look) -> None:
+def _panel(axes: Axes, lines: Lines, title: str, form: Formatter, look: Look) -> None:
     for name, points in lines.items():
         is_ours, is_product = name.startswith("conr_kernels"), name == report.PRODUCT
         label = f"{name} (forward only)" if is_product else name
@@ -62,7 +62,7 @@ def _panel(axes: Axes, lines: Lines, title: str, text: Callable[[float], str], l
     axes.set_xticks(ticks, [f"{n:,}" if n < 1024 else f"{n // 1024}k" for n in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axes.yaxis.set_major_formatter(form)
     axes.set_xlabel("rows in the batch, N")
     axes.set_title(title, loc="left", fontsize=13)
     axes.grid(True, color="#e4e6ea", linewidth=0.8)
@@ -92,14 +92,7 @@ def _annotate(axes: Axes, lines: Lines, ours: list[str], word: str) -> None:
     )  # fmt: skip
 
 
-def _seconds(value: float) -> str:
-    for scale, unit in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if value >= scale:
-            return f"{value / scale:g} {unit}"
-    return f"{value:g} s"
-
-
-def _bytes(value: float) -> str:
+def _bytes(value: float, _: int) -> str:
     return f"{value / 2**30:g} GiB" if value >= 2**30 else f"{value / 2**20:g} MiB"
 
 
@@ -108,11 +101,8 @@ def picture(found: list[rows.Row], path: Path) -> None:
     lines: dict[str, Lines] = {"time": {}, "memory": {}}
     for row in found:
         is_small = row.provider == report.PRODUCT or row.value < report.SMALLEST_MEMORY
-        if (
-            row.kernel == KERNEL
-            and row.metric in lines
-            and not (row.metric == "memory" and is_small)
-        ):
+        is_drawn = row.metric in lines and not (row.metric == "memory" and is_small)
+        if row.kernel == KERNEL and is_drawn:
             lines[row.metric].setdefault(row.provider, []).append((row.size, row.value))
     fused = sorted(set(lines["time"]) - set(COLORS))
     colors = {**COLORS, **dict(zip(fused, FUSED_COLORS, strict=False))}
@@ -123,8 +113,8 @@ def picture(found: list[rows.Row], path: Path) -> None:
 
     first = found[0]
     title = f"ConR loss, forward and backward: D = {first.features}, {first.dtype}, AgeDB labels, "
-    note = f"{first.device}, {first.threads} thread(s), torch {first.torch}"
     title += "predictions 7 years off"
+    note = f"{first.device}, {first.threads} thread(s), torch {first.torch}"
     draw(path, title, note, lines["time"], lines["memory"], look, fused)
 
 

@@ -26,13 +26,13 @@ class Provider:
         name: the key in tables and rows.
         losses: from a batch and a reduction, ``"none"`` or ``"mean"``, to ``ℓ_i`` [N] or its mean.
         pair_bytes: about how many bytes it needs per pair of rows, to skip what does not fit.
-        largest: largest N measured.
+        largest: largest N that the main suite measures.
     """
 
     name: str
     losses: Callable[[Batch, str], Tensor]
-    pair_bytes: int
-    largest: int
+    pair_bytes: int = 0
+    largest: int = 65_536
 
     def loss(self, batch: Batch) -> Tensor:
         return self.losses(batch, "mean")
@@ -99,5 +99,5 @@ def providers(device: str) -> list[Provider]:
     return [
         Provider(BASELINE, eager_losses, 30, 16_384),
         Provider("eager, row loop", functools.partial(eager_losses, has_row_loop=True), 30, 4_096),
-        *(Provider(f"conr_kernels ({t})", package_losses(t), 0, 65_536) for t in fused),
+        *(Provider(f"conr_kernels ({t})", package_losses(t)) for t in fused),
     ]

@@ -12,14 +12,13 @@ besides medians the step that a tenth of the steps undercut, as on a quiet machi
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 from tqdm import trange
 
 from conr_kernels import conr_loss
@@ -33,35 +32,24 @@ STEPS = 3
 LARGER_PIECE = 31 * 2**20
 
 
-def steps_of(x: torch.Tensor, labels: tuple[torch.Tensor, ...], group: object) -> list[tuple]:
-    """Steps in a row, as in training: when forward and backward ended by the machine's clock, and
-    seconds of this process's processor.
+def steps_of(x: Tensor, labels: tuple[Tensor, ...], group: object, of_all: bool = False) -> Tensor:
+    """Steps in a row, as in training: seconds forward, backward and of this process's processor,
+    a line each; ``of_all``: of all ranks together, whose slowest ends a step.
+
+    The first step is not counted: it pays for the memory and the caches that the other kind left.
     """
-    found = []
+    lines = []
     for _ in range(1 + STEPS):
         x.grad, processor = None, time.process_time()
         loss = conr_loss(x, *labels, group=group)
         middle = time.perf_counter()
         loss.backward()
-        found.append((middle, time.perf_counter(), time.process_time() - processor))
-    return found
-
-
-def of_all(steps: list[tuple]) -> list[tuple]:
-    """The steps of all ranks together: each of their times is the largest."""
-    of_ranks: list = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, steps)
-    return [tuple(map(max, zip(*ranks, strict=True))) for ranks in zip(*of_ranks, strict=True)]
-
-
-def durations(steps: list[tuple]) -> list[tuple]:
-    """Seconds forward, backward and of the processor. The first step is not counted: it pays for
-    the memory and the caches that the other kind left behind.
-    """
-    return [
-        (middle - before, end - middle, processor)
-        for (_, before, _), (middle, end, processor) in pairwise(steps)
-    ]
+        lines.append((middle, time.perf_counter(), time.process_time() - processor))
+    ends = torch.tensor(lines, dtype=torch.float64)
+    if of_all:
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    middle, end, processor = ends.unbind(1)
+    return torch.stack([middle[1:] - end[:-1], end[1:] - middle[1:], processor[1:]], dim=1)
 
 
 def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folder: str) -> None:
@@ -76,36 +64,32 @@ def run(rank: int, n_ranks: int, n: int, d: int, labels: str, rounds: int, folde
     # seen larger pieces, and else returns the pages and asks for them again, in every step.
     activations = torch.empty(LARGER_PIECE, dtype=torch.uint8)
     del activations
-    found: dict[str, list[tuple]] = {"alone": [], "apart": [], "as one": []}
+    found: dict[str, list[Tensor]] = {"alone": [], "apart": [], "as one": []}
     for _ in trange(rounds, disable=rank > 0, unit="round"):
         dist.barrier()
         if rank == 0:
-            found["alone"] += durations(steps_of(batch.x, union, None))
+            found["alone"].append(steps_of(batch.x, union, None))
         dist.barrier()
-        found["as one"] += durations(of_all(steps_of(x, part, dist.group.WORLD)))
+        found["as one"].append(steps_of(x, part, dist.group.WORLD, of_all=True))
         dist.barrier()
-        found["apart"] += durations(of_all(steps_of(batch.x, union, None)))
+        found["apart"].append(steps_of(batch.x, union, None, of_all=True))
     if rank == 0:
         mean = batch.x.grad[mine] * n_ranks
         print(
             f"N = {n:,}, D = {d}, {labels}, {n_ranks} ranks, float32, torch {torch.__version__}, "
             f"{rows.processor()}; gradients differ by {(mean - x.grad).norm() / mean.norm():.1e}"
         )
-        report(found)
+        report({kind: torch.cat(turns) for kind, turns in found.items()})
     dist.destroy_process_group()
 
 
-def report(found: dict[str, list[tuple]]) -> None:
-    def tenth(times: list[float]) -> float:
-        return statistics.quantiles(times, n=10, method="inclusive")[0]
-
+def report(found: dict[str, Tensor]) -> None:
     columns = ("step", "of alone", "forward", "backward", "processor's")
-    n_steps = len(found["alone"])
-    for name, of in (f"median of {n_steps} steps", statistics.median), ("fastest tenth", tenth):
+    for name, q in ((f"median of {len(found['alone'])} steps", 0.5), ("fastest tenth", 0.1)):
         print(f"{name + ', ms':24}", *(f"{column:>11}" for column in columns))
         for kind, steps in found.items():
-            total, alone = (of([a + b for a, b, _ in t]) for t in (steps, found["alone"]))
-            parts = [f"{of(times) * 1e3:11.1f}" for times in zip(*steps, strict=True)]
+            total, alone = (t[:, :2].sum(1).quantile(q) for t in (steps, found["alone"]))
+            parts = [f"{seconds * 1e3:11.1f}" for seconds in steps.quantile(q, dim=0)]
             print(f"{kind:24} {total * 1e3:11.1f} {total / alone:11.2f}", *parts)
 
 

@@ -52,8 +52,7 @@ def table(rows: list[Row]) -> str:
         f"{'kernel':<25}{'N':>7}  {'provider':<21}{'time':>11}{'memory':>12}"
         f"{'speed':>9}{'saving':>9}{'difference':>12}"
     ]
-    cases = by_case(rows)
-    previous = None
+    cases, previous = by_case(rows), None
     for (kernel, size, provider), metrics in cases.items():
         base = cases.get((kernel, size, BASELINE), {})
         speed, saving = ratios({} if provider in (BASELINE, PRODUCT) else base, metrics)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -70,26 +72,24 @@ def commit() -> str:
         return "unknown"
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """With the columns of the first row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    path.write_text(as_csv(rows), encoding="utf-8")
 
 
 def read(path: Path) -> list[Row]:
+    kinds = {
+        field.name: {"int": int, "float": float, "str": str}[field.type] for field in fields(Row)
+    }
     with path.open(newline="") as file:
-        return [
-            Row(
-                **{
-                    **row,
-                    "size": int(row["size"]),
-                    "features": int(row["features"]),
-                    "value": float(row["value"]),
-                    "n_runs": int(row["n_runs"]),
-                    "threads": int(row["threads"]),
-                }
-            )
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    return [Row(**{name: kinds[name](value) for name, value in row.items()}) for row in rows]

@@ -1,4 +1,4 @@
-"""The cases of ``python -m benchmarks`` under pytest-benchmark, forward and backward apart.
+"""The cases of ``python -m benchmarks`` under pytest-benchmark.
 
 ``pytest benchmarks --benchmark-autosave``, change, ``pytest benchmarks --benchmark-compare``.
 """
@@ -9,18 +9,13 @@ import pytest
 import torch
 
 from . import measure
-from .__main__ import CONSTANT_SIZE, SIZES
-from .batches import make_batch
+from .__main__ import SIZES, cases, fits
+from .measure import Step
 from .providers import providers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = providers(DEVICE)
-CASES = [
-    pytest.param(provider, n, labels, id=f"{provider.name}-{n}-{labels}")
-    for n, labels in [*((n, "agedb") for n in SIZES), (CONSTANT_SIZE, "constant")]
-    for provider in PROVIDERS
-    if n <= provider.largest
-]
+STEPS = [step for steps in cases(PROVIDERS, DEVICE, SIZES[-1]) for step in steps]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,29 +26,12 @@ def correct() -> None:
         pytest.exit("nothing was timed: " + "; ".join(problems), returncode=1)
 
 
-@pytest.mark.parametrize(("provider", "n", "labels"), CASES)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_time(benchmark, provider, n, labels, direction):
-    available = measure.memory_available(DEVICE)
-    if n**2 * provider.pair_bytes > 0.9 * available:
-        pytest.skip(f"needs about {n**2 * provider.pair_bytes:,} bytes, has {available:,}")
-    batch = make_batch(n, labels=labels, device=DEVICE)
-    synchronize = torch.cuda.synchronize if DEVICE != "cpu" else lambda: None
-
-    def forward() -> torch.Tensor:
-        loss = provider.loss(batch)
-        synchronize()
-        return loss
-
-    def backward(loss: torch.Tensor) -> None:
-        torch.autograd.grad(loss, batch.x)
-        synchronize()
-
-    benchmark.group = f"{direction}, N = {n}, {labels}"
-    rounds = 20 if n <= 1024 else 5 if n <= 4096 else 2
-    if direction == "forward":
-        benchmark.pedantic(forward, rounds=rounds, warmup_rounds=1)
-    else:
-        benchmark.pedantic(
-            backward, setup=lambda: ((forward(),), {}), rounds=rounds, warmup_rounds=n <= 4096
-        )
+@pytest.mark.parametrize("step", STEPS, ids=lambda s: f"{s.provider}-{s.n}-{s.labels}")
+def test_time(benchmark, step: Step) -> None:
+    if not fits(step, {provider.name: provider for provider in PROVIDERS}):
+        pytest.skip("needs more memory than is available")
+    run = step.prepare()
+    benchmark.group = f"N = {step.n}, {step.labels}"
+    rounds = 20 if step.n <= 1024 else 5 if step.n <= 4096 else 2
+    # measure.seconds waits for the device.
+    benchmark.pedantic(measure.seconds, args=(run,), rounds=rounds, warmup_rounds=1)

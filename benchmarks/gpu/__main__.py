@@ -11,21 +11,19 @@ timed where they can be imported: unpack their wheels and name the folder in PYT
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 
-from ..rows import ROOT
-from . import claims, rehearsal, steps
-from .plan import LEAST, LIMIT, NAMES, PICTURE, STAGES, command_of, planned
-from .processes import Record, Task, run_together
+from . import claims, plan, steps
+from .plan import LIMIT, NAMES, STAGES
+from .processes import Record, run_together
 
 
 def run_stages(names: list[str], record: Record, limit: float) -> None:
     """Phase after phase; a phase may use what earlier ones left of their time."""
-    start, limit = time.monotonic(), limit - PICTURE
-    seconds_of = planned(names, limit)
+    start, limit = time.monotonic(), limit - plan.PICTURE
+    seconds_of = plan.planned(names, limit)
     for stage in STAGES:
         if stage.name in names:
             print(f"{seconds_of[stage.phase]:6.0f} s  {stage.name:<12}{stage.what}", flush=True)
@@ -33,15 +31,13 @@ def run_stages(names: list[str], record: Record, limit: float) -> None:
         stages = [stage for stage in STAGES if stage.name in names and stage.phase == phase]
         later = sum(seconds for other, seconds in seconds_of.items() if other > phase)
         seconds = limit - (time.monotonic() - start) - later
-        if seconds < LEAST:
+        if seconds < plan.LEAST:
             for stage in stages:
                 record.add(stage=stage.name, metric="not run", value=1, note="no time left")
             continue
         print(f"{time.monotonic() - start:4.0f} s  {', '.join(s.name for s in stages)}: at most "
               f"{seconds:.0f} s", flush=True)  # fmt: skip
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        tasks = [Task(s.name, command_of(s.name), environment) for s in stages]
-        run_together(tasks, seconds, record, ROOT)
+        run_together([plan.task_of(stage.name) for stage in stages], seconds, record)
         record.decide()
 
 
@@ -67,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     record = Record(options.out, options.rehearse)
     if options.rehearse:
-        rehearsal.run(names, record)
+        print("A rehearsal on the CPU: no number of it means anything.", flush=True)
+        run_together(plan.rehearsal(names), plan.REHEARSAL_LIMIT, record)
     else:
         run_stages(names, record, options.limit)
     return finish(record, options.out)
@@ -81,7 +78,7 @@ def finish(record: Record, out: Path) -> int:
 
         plot.picture(claims.Rows(record.rows), record.environment, out / "steps.png")
     except Exception as error:  # no matplotlib, no rows: the numbers are what counts
-        record.log("picture", f"no picture: {type(error).__name__}: {error}")
+        record.line("picture", f"no picture: {type(error).__name__}: {error}")
     problems = record.problems()
     print("\n".join(["", *problems[:25], ""]))
     print(steps.table(claims.Rows(record.rows)), claims.table(record.claims), sep="\n\n")

@@ -6,15 +6,15 @@ A claim without its numbers is "not run", never met.
 from __future__ import annotations
 
 import csv
-import functools
-import operator
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MET, MISSED, NOT_RUN, MEASURED = "met", "missed", "not run", "measured"
+MET, MISSED, NOT_RUN = "met", "missed", "not run"
 OFF, COLLAPSED, BOTH = "7 years off", "collapsed", "forward+backward"
+BF16, F32 = "bfloat16", "float32"
 Verdict = tuple[str, str]
 Row = dict[str, object]
 
@@ -29,21 +29,24 @@ class Rows:
         text = {key: str(value) for key, value in wanted.items()}
         return [row for row in self.rows if all(row.get(key, "") == t for key, t in text.items())]
 
-    def value(self, **wanted: object) -> float | None:
-        """Of the latest such row."""
-        found = self.find(**wanted)
-        return float(found[-1]["value"]) if found else None
+    def value(self, **wanted: object) -> float:
+        """Of the latest such row; an IndexError where there is none."""
+        return float(self.find(**wanted)[-1]["value"])
 
-    def time(self, provider: str, N: int, D: int = 128, **other: object) -> float | None:
-        wanted = dict(stage="speed", mode=BOTH, dtype="bfloat16", regime=OFF) | other
-        if provider == "q @ q.T":
-            wanted["mode"] = "forward"
+    def time(self, provider: str, N: int, D: int = 128, **other: object) -> float:
+        mode = "forward" if provider == "q @ q.T" else BOTH
+        wanted = dict(stage="speed", mode=mode, dtype=BF16, regime=OFF) | other
         return self.value(metric="time", provider=provider, N=N, D=D, **wanted)
+
+
+Value = Callable[[Rows], float]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence, what it requires, and how a run's rows decide: ``(measured, verdict)``."""
+    """A sentence, what it requires, and how a run's rows decide: ``(measured, verdict)``, or an
+    IndexError where they have not its numbers.
+    """
 
     subject: str
     text: str
@@ -51,191 +54,144 @@ class Claim:
     decide: Callable[[Rows], Verdict]
 
 
-def _compared(holds: Callable, limit: float, form: str, value: Callable) -> Callable:
+def limited(text: str, sign: str, limit: float, unit: str, value: Value, form: str = ".3f",
+            subject: str = "triton") -> Claim:  # fmt: skip
+    """A value that must be ``"≤"`` or ``"≥"`` the limit."""
+
     def decide(rows: Rows) -> Verdict:
         found = value(rows)
-        if found is None:
-            return "", NOT_RUN
-        return form.format(found), MET if holds(found, limit) else MISSED
+        is_met = found <= limit if sign == "≤" else found >= limit
+        return f"{found:{form}}{unit}", MET if is_met else MISSED
 
-    return decide
-
-
-at_most, at_least = (functools.partial(_compared, holds) for holds in (operator.le, operator.ge))
+    return Claim(subject, text, f"{sign} {limit:g}{unit}", decide)
 
 
-def ratio(above: Callable, below: Callable) -> Callable[[Rows], float | None]:
-    """Of two values of one run."""
-
-    def value(rows: Rows) -> float | None:
-        a, b = above(rows), below(rows)
-        return None if a is None or b is None else a / max(b, 1e-12)
-
-    return value
-
-
-def time(provider: str, N: int, D: int = 128, **other: object) -> Callable[[Rows], float | None]:
+def time(provider: str, N: int, D: int = 128, **other: object) -> Value:
     return lambda rows: rows.time(provider, N, D, **other)
 
 
-def speed_up(other: str, N: int, D: int = 128, **where: object) -> Callable[[Rows], float | None]:
-    return ratio(time(other, N, D, **where), time("triton", N, D, **where))
+def ratio(above: Value, below: Value) -> Value:
+    return lambda rows: above(rows) / max(below(rows), 1e-12)
 
 
-def share(other: str, N: int, D: int = 128, **where: object) -> Callable[[Rows], float | None]:
+def speed_up(other: str, N: int, **where: object) -> Value:
+    return ratio(time(other, N, **where), time("triton", N, **where))
+
+
+def share(other: str, N: int, D: int = 128, **where: object) -> Value:
     return ratio(time("triton", N, D, **where), time(other, N, D, **where))
 
 
-def tests(stage: str, *functions: str) -> Callable[[Rows], Verdict]:
+def dense_rate(D: int) -> Value:
+    """TFLOP/s of a step that visits every pair, of one product forward and two backward."""
+    return ratio(lambda rows: 6 * 65_536**2 * D / 1e12, time("triton", 65_536, D, regime=COLLAPSED))
+
+
+def wide_share(rows: Rows) -> float:
+    """FLOP of the visited pairs, one product forward and two backward, over the product's rate."""
+    where = dict(stage="speed", metric="visited pairs", D=2048)
+    forward, backward = (rows.value(mode=mode, **where) for mode in ("forward", "backward"))
+    rate = 2 * 2048 * (forward + 2 * backward) / rows.time("triton", 16_384, 2048) / 1e12
+    return rate / max(rows.value(metric="TFLOP/s"), 1e-12)
+
+
+def memory_share(rows: Rows) -> float:
+    peak = rows.value(stage="speed", metric="memory", provider="triton", N=2**20, D=128)
+    return peak / (2 * 2**20 * 128)
+
+
+def tests(subject: str, text: str, stage: str, *functions: str) -> Claim:
     """All tests of those names (all of the stage where none is named) passed, one at the least."""
 
     def decide(rows: Rows) -> Verdict:
-        counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-        for row in rows.find(stage=stage):
-            if row["metric"] in counts and (not functions or row["case"].startswith(functions)):
-                counts[row["metric"]] += 1
+        outcomes = ("passed", "failed", "skipped")
+        found = [row for row in rows.find(stage=stage) if row["metric"] in outcomes]
+        counts = Counter(
+            row["metric"] for row in found if not functions or row["case"].startswith(functions)
+        )
         if not counts["passed"] + counts["failed"]:
             return "", NOT_RUN
-        text = ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n)
+        measured = ", ".join(f"{counts[name]} {name}" for name in outcomes if counts[name])
         if rows.find(stage=stage, metric="cut off"):
-            return f"{text}; cut off", MISSED if counts["failed"] else NOT_RUN
-        return text, MISSED if counts["failed"] else MET
+            return f"{measured}; cut off", MISSED if counts["failed"] else NOT_RUN
+        return measured, MISSED if counts["failed"] else MET
 
-    return decide
+    return Claim(subject, text, "all pass", decide)
 
 
-def sanitizer(backend: str) -> Callable[[Rows], Verdict]:
+def sanitizer(backend: str) -> Claim:
     def decide(rows: Rows) -> Verdict:
         found = rows.find(stage="sanitizer", provider=backend)
-        is_caught = bool(rows.find(stage="sanitizer", metric="caught"))
         ran = [row for row in found if row["metric"] in ("clean", "failed")]
+        is_caught = bool(rows.find(stage="sanitizer", metric="caught"))
         if not is_caught or not any("memcheck" in row["case"] for row in ran):
             return "; ".join(row["note"] for row in found)[:40], NOT_RUN
         text = ", ".join(f"{row['case'].split()[-1]} {row['metric']}" for row in ran)
         return text, MISSED if any(row["metric"] == "failed" for row in ran) else MET
 
-    return decide
+    return Claim(backend, "compute-sanitizer: clean, planted fault caught", "clean", decide)
 
 
-def dense_rate(D: int) -> Callable[[Rows], float | None]:
-    def value(rows: Rows) -> float | None:
-        t = rows.time("triton", 65_536, D, regime=COLLAPSED)
-        return None if t is None else 6 * 65_536**2 * D / t / 1e12
-
-    return value
-
-
-def wide_share(rows: Rows) -> float | None:
-    """FLOP of the visited pairs, one product forward and two backward, over the product's rate."""
-    where = dict(stage="speed", metric="visited pairs", D=2048)
-    forward, backward = (rows.value(mode=mode, **where) for mode in ("forward", "backward"))
-    t, rate = rows.time("triton", 16_384, 2048), rows.value(metric="TFLOP/s")
-    if None in (forward, backward, t, rate):
-        return None
-    return 2 * 2048 * (forward + 2 * backward) / t / 1e12 / max(rate, 1e-12)
-
-
-def memory_share(rows: Rows) -> float | None:
-    peak = rows.value(stage="speed", metric="memory", provider="triton", N=2**20, D=128)
-    return None if peak is None else peak / (2 * 2**20 * 128)
-
-
-def training(N: int) -> Callable[[Rows], Verdict]:
-    def decide(rows: Rows) -> Verdict:
-        where = dict(stage="train", N=N)
-        found = {
-            (provider, metric): rows.value(provider=provider, metric=metric, **where)
-            for provider in ("fused", "eager")
-            for metric in ("time", "memory")
-        }
-        if None in found.values():
-            return "", NOT_RUN
-        parts = [
-            f"{found[p, 'time'] * 1e3:.2f} ms {found[p, 'memory'] / 2**20:.0f} MiB"
-            for p in ("fused", "eager")
-        ]
-        return " / ".join(parts), MEASURED
-
-    return decide
-
-
-def _small(mode: str, name: str) -> list[Claim]:
-    return [
-        Claim(
-            "triton", f"N={n}: time over careful eager{name}", "≤ 0.25",
-            at_most(0.25, "{:.3f}", share("eager", n, mode=mode)),
-        )
-        for n in (128, 256, 512)
-    ]  # fmt: skip
+def built(rows: Rows) -> Verdict:
+    rows.value(stage="build", metric="built")
+    return f"{rows.value(stage='build', metric='wall seconds'):.0f} s", MET
 
 
 CLAIMS = [
-    Claim("triton", "every dtype and regime agrees with float64", "all pass",
-          tests("tests", "test_agrees_with", "test_float32_follows", "test_vector_labels",
-                "test_small_temperature")),
-    Claim("triton", "250 repeats have the same bits", "all pass", tests("tests", "test_repeats")),
-    Claim("triton", "no host synchronisation, and one would show", "all pass",
-          tests("tests", "test_no_host", "test_a_synchronisation")),
-    Claim("triton", "a graph's replay equals the call", "all pass",
-          tests("tests", "test_cuda_graph")),
-    Claim("triton", "non-finite input shows, strides, memory", "all pass",
-          tests("tests", "test_non_finite", "test_row_strides", "test_memory")),
-    Claim("triton", "compute-sanitizer: clean, planted fault caught", "clean", sanitizer("triton")),
-    Claim("triton", "N=16384 D=128: speed of careful eager", "≥ 100×",
-          at_least(100, "{:.0f}×", speed_up("eager", 16_384))),
-    Claim("triton", "N=65536 D=128: time over one q @ q.T", "≤ 0.5",
-          at_most(0.5, "{:.3f}", share("q @ q.T", 65_536))),
-    Claim("triton", "N=65536 D=512: time over one q @ q.T", "≤ 0.5",
-          at_most(0.5, "{:.3f}", share("q @ q.T", 65_536, 512))),
-    Claim("triton", "collapsed, N=65536 D=128: 6·N²·D over time", "≥ 350 TFLOP/s",
-          at_least(350, "{:.0f} TFLOP/s", dense_rate(128))),
-    Claim("triton", "collapsed, N=65536 D=512: 6·N²·D over time", "≥ 450 TFLOP/s",
-          at_least(450, "{:.0f} TFLOP/s", dense_rate(512))),
-    *(Claim("triton", f"collapsed, D={d}: time over a dense pass", "≤ 1.15",
-            at_most(1.15, "{:.3f}", share("dense fused", 65_536, d, regime=COLLAPSED)))
+    *(tests("triton", text, "tests", *names) for text, names in {
+        "every dtype and regime agrees with float64": (
+            "test_agrees_with", "test_float32_follows", "test_vector_labels",
+            "test_small_temperature"),
+        "250 repeats have the same bits": ("test_repeats",),
+        "no host synchronisation, and one would show": ("test_no_host", "test_a_synchronisation"),
+        "a graph's replay equals the call": ("test_cuda_graph",),
+        "non-finite input shows, strides, memory": (
+            "test_non_finite", "test_row_strides", "test_memory"),
+    }.items()),
+    sanitizer("triton"),
+    limited("N=16384 D=128: speed of careful eager", "≥", 100, "×", speed_up("eager", 16_384),
+            ".0f"),
+    *(limited(f"N=65536 D={d}: time over one q @ q.T", "≤", 0.5, "", share("q @ q.T", 65_536, d))
       for d in (128, 512)),
-    Claim("triton", "N=16384 D=2048: rate on visited pairs over mm's", "≥ 0.60",
-          at_least(0.6, "{:.3f}", wide_share)),
-    Claim("triton", "N=1048576 D=128: one step", "< 1 s",
-          at_most(1, "{:.3f} s", time("triton", 2**20))),
-    Claim("triton", "N=1048576 D=128: extra memory over the features", "< 4",
-          at_most(4, "{:.2f}", memory_share)),
-    *_small(BOTH, ""),
-    *_small("cuda graph", ", both as graphs"),
-    *(Claim("triton", f"N={n} D=128: speed of {name}", "≥ 5×",
-            at_least(5, "{:.1f}×", speed_up(name, n, stage="compare")))
+    *(limited(f"collapsed, N=65536 D={d}: 6·N²·D over time", "≥", limit, " TFLOP/s",
+              dense_rate(d), ".0f") for d, limit in ((128, 350), (512, 450))),
+    limited("collapsed, D=128: time over a dense pass", "≤", 1.15, "",
+            share("dense fused", 65_536, regime=COLLAPSED)),
+    limited("N=16384 D=2048: rate on visited pairs over mm's", "≥", 0.6, "", wide_share),
+    limited("N=1048576 D=128: one step", "≤", 1, " s", time("triton", 2**20)),
+    limited("N=1048576 D=128: extra memory over the features", "≤", 4, "", memory_share, ".2f"),
+    *(limited(f"N={n}: time over careful eager{name}", "≤", 0.25, "", share("eager", n, mode=mode))
+      for mode, name in ((BOTH, ""), ("cuda graph", ", both as graphs")) for n in (128, 256, 512)),
+    *(limited(f"N={n} D=128: speed of {name}", "≥", 5, "×", speed_up(name, n, stage="compare"),
+              ".1f")
       for name in ("dense fused", "memeff", "siglip-kernel") for n in (16_384, 65_536)),
-    Claim("cuda", "csrc/ is built by nvcc there", "built",
-          lambda rows: (f"{rows.value(stage='build', metric='wall seconds') or 0:.0f} s", MET)
-          if rows.find(stage="build", metric="built") else ("", NOT_RUN)),
-    Claim("cuda", "its tests: values, bits, no sync, graphs", "all pass", tests("cuda-tests")),
-    Claim("cuda", "compute-sanitizer: clean, planted fault caught", "clean", sanitizer("cuda")),
-    *(Claim("cuda", f"N=16384 D=128 {dtype}: time over Triton's", f"≤ {limit}",
-            at_most(limit, "{:.2f}",
-                    ratio(time("cuda", 16_384, stage="cuda", dtype=dtype),
-                          time("triton", 16_384, stage="cuda", dtype=dtype))))
-      for dtype, limit in (("bfloat16", 3), ("float32", 2))),
-    *(Claim("pytorch", text, "all pass", tests("integration", *names))
-      for text, names in (
-          ("opcheck of both operators", ("test_opcheck",)),
-          ("torch.compile: inductor, fullgraph, dynamic", ("test_inductor",)),
-          ("autocast and GradScaler", ("test_autocast", "test_a_gradient_scaler", "test_model")),
-          ("streams and graphs", ("test_work_stays", "test_a_graph")),
-          ("second derivative's error, func.grad", ("test_second", "test_func_grad")),
-          ("memory bank and gradient cache", ("test_a_memory_bank", "test_a_gradient_cache")),
-          ("group= with NCCL on one rank", ("test_a_group",)),
-          ("deterministic mode", ("test_deterministic",)),
-      )),
-    *(Claim("pytorch", f"training, batch {n}: fused / careful eager", "measured", training(n))
-      for n in (128, 1024, 16_384)),
+    Claim("cuda", "csrc/ is built by nvcc there", "built", built),
+    tests("cuda", "its tests: values, bits, no sync, graphs", "cuda-tests"),
+    sanitizer("cuda"),
+    *(limited(f"N=16384 D=128 {dtype}: time over Triton's", "≤", limit, "",
+              ratio(*(time(p, 16_384, stage="cuda", dtype=dtype) for p in ("cuda", "triton"))),
+              ".2f", "cuda") for dtype, limit in ((BF16, 3), (F32, 2))),
+    *(tests("pytorch", text, "integration", *names) for text, names in {
+        "opcheck of both operators": ("test_opcheck",),
+        "torch.compile: inductor, fullgraph, dynamic": ("test_inductor",),
+        "autocast and GradScaler": ("test_autocast", "test_a_gradient_scaler", "test_model"),
+        "streams and graphs": ("test_work_stays", "test_a_graph"),
+        "second derivative's error, func.grad": ("test_second", "test_func_grad"),
+        "memory bank and gradient cache": ("test_a_memory_bank", "test_a_gradient_cache"),
+        "group= with NCCL on one rank": ("test_a_group",),
+        "deterministic mode": ("test_deterministic",),
+    }.items()),
 ]  # fmt: skip
 
 
-def decided(rows: Rows, is_rehearsal: bool = False) -> list[dict[str, object]]:
+def decided(rows: Rows, is_rehearsal: bool = False) -> list[dict[str, str]]:
     """Every claim with what was measured; a rehearsal's numbers decide nothing."""
     found = []
     for claim in CLAIMS:
-        measured, verdict = claim.decide(rows)
+        try:
+            measured, verdict = claim.decide(rows)
+        except IndexError:
+            measured, verdict = "", NOT_RUN
         if is_rehearsal and verdict != NOT_RUN:
             measured, verdict = "", "rehearsed"
         found.append(
@@ -245,23 +201,12 @@ def decided(rows: Rows, is_rehearsal: bool = False) -> list[dict[str, object]]:
     return found
 
 
-def table(found: list[dict[str, object]]) -> str:
-    lines = [f"{'':9}{'claim':<51}{'required':<15}{'measured':<34}verdict"]
-    lines += [
-        f"{row['subject']:<9}{row['claim']:<51}{row['required']:<15}{row['measured']:<34}"
-        f"{row['verdict']}"
-        for row in found
-    ]
-    verdicts = [row["verdict"] for row in found]
-    lines.append(", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))
-    return "\n".join(lines)
-
-
-def write(path: Path, found: list[dict[str, object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+def table(found: list[dict[str, str]]) -> str:
+    form = "{subject:<9}{claim:<51}{required:<15}{measured:<34}{verdict}"
+    lines = [form.format_map({name: name for name in found[0]} | {"subject": ""})]
+    lines += [form.format_map(row) for row in found]
+    counts = Counter(row["verdict"] for row in found)
+    return "\n".join([*lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items())])
 
 
 def read(path: Path) -> Rows:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -27,8 +28,15 @@ def reason_against() -> str | None:
     return None if REHEARSAL or torch.cuda.is_available() else "no CUDA device"
 
 
-def architecture() -> tuple[int, int]:
-    return (9, 0) if REHEARSAL else torch.cuda.get_device_capability()
+def architecture() -> int:
+    """90 for sm_90."""
+    major, minor = (9, 0) if REHEARSAL else torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def cuda_tool(name: str) -> str | None:
+    """Where a program of the CUDA toolkit is."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def synchronize() -> None:
@@ -58,15 +66,13 @@ def seconds(
     """
     names = list(functions)
     if REHEARSAL:
-        return {key: _seconds_on_cpu(functions[key]) for key in names}
-    for function in functions.values():
-        function()  # compiles and loads kernels
+        return {key: timeit.timeit(functions[key], number=1) for key in names}
     found: dict[str, list[float]] = {key: [] for key in names}
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for turn in range(repeats):
         first = turn % len(names)
         for key in names[first:] + names[:first]:
-            functions[key]()
+            functions[key]()  # in the first turn it compiles and loads kernels too
             synchronize()
             start.record()
             for _ in range(steps):
@@ -75,12 +81,6 @@ def seconds(
             stop.synchronize()
             found[key].append(start.elapsed_time(stop) / 1e3 / steps)
     return {key: statistics.median(values) for key, values in found.items()}
-
-
-def _seconds_on_cpu(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def extra_bytes(function: Callable[[], object]) -> int:
@@ -99,11 +99,6 @@ def extra_bytes(function: Callable[[], object]) -> int:
 
 def bytes_free() -> int:
     return 2**34 if REHEARSAL else torch.cuda.mem_get_info()[0]
-
-
-def free_memory() -> None:
-    if not REHEARSAL:
-        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

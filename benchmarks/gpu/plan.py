@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from .processes import Task
 
 #: Seconds of a whole run, of which the picture and the tables take the last, and the least that a
 #: stage is worth starting with.
 LIMIT, PICTURE, LEAST = 390.0, 10.0, 12.0
-#: What a stage keeps of its limit to end by itself, and tests at a time.
-MARGIN, TEST_PROCESSES = 8.0, 8
+REHEARSAL_LIMIT = 500.0
+#: What a stage keeps of its limit to end by itself.
+MARGIN = 8.0
 INTEGRATION = ["tests/gpu/test_gpu_integration.py", "tests/interface/test_compile.py",
                "tests/interface/test_training_modes.py"]  # fmt: skip
 
@@ -34,15 +38,20 @@ STAGES = [
     Stage("integration", 95, 1, "tests of the loss inside PyTorch"),
     Stage("cuda-tests", 95, 1, "tests of the CUDA backend"),
     Stage("sanitizer", 95, 1, "compute-sanitizer"),
-    Stage("speed", 60, 2, "what is claimed of the Triton backend's speed"),
+    Stage("speed", 80, 2, "what is claimed of the Triton backend's speed, and training steps"),
     Stage("compare", 35, 3, "dense fused kernels, ours and others', and compiled eager"),
     Stage("cuda", 15, 4, "the CUDA backend's speed"),
-    Stage("train", 20, 5, "training steps"),
-    Stage("counters", 30, 6, "hardware counters of the kernels, by ncu"),
-    Stage("grid", 30, 7, "time over N"),
-    Stage("tune", 40, 8, "candidates for the static table"),
+    Stage("counters", 30, 5, "hardware counters of the kernels, by ncu"),
+    Stage("grid", 30, 6, "time over N"),
+    Stage("tune", 40, 7, "candidates for the static table"),
 ]
 NAMES = [stage.name for stage in STAGES]
+#: Files, processes and options of the stages that are tests.
+TESTS = {
+    "tests": (["tests/gpu/test_gpu.py"], 8),
+    "cuda-tests": (["tests/cuda_backend/test_cuda_gpu.py"], 2),
+    "integration": (INTEGRATION, 3, "-k", "gpu_integration or cuda"),
+}
 
 
 def planned(names: list[str], limit: float) -> dict[int, float]:
@@ -61,19 +70,30 @@ def pytest_command(files: list[str], n_processes: int, *options: str) -> list[st
     return command
 
 
-def command_of(stage: str) -> Callable[[float, list[str]], list[str]]:
-    """From the seconds a process has and the cases that are done to its command."""
-    tests = {
-        "tests": (["tests/gpu/test_gpu.py"], TEST_PROCESSES),
-        "cuda-tests": (["tests/cuda_backend/test_cuda_gpu.py"], 2),
-        "integration": (INTEGRATION, 3, "-k", "gpu_integration or cuda"),
-    }
-    if stage in tests:
-        return lambda seconds, done: pytest_command(*tests[stage])
+def task_of(stage: str, environment: Mapping[str, str] = os.environ) -> Task:
+    """A stage's process, or with commas between them that of several."""
 
     def command(seconds: float, done: list[str]) -> list[str]:
+        if stage in TESTS:
+            return pytest_command(*TESTS[stage])
         left_out = [part for case in done for part in ("--done", case)]
         given = ["--seconds", f"{max(seconds - MARGIN, 1):.0f}", *left_out]
         return [sys.executable, "-m", "benchmarks.gpu.stage", stage, *given]
 
-    return command
+    return Task(stage, command, {**environment, "PYTHONUNBUFFERED": "1"})
+
+
+def rehearsal(names: list[str]) -> list[Task]:
+    """Every stage's lines on the CPU, on a few rows a batch, in three processes: starting one for
+    each stage would take most of the time.
+    """
+    environment = os.environ | {"CONR_REHEARSE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    found = []
+    if files := [files[0] for name, (files, *_) in TESTS.items() if name in names]:
+        found.append(Task("tests", lambda *_: pytest_command(files, 1), environment))
+    if others := [name for name in names if name not in TESTS and name != "warm"]:
+        found.append(task_of(",".join(others), environment | {"TRITON_INTERPRET": "1"}))
+    if "warm" in names:
+        found.append(task_of("warm", environment))
+    return found

@@ -19,13 +19,8 @@ STAGES = {"tests/gpu/test_gpu.py": "tests", "tests/cuda_backend/test_cuda_gpu.py
 #: The output before pytest captures it.
 _output = os.fdopen(os.dup(1), "w", buffering=1)
 _failed: set[str] = set()
-_is_worker = False
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """A worker of pytest-xdist leaves the rows to its controller."""
-    global _is_worker
-    _is_worker = hasattr(config, "workerinput")
+#: A worker of pytest-xdist leaves the rows to its controller.
+_is_worker = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

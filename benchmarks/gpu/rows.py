@@ -9,12 +9,16 @@ behind that case.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
 
+import torch
+
+from ..rows import ROOT
 from . import device
 
 ROW, CASE, TABLE = "row: ", "case: ", "table: "
@@ -53,6 +57,19 @@ class Stage:
         sys.stdout.write(f"{ROW}{json.dumps(row)}\n")  # in one piece
         sys.stdout.flush()
 
+    def fail(self, error: Exception, **row: object) -> None:
+        """The whole of it in the log, a row with its first line."""
+        traceback.print_exception(error, file=sys.stdout)
+        text = f"{type(error).__name__}: {error}".split("\n")[0]
+        self.add("failed", 1, **row, note=text[:300])
+
+    def start(self, command: list[str], **environment: str) -> subprocess.Popen:
+        """A process in the repository whose output is kept."""
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
     def output_of(self, process: subprocess.Popen) -> tuple[int, str]:
         """Exit status and output; a process that outlasts the deadline is ended, what it printed
         remains.
@@ -78,12 +95,10 @@ class Stage:
             try:
                 case()
             except Exception as error:
-                traceback.print_exc(file=sys.stdout)
-                text = f"{type(error).__name__}: {error}".split("\n")[0]
-                self.add("failed", 1, note=text[:300])
+                self.fail(error)
                 del error
                 if device.is_broken():
                     return BROKEN
-            device.free_memory()
+            torch.cuda.empty_cache()
             self.add("wall seconds", time.monotonic() - start)
         return self.status

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import traceback
 
 import torch
 
@@ -14,11 +13,10 @@ from .rows import Stage
 
 #: A rehearsal's pairs of rows that Triton's kernels without a sort serve.
 REHEARSAL_PAIRS = 400
-
-
-MODULES = {name: name for name in ("warm", "train", "tune", "counters")}
-CHECKS = ("build", "sanitizer", "triton-kernels", "cuda-kernels", "planted-fault")
-MODULES |= dict.fromkeys(CHECKS, "checks")
+#: Where a stage is; the others: in speed.
+MODULES = {"warm": "warm", "tune": "tune", "counters": "counters"} | dict.fromkeys(
+    ("build", "sanitizer", "triton-kernels", "cuda-kernels", "planted-fault"), "checks"
+)
 
 
 def run(stage: Stage) -> int:
@@ -48,8 +46,7 @@ def main() -> int:
         try:
             status = max(status, run(stage))
         except Exception as error:
-            traceback.print_exc(file=sys.stdout)
-            stage.add("failed", 1, note=f"{type(error).__name__}: {error}".split("\n")[0][:300])
+            stage.fail(error)
             status = 1
     return status
 

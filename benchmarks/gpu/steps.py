@@ -19,7 +19,7 @@ def table(rows: Rows) -> str:
             key = tuple(row.get(name, "") for name in KEYS)
             found.setdefault(key, {})[column] = float(row["value"])
     units = {"step": ("step, ms", 1e3), "device": ("device, ms", 1e3), "memory": ("MiB", 2**-20)}
-    widths = dict(zip(KEYS, (9, 9, 6, 10, 13, 16), strict=True))
+    widths = dict(zip(KEYS, (9, 9, 6, 18, 13, 16), strict=True))
     lines = ["".join(f"{name:<{width}}" for name, width in widths.items())]
     lines[0] += "".join(f"{title:>12}" for title, _ in units.values())
     for key, values in found.items():

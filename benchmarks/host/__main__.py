@@ -9,7 +9,6 @@ is real.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -21,7 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from ..rows import ROOT, write
+
 STEP = Path(__file__).with_name("step.py")
 SIZES = (128, 512, 1024, 4096, 16_384, 65_536)
 D = 128
@@ -41,9 +41,8 @@ class Host:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def ask(self, N: int, D: int, turns: int) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(N, D, turns, file=self.process.stdin, flush=True)
+    def ask(self, N: int, D: int) -> dict[str, Any]:
+        print(N, D, file=self.process.stdin, flush=True)
         if not (line := self.process.stdout.readline()):
             raise RuntimeError(f"{STEP.name} ended with {self.process.wait()}")
         return json.loads(line)
@@ -56,32 +55,25 @@ class Host:
 def checkout(commit: str) -> Iterator[Path]:
     """A commit's files in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(
-            ["git", "archive", commit], cwd=ROOT, check=True, capture_output=True
-        )
+        command = ["git", "-C", str(ROOT), "archive", commit]
+        archive = subprocess.run(command, check=True, capture_output=True)
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         yield Path(folder)
 
 
-def rows(
-    against: str | None, sizes: tuple[int, ...] = SIZES, turns: int = TURNS
-) -> Iterator[dict[str, Any]]:
+def rows(against: str | None) -> Iterator[dict[str, Any]]:
     """The rows of this checkout ("here") and of the other commit, measured in turns."""
     with ExitStack() as stack:
-        places = {"here": ROOT}
+        hosts = {"here": Host(ROOT)}
         if against is not None:
-            places[against] = stack.enter_context(checkout(against))
-        hosts = {name: Host(place) for name, place in places.items()}
+            hosts[against] = Host(stack.enter_context(checkout(against)))
         for host in hosts.values():
             stack.callback(host.close)
-        for N in sizes:
-            answers: dict[str, list[dict[str, Any]]] = {name: [] for name in hosts}
-            for _ in range(turns):
-                for name, host in hosts.items():
-                    answers[name].append(host.ask(N, D, 1))
-            for name, found in answers.items():
-                time = statistics.median(answer["microseconds"] for answer in found)
-                counts = {count: found[0][count] for count in COUNTS}
+        for N in SIZES:
+            turns = [{name: host.ask(N, D) for name, host in hosts.items()} for _ in range(TURNS)]
+            for name in hosts:
+                time = statistics.median(turn[name]["microseconds"] for turn in turns)
+                counts = {count: turns[0][name][count] for count in COUNTS}
                 yield {"commit": name, "N": N, "D": D, **counts, "microseconds": f"{time:.0f}"}
 
 
@@ -96,10 +88,7 @@ def main() -> int:
         print(*(f"{row[name]:>12}" for name in COLUMNS), flush=True)
         found.append(row)
     if asked.csv is not None:
-        with asked.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+        write(asked.csv, found)
     return 0
 
 

@@ -1,7 +1,7 @@
 """The host's side of a step: real code on tensors without storage, before a driver that records.
 
 Run as a file, with the checkout to measure first on PYTHONPATH (older layouts serve as well): reads
-``N D turns`` from each line of its input, answers a line of JSON. Everything up to Triton's
+``N D`` from each line of its input, answers a line of JSON. Everything up to Triton's
 compiled kernel is real; that does nothing, PyTorch's operators and allocations are those of "meta"
 tensors, and the hand-off to autograd's device thread is not there.
 """
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import cProfile
 import json
-import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -35,39 +34,6 @@ VIEWS = {
 }  # fmt: skip
 
 
-class Driver:
-    """The parts of Triton's CUDA driver that a launch asks; the device is an H200."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
-class Recorder:
-    """Kernels that record their names instead of running; compiled by nobody."""
-
-    def __init__(self) -> None:
-        self.launched: list[str] = []
-
-    def compile(self, function: JITFunction, key: str, *_: Any) -> CompiledKernel:
-        kernel = CompiledKernel.__new__(CompiledKernel)
-        name = function.fn.__name__
-        kernel.src, kernel.name, kernel.module, kernel.function = None, name, 1, 1
-        kernel.packed_metadata = (4, 1, 0)
-
-        def run(*_: Any) -> None:
-            self.launched.append(name)
-
-        kernel._run = run
-        function.device_caches[0][0][key] = kernel
-        return kernel
-
-
 def _is_untransformed(x: torch.Tensor) -> bool:
     """The package's own, for which tensors without storage are no plain ones."""
     return (
@@ -77,28 +43,41 @@ def _is_untransformed(x: torch.Tensor) -> bool:
     )
 
 
-def install() -> Recorder:
-    """From here on Triton's kernels take meta tensors as an H200's."""
-    recorder = Recorder()
-    driver.set_active(Driver())
-    triton_backend = ops.backend_module("triton")
-    plain = triton_backend.unavailable
-    gpu = torch.device("cuda", 0)
+def install() -> list[str]:
+    """From here on Triton's kernels take meta tensors as an H200's, are compiled by nobody, and add
+    their names to this list instead of running.
+    """
+    launched: list[str] = []
+
+    def compiled(function: JITFunction, key: str, *_: Any) -> CompiledKernel:
+        kernel, name = CompiledKernel.__new__(CompiledKernel), function.fn.__name__
+        kernel.src, kernel.name, kernel.module, kernel.function = None, name, 1, 1
+        kernel.packed_metadata = (4, 1, 0)
+        kernel._run = lambda *_: launched.append(name)
+        function.device_caches[0][0][key] = kernel
+        return kernel
+
+    target = GPUTarget("cuda", 90, 32)
+    device = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
+    driver.set_active(device)
+    JITFunction._do_compile = compiled
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    # It knows no autocast for tensors without storage.
+    torch.is_autocast_enabled = lambda device_type: False
     # Shapes found in C++, as on a device, where PyTorch has them: not by a compiler's Python.
     torch._meta_registrations._meta_lib_dont_use_me_use_register_meta._destroy()
+    triton_backend, gpu = ops.backend_module("triton"), torch.device("cuda", 0)
+    plain = triton_backend.unavailable
+    triton_backend.unavailable = lambda device, dtype: plain(gpu, dtype)
     if hasattr(triton_backend, "launch"):
         triton_backend.launch._is_on_gpu = lambda x: True
     if hasattr(ops, "is_untransformed"):
         ops.is_untransformed = _is_untransformed
-    for patch in (
-        mock.patch.object(JITFunction, "_do_compile", lambda *args: recorder.compile(*args)),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
-        # It knows no autocast for tensors without storage.
-        mock.patch.object(torch, "is_autocast_enabled", lambda device_type: False),
-        mock.patch.object(triton_backend, "unavailable", lambda device, dtype: plain(gpu, dtype)),
-    ):
-        patch.start()
-    return recorder
+    return launched
 
 
 def make_step(N: int, D: int) -> Callable[[], None]:
@@ -150,34 +129,29 @@ def _computes(event: Any) -> bool:
     return any(name not in VIEWS | ALLOCATIONS for name in below)
 
 
-def measure(recorder: Recorder, N: int, D: int, turns: int) -> dict[str, Any]:
+def measure(launched: list[str], N: int, D: int) -> dict[str, Any]:
     step = make_step(N, D)
     for _ in range(5):
         step()
-    recorder.launched.clear()
+    launched.clear()
     step()
-    launched = list(recorder.launched)
-    calls = count_calls(step)
+    kernels, calls = list(launched), count_calls(step)
     computing, allocations = operators(step)
-    times = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        times.append((time.perf_counter() - start) / STEPS * 1e6)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
     return {
-        "launches": len(launched), "allocations": len(allocations), "torch_ops": len(computing),
-        "calls": calls, "microseconds": statistics.median(times),
-        "names": launched + computing,
+        "launches": len(kernels), "allocations": len(allocations), "torch_ops": len(computing),
+        "calls": calls, "microseconds": (time.perf_counter() - start) / STEPS * 1e6,
+        "names": kernels + computing,
     }  # fmt: skip
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    recorder = install()
+    launched = install()
     for line in sys.stdin:
-        answer = measure(recorder, *map(int, line.split()))
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(measure(launched, *map(int, line.split()))), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import sys
 from conr_kernels.triton_backend.configs import ARCHITECTURES, KINDS, REGISTER_D
 from conr_kernels.variants import PRESETS
 
+from ..rows import as_csv
 from . import rank, shipped
-from .table import ARCHITECTURE, SIZES, TABLE, as_csv, table
+from .table import ARCHITECTURE, SIZES, TABLE, table
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ Nothing here runs a kernel.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,21 +24,24 @@ from conr_kernels import triton_backend
 from conr_kernels.core.inputs import Inputs
 from conr_kernels.core.rows import scale_statistics
 from conr_kernels.triton_backend import call
+from conr_kernels.triton_backend.configs import Config
 from conr_kernels.variants import Settings, resolve_variant
 
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
 class Launch:
     """One intercepted launch: the kernel, its grid and its arguments by name, launch options
-    apart.
+    apart; how far the sorted component of labels reaches, and whether it alone decides.
     """
 
     kernel: JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]
+    reach: float = 1.0
+    is_exact: bool = True
 
     @property
     def name(self) -> str:
@@ -45,20 +49,45 @@ class Launch:
 
 
 @contextlib.contextmanager
-def intercepted(architecture: int) -> Iterator[list[Launch]]:
+def intercepted(
+    architecture: int, reach: float = 1.0, is_exact: bool = True
+) -> Iterator[list[Launch]]:
     """Collects launches instead of running them; the table is read for that architecture."""
     launches: list[Launch] = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
         arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-        launches.append(Launch(kernel, grid, arguments, options))
+        launches.append(Launch(kernel, grid, arguments, options, reach, is_exact))
 
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(call, "architecture", lambda device: architecture),
     ):
         yield launches
+
+
+@contextlib.contextmanager
+def tried(kind: str, chosen: Config) -> Iterator[None]:
+    """The backend takes this configuration for kernels of the kind."""
+    plain = call.config
+
+    def config(asked: str, *key: object) -> Config:
+        return chosen if asked == kind else plain(asked, *key)
+
+    with mock.patch.object(call, "config", config):
+        yield
+
+
+@contextlib.contextmanager
+def matmul_precision(how: str) -> Iterator[None]:
+    """Of float32 products."""
+    saved = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(how)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(saved)
 
 
 def recorded_launches(
@@ -83,29 +112,26 @@ def recorded_launches(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, w = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(N, dtype=wide, device="meta")
     y = torch.empty(N, L, device="meta")
-    keys = None
-    if K is not None:
+    rows = (x, y, y, w if has_weights else None)
+    reach = window * (1 if L == 1 else L if distance == "mae" else math.sqrt(L))
+    with (
+        matmul_precision(precision),
+        intercepted(architecture, reach, L == 1) as launches,
+    ):
+        if K is None:
+            inputs = Inputs(*rows, None, 0, settings)
+            loss, kept, plan = triton_backend.reduced(inputs, None, "mean", True)
+            triton_backend.reduced_gradient(x, kept, plan, loss)
+            return launches
         y_j = torch.empty(K, L, device="meta")
         keys = (torch.empty(K, D, dtype=dtype, device="meta"), y_j, y_j)
-    saved = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        with intercepted(architecture) as launches:
-            rows = (x, y, y, w if has_weights else None)
-            if keys is None:
-                inputs = Inputs(*rows, None, 0, settings)
-                loss, kept, plan = triton_backend.reduced(inputs, None, "mean", True)
-                triton_backend.reduced_gradient(x, kept, plan, loss)
-                return launches
-            is_counted = settings.variant.unit_terms
-            n_absent = torch.empty((), dtype=torch.int64, device="meta") if is_counted else None
-            inputs = Inputs(*rows, keys, 0, settings, n_absent)
-            loss, stats, layout = triton_backend.forward(inputs)
-            coef_i = scale_statistics(stats, loss)
-            coef_j = coef_i.new_empty((K, coef_i.shape[1]))
-            triton_backend.backward(inputs, coef_i, coef_j, layout)
-    finally:
-        torch.set_float32_matmul_precision(saved)
+        is_counted = settings.variant.unit_terms
+        n_absent = torch.empty((), dtype=torch.int64, device="meta") if is_counted else None
+        inputs = Inputs(*rows, keys, 0, settings, n_absent)
+        loss, stats, layout = triton_backend.forward(inputs)
+        coef_i = scale_statistics(stats, loss)
+        coef_j = coef_i.new_empty((K, coef_i.shape[1]))
+        triton_backend.backward(inputs, coef_i, coef_j, layout)
     return launches
 
 

@@ -24,6 +24,8 @@ Assumptions, all of them:
 - Programs are placed in order on the first free place; the kernel ends with the last of them.
 - Each tensor crosses the HBM bus once. Where what all resident programs work on exceeds the L2
   cache, the same share of all traffic goes to HBM.
+- Where programs of one launch do different work (``conr_order_kernel``), each is taken to do all of
+  it: a time that is too long.
 - Nothing for the launch, the host, clock changes or power limits: a lower bound for small batches.
 """
 
@@ -47,7 +49,7 @@ from .passes import (
     phases_of,
     programs_per_tile,
     sweep_of,
-    visited_here,
+    window_of,
 )
 
 SMS, CLOCK = 132, 1.755e9
@@ -76,12 +78,12 @@ WIDTH = {"LDS": 4, "STS": 4, "LDSM": 4, "STSM": 4, "LDGSTS": 4}
 
 @dataclass(frozen=True)
 class Phase:
-    """A kind of work of one program and the cycles of each unit for one pass through it.
+    """A kind of work of one program ("full", "edge", "product" or "rest") and the cycles of each
+    unit for one pass through it.
 
-    ``kind``: ``"full"``, ``"edge"``, ``"product"`` or ``"rest"``; ``instructions`` per thread.
+    ``instructions``: of a thread.
     """
 
-    kind: str
     units: dict[str, float]
     latency: float
     instructions: float
@@ -98,9 +100,8 @@ class Phase:
 
 def _one_after_the_other(units: dict[str, float]) -> float:
     """Products, then arithmetic."""
-    at = {unit: units.get(unit, 0.0) for unit in UNITS}
-    products = max(at["tensor"], at["shared"])
-    return products + max(at["issue"], at["exponential"], at["float64"])
+    arithmetic = max(units["issue"], units["exponential"], units["float64"])
+    return max(units["tensor"], units["shared"]) + arithmetic
 
 
 class Model:
@@ -111,8 +112,8 @@ class Model:
         self.tree = match(nest_of(ttir), code_loops(code))
         self.warps = launch.options.get("num_warps", 4)
         self.stages = launch.options.get("num_stages", 3)
-        self._units: dict[int, dict[str, float]] = {}
         self.has_tensor_cores = any(map(is_tensor_core, code.counts))
+        self._units = {id(loop): self._count(loop) for loop in self.tree.walk()}
 
     @property
     def resident(self) -> int:
@@ -128,39 +129,41 @@ class Model:
 
     def phases(self) -> dict[str, Phase]:
         """One pass through each kind of tile."""
-        found = self._phases(TYPICAL, TYPICAL, self.l2_share(SMS))
+        found = self._phases(*self._typical, self.l2_share(SMS))
         return {kind: phase for kind, (phase, _) in found.items() if kind != "rest"}
 
     def _phases(self, full: int, edge: int, l2: float) -> dict[str, tuple[Phase, float]]:
         """The phases of an anchor tile with so many tiles of keys, and how often each passes."""
         return {
-            kind: (self._phase(kind, node, n, l2), n)
+            kind: (self._phase(node, n, l2), n)
             for kind, node, n in phases_of(self.tree, self.launch, full, edge)
             if n
         }
 
+    @property
+    def _typical(self) -> tuple[int, int]:
+        """Full and edge tiles; of a product for wide features, of one tile of anchors."""
+        return (1 if "BLOCK_K" in self.launch.arguments else TYPICAL), TYPICAL
+
     def l2_share(self, n_programs: int) -> float:
         return min(L2_BANDWIDTH / CLOCK / min(n_programs, SMS), L2_PORT)
 
-    def _phase(self, kind: str, node: list[tuple[Matched, float]], n: float, l2: float) -> Phase:
-        units, latency, instructions = Counter(dict.fromkeys(UNITS, 0.0)), 0.0, 0.0
+    def _phase(self, node: list[tuple[Matched, float]], n: float, l2: float) -> Phase:
+        units, latency, instructions = dict.fromkeys(UNITS, 0.0), 0.0, 0.0
         for loop, passes in node:
             passes /= n
             for unit, cycles in self._own(loop, l2).items():
                 units[unit] += cycles * passes
             latency += self._latency(loop) * passes
             instructions += passes * (len(loop.code.instructions) if loop.code else 0)
-        return Phase(kind, dict(units), latency, instructions)
+        return Phase(units, latency, instructions)
 
     def _own(self, loop: Matched, l2: float) -> dict[str, float]:
         """Cycles of each unit for one pass through a loop's own body."""
-        if id(loop) not in self._units:
-            self._units[id(loop)] = self._count(loop)
-        return {**self._units[id(loop)], "L2": loop.nest.bytes / l2}
+        return self._units[id(loop)] | {"L2": loop.nest.bytes / l2}
 
     def _count(self, loop: Matched) -> dict[str, float]:
-        rates, code = FLOP[self.architecture], loop.code
-        units = {}
+        rates, code, units = FLOP[self.architecture], loop.code, dict.fromkeys(UNITS, 0.0)
         if self.has_tensor_cores:
             kinds = {k: n * PASSES.get(k, 1) for k, n in loop.nest.products.items()}
             cycles = sum(n / rates[k[:4]] for k, n in kinds.items() if k[:4] in rates)
@@ -209,7 +212,7 @@ class Model:
         """What bounds a kind of tile: a unit, or the latency of too few resident programs. A kernel
         without pairs has one kind, "rest", and memory for L2.
         """
-        phase = self._phases(TYPICAL, TYPICAL, self.l2_share(SMS))[kind][0]
+        phase = self._phases(*self._typical, self.l2_share(SMS))[kind][0]
         unit, cycles = phase.busiest
         resident = self._filled if kind == "rest" else self.resident
         unit = "memory" if kind == "rest" and unit == "L2" else unit
@@ -233,11 +236,7 @@ class Model:
                     sum(n * phase.alone for phase, n in phases),
                 )
             per_tile.append(seen[visit])
-        n_programs = self.launch.grid[0]
-        if len(per_tile) <= n_programs:
-            return [per_tile[p % len(per_tile)] for p in range(n_programs)]
-        walks = (per_tile[p::n_programs] for p in range(n_programs))
-        return [tuple(map(sum, zip(*walk, strict=True))) for walk in walks]
+        return [per_tile[program % len(per_tile)] for program in range(self.launch.grid[0])]
 
     def _makespan(self) -> float:
         work = self._work()
@@ -261,18 +260,21 @@ class Model:
         once = sum(unique.values())
         if is_of_few_rows(self.launch):  # of a workspace that its launches share, its own part
             return min(once, self.l2_bytes())
-        if sweep_of(self.launch) is None:
-            return once
+        sweep = sweep_of(self.launch)
         if "H_ptr" in given:
-            visited, share = visited_here(self.launch)
+            sweep, here, share = window_of(self.launch)
             area = given["BLOCK_I"] * given["BLOCK_J"]
-            once = once * share + visited * area * given["H_ptr"].element_size()
-        live = self._live_bytes()
+            once = once * share + sum(here) * area * given["H_ptr"].element_size()
+            if not here:
+                return 0.0
+        if sweep is None:
+            return once
+        live = self._live_bytes(sweep)
         return max(once, self.l2_bytes() * max(0.0, 1 - L2_BYTES / max(live, 1)))
 
-    def _live_bytes(self) -> float:
+    def _live_bytes(self, sweep: str) -> float:
         """What the resident programs of a sweep read and write again and again."""
-        given, sweep = self.launch.arguments, sweep_of(self.launch)
+        given = self.launch.arguments
         n, block_i = given["n_anchors"], given["BLOCK_I"]
         n_programs = min(self.launch.grid[0], SMS * self.resident)
         own = -(-n_programs // programs_per_tile(self.launch)) * block_i

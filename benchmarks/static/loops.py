@@ -11,8 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from .machine import MachineCode, is_tensor_core, opcode
+from .machine import TENSOR, MachineCode, opcode
 
 SIZES = {"i1": 1, "i8": 1, "f16": 2, "bf16": 2, "i16": 2, "f32": 4, "i32": 4, "f64": 8, "i64": 8}
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)(?:!tt\.ptr<)?(\w+)>*")
@@ -20,8 +21,27 @@ _DOT = re.compile(r"= tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x(\
 _SCALAR = re.compile(r"!tt\.ptr<(\w+)>")
 
 
+class Tree:
+    """A loop and the loops in it, the kernel around all of them at the top."""
+
+    loops: list
+
+    def walk(self) -> Iterator[Any]:
+        yield self
+        for loop in self.loops:
+            yield from loop.walk()
+
+    @property
+    def has_product(self) -> bool:
+        return any(loop.multiplies for loop in self.walk())
+
+    @property
+    def has_pairs(self) -> bool:
+        return any(loop.is_of_pairs for loop in self.walk())
+
+
 @dataclass
-class Nest:
+class Nest(Tree):
     """One loop, or the kernel around all loops: what one pass through its own body does.
 
     ``bound`` and ``step``: the loop counts up to this value, by this constant, as far as the IR
@@ -30,81 +50,69 @@ class Nest:
 
     bound: str = ""
     step: int = 0
-    loads: float = 0.0
-    bytes: float = 0.0
+    loads: int = 0
+    bytes: int = 0
     #: FLOP by kind (``"half"``, ``"tf32"``, ``"tf32x3"``, ``"ieee"``, ``"f64"``), and the bytes of
     #: both factors.
     products: Counter[str] = field(default_factory=Counter)
-    operand_bytes: float = 0.0
+    operand_bytes: int = 0
     #: Pairs of rows whose exponentials this very body takes.
     exponentials: int = 0
     loops: list[Nest] = field(default_factory=list)
 
     @property
-    def has_product(self) -> bool:
-        return bool(self.products) or any(loop.has_product for loop in self.loops)
+    def multiplies(self) -> bool:
+        return bool(self.products)
 
     @property
-    def has_pairs(self) -> bool:
-        return self.exponentials > 0 or any(loop.has_pairs for loop in self.loops)
-
-    def walk(self) -> Iterator[Nest]:
-        yield self
-        for loop in self.loops:
-            yield from loop.walk()
+    def is_of_pairs(self) -> bool:
+        return self.exponentials > 0
 
 
 def nest_of(ttir: str) -> Nest:
-    """The loops of a kernel in Triton IR; of two branches of an if, each counts half."""
+    """The loops of a kernel in Triton IR; what both branches of an if do counts."""
     kernel = Nest()
     constants: dict[str, int] = {}
-    stack: list[tuple[Nest, float]] = [(kernel, 1.0)]
+    stack = [kernel]
     for raw in ttir.splitlines():
         line = re.sub(r"\s*loc\(#loc\d*\)$", "", raw).strip()
-        here, share = stack[-1]
         if line.startswith("}"):
-            stack.pop()
-            if line.endswith("{"):
-                stack.append(stack[-1])
-                stack[-1] = (stack[-1][0], stack[-1][1] / 2)
+            here = stack.pop()
+            if line.endswith("{"):  # the other branch
+                stack.append(here)
             continue
+        here = stack[-1]
         if found := re.match(r"(%\S+) = arith\.constant (-?\d+) : ", line):
             constants[found[1]] = int(found[2])
         if found := re.search(r"scf\.for %\S+ = \S+ to (\S+) step (\S+)", line):
-            loop = Nest(found[1].lstrip("%"), constants.get(found[2], 0))
-            here.loops.append(loop)
-            stack.append((loop, 1.0))
+            stack.append(Nest(found[1].lstrip("%"), constants.get(found[2], 0)))
+            here.loops.append(stack[-1])
             continue
-        _count(here, line, share)
+        _count(here, line)
         if line.endswith("{"):
-            stack.append((here, share))
+            stack.append(here)
     return kernel
 
 
-def _count(nest: Nest, line: str, share: float) -> None:
+def _count(nest: Nest, line: str) -> None:
     if found := _DOT.search(line):
         m, k, n = (int(size) for size in found.groups()[:3])
         kind = {"f64": "f64", "f32": "ieee"}.get(found[4], "half")
         if kind == "ieee" and (how := re.search(r"inputPrecision = (\w+)", line)):
             kind = how[1]
-        nest.products[kind] += share * 2 * m * n * k
-        nest.operand_bytes += share * (m + n) * k * SIZES[found[4]]
-    elif re.search(
-        r"\btt\.(load|store|descriptor_load|descriptor_store|descriptor_gather)\b", line
-    ):
-        shapes = _TENSOR.findall(line.split(" : ")[-1]) or [
-            ("", kind) for kind in _SCALAR.findall(line)
-        ]
-        dims, kind = shapes[-1]
-        n = math.prod(int(d) for d in dims.split("x") if d)
-        nest.bytes += share * n * SIZES[kind]
-        nest.loads += share * ("load" in line or "gather" in line)
+        nest.products[kind] += 2 * m * n * k
+        nest.operand_bytes += (m + n) * k * SIZES[found[4]]
+    elif found := re.search(r"\btt\.(load|store)\b", line):
+        shapes = _TENSOR.findall(line.split(" : ")[-1])
+        dims, kind = shapes[-1] if shapes else ("", _SCALAR.findall(line)[-1])
+        nest.bytes += math.prod(int(d) for d in dims.split("x") if d) * SIZES[kind]
+        nest.loads += found[1] == "load"
     elif "exp2" in line and (found := re.search(r"tensor<(\d+)x(\d+)x(?:f32|f64)>", line)):
         nest.exponentials = int(found[1]) * int(found[2])
 
 
 @dataclass
-class CodeLoop:
+class CodeLoop(Tree):
     """One loop of the machine code: the instructions of its own body and the loops in it."""
 
     instructions: list[str]
@@ -115,18 +123,12 @@ class CodeLoop:
         return sum(opcode(line).startswith(prefixes) for line in self.instructions)
 
     @property
-    def has_product(self) -> bool:
-        multiplies = any(map(is_tensor_core, map(opcode, self.instructions)))
-        return multiplies or self.count("DFMA") >= 32 or any(x.has_product for x in self.loops)
+    def multiplies(self) -> bool:
+        return self.count(*TENSOR) > 0 or self.count("DFMA") >= 32
 
     @property
-    def has_pairs(self) -> bool:
-        return self.count("MUFU.EX2") > 0 or any(x.has_pairs for x in self.loops)
-
-    def walk(self) -> Iterator[CodeLoop]:
-        yield self
-        for loop in self.loops:
-            yield from loop.walk()
+    def is_of_pairs(self) -> bool:
+        return self.count("MUFU.EX2") > 0
 
 
 def code_loops(code: MachineCode) -> CodeLoop:
@@ -141,27 +143,16 @@ def code_loops(code: MachineCode) -> CodeLoop:
             if header == 0 or header == end or end not in _reached(0, successors, header):
                 body = {header} if header == end else {header} | _reached(end, before, header)
                 bodies.setdefault(header, set()).update(body)
-    order = sorted(bodies.items(), key=lambda item: (item[0], -len(item[1])))
     root = CodeLoop([])
-    made: list[tuple[set[int], CodeLoop]] = [(reached, root)]
-    for _, body in order:
-        if body in (at for at, _ in made) or not _is_work(body, blocks):
-            continue
-        parent = min((m for m in made if body <= m[0]), key=lambda m: len(m[0]))[1]
-        loop = CodeLoop([])
-        parent.loops.append(loop)
-        made.append((body, loop))
+    made = [(reached, root)]
+    for _, body in sorted(bodies.items()):
+        _, parent = min((m for m in made if body <= m[0]), key=lambda m: len(m[0]))
+        parent.loops.append(CodeLoop([]))
+        made.append((body, parent.loops[-1]))
     for block in sorted(reached):
-        owner = min((m for m in made if block in m[0]), key=lambda m: len(m[0]))[1]
+        _, owner = min((m for m in made if block in m[0]), key=lambda m: len(m[0]))
         owner.instructions += blocks[block]
     return root
-
-
-def _is_work(body: set[int], blocks: list[list[str]]) -> bool:
-    """False for the empty loop that ends a kernel and for waiting at a barrier in memory."""
-    instructions = [line for block in body for line in blocks[block]]
-    waits = any("TRYWAIT" in line for line in instructions)
-    return len(instructions) > (8 if waits else 1)
 
 
 def _blocks(code: MachineCode) -> tuple[list[list[str]], list[list[int]]]:
@@ -198,17 +189,12 @@ def _reached(start: int, nexts: list[list[int]], barred: int | None = None) -> s
 
 
 @dataclass(frozen=True)
-class Matched:
+class Matched(Tree):
     """A loop of the IR with its machine code; ``code`` is None where the compiler reshaped it."""
 
     nest: Nest
     code: CodeLoop | None
     loops: list[Matched]
-
-    def walk(self) -> Iterator[Matched]:
-        yield self
-        for loop in self.loops:
-            yield from loop.walk()
 
 
 #: Loops that must correspond, from all to those that do the work.

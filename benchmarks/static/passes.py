@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -20,20 +21,46 @@ def sweep_of(launch: Launch) -> str | None:
 
 def programs_per_tile(launch: Launch) -> int:
     """Programs that share a tile of anchors: its key tiles, or the columns of its product."""
-    given = launch.arguments
-    is_product = "BLOCK_K" in given
-    return given["D_PAD"] // given["BLOCK_D"] if is_product else given.get("n_slots", 1)
+    if "list_ptr" in launch.arguments:
+        _, here, _ = window_of(launch)
+        return columns_of(launch) if "BLOCK_K" in launch.arguments else -(-sum(here) // len(here))
+    return launch.arguments.get("n_slots", 1)
 
 
-def _visits(launch: Launch) -> tuple[tuple[int, int], ...]:
+def _visits(launch: Launch, sweep: str | None) -> tuple[tuple[int, int], ...]:
     """Full and edge tiles of keys of every tile of anchors of a sweep."""
-    given, sweep = launch.arguments, sweep_of(launch)
-    L = given["L"]
-    reach = given.get("h", 1.0) * (1.0 if L == 1 else math.sqrt(L) if given.get("RMSE") else L)
+    given = launch.arguments
     return tiles.visits(
-        given["n_anchors"], given["n_keys"], given["BLOCK_I"], given["BLOCK_J"], sweep, reach,
-        L == 1, sweep == "negatives" and not given.get("CONFUSED", True),
+        given["n_anchors"], given["n_keys"], given["BLOCK_I"], given["BLOCK_J"], sweep,
+        launch.reach, launch.is_exact,
+        sweep == "negatives" and not given.get("CONFUSED", True),
     )  # fmt: skip
+
+
+def columns_of(launch: Launch) -> int:
+    """Programs that share the columns of a product for wide features."""
+    return launch.arguments["D_PAD"] // launch.arguments["BLOCK_D"]
+
+
+def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
+    """Of a window of the list for wide features: its sweep, the tiles of keys of each tile of
+    anchors that has some in it, and their share of the sweep's.
+    """
+    given = launch.arguments
+    first, window = given["first"], given["window"]
+    counts = {
+        sweep: [max(sum(visit), 1) for visit in _visits(launch, sweep)]
+        for sweep in ("positives", "negatives")
+    }
+    start = -(-sum(counts["positives"]) // window) * window
+    if given["CONFUSED"] and not given["apart"]:
+        of_all = len(counts["positives"]) * -(-given["n_keys"] // given["BLOCK_J"])
+        start = -(-of_all // window) * window
+    sweep, at = ("negatives", start) if first >= start else ("positives", 0)
+    ends = itertools.accumulate(counts[sweep], initial=at)
+    here = (min(b, first + window) - max(a, first) for a, b in itertools.pairwise(ends))
+    here = tuple(n for n in here if n > 0)
+    return sweep, here, sum(here) / sum(counts[sweep])
 
 
 def is_of_few_rows(launch: Launch) -> bool:
@@ -57,16 +84,11 @@ def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
     """
     if "per_part" in launch.arguments:
         return _tiles_of_parts(launch.arguments)
+    if "H_ptr" in launch.arguments:
+        return _turns(launch)
     if sweep_of(launch) is None:
         return ((1, 1),)
-    given, visits, n_programs = launch.arguments, _visits(launch), programs_per_tile(launch)
-    if "H_ptr" in given:  # some rows and some of their keys, every tile an edge
-        most = given["row_size"] // given["BLOCK_J"]
-        here = visits[given["first"] :][: launch.grid[0] // n_programs]
-        counts = (min(max(full + edge - given["start"], 0), most) for full, edge in here)
-        visits = tuple((0, n) for n in counts)
-    if "BLOCK_K" in given:
-        return tuple(visit for visit in visits for _ in range(n_programs))
+    visits, n_programs = _visits(launch, sweep_of(launch)), programs_per_tile(launch)
     return tuple(
         (_share(full, slot, n_programs), _share(edge, slot, n_programs))
         for full, edge in visits
@@ -74,11 +96,17 @@ def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
     )
 
 
-def visited_here(launch: Launch) -> tuple[float, float]:
-    """Tiles of pairs of one launch for wide features, and their share of a sweep's."""
-    visited = sum(n for _, n in anchor_tiles(launch))
-    visited /= programs_per_tile(launch) if "BLOCK_K" in launch.arguments else 1
-    return visited, visited / max(sum(map(sum, _visits(launch))), 1)
+def _turns(launch: Launch) -> tuple[tuple[int, int], ...]:
+    """Of each program of a launch for wide features: none and the tiles of pairs of its scores; the
+    tiles of anchors of its products, once for each of their columns, and their tiles of pairs.
+    """
+    n_programs, (_, here, _) = launch.grid[0], window_of(launch)
+    if "BLOCK_K" not in launch.arguments:
+        return tuple((0, len(range(p, sum(here), n_programs))) for p in range(n_programs))
+    items = [n for n in here for _ in range(columns_of(launch))]
+    return tuple(
+        (len(mine), sum(mine)) for p in range(n_programs) for mine in [items[p::n_programs]]
+    )
 
 
 def _share(n: int, slot: int, n_slots: int) -> int:
@@ -96,6 +124,12 @@ def phases_of(
     kinds = {"full": full, "edge": edge} if len(pairs) == 2 else {"edge": full + edge}
     if tree.nest.exponentials and has_pairs:
         yield "edge", list(_subtree(tree, given, 1.0)), 1.0
+        return
+    if "BLOCK_K" in given:
+        (loop,) = (m for m in tree.loops if m.nest.has_product)
+        yield "product", list(_products(loop, given, full, edge)), edge
+        search = [m for m in tree.loops if m is not loop and edge]  # an empty window ends at once
+        yield "rest", [(m, 1.0) for m in (tree, *search)], 1.0
         return
     names = iter(kinds)
     rest: list[tuple[Matched, float]] = []
@@ -119,17 +153,22 @@ def phases_of(
 
 
 def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
-    """Passes of a nest of products over ``n`` tiles: its loops over D come from outside in."""
+    """Passes of a nest of products over ``n`` tiles: its loops over D come from outside in. Wide
+    features: of ``times`` tiles of anchors, in steps of a tile's keys.
+    """
+    if "BLOCK_K" in given:
+        yield loop, times
+        yield from ((child, n * (given["BLOCK_J"] // given["BLOCK_K"])) for child in loop.loops)
+        return
     known = _trips(loop.nest, given)
     if known is None:  # a part of D: so many columns, or chunks
         part = given.get("chunk", given.get("n_chunks", 0) * loop.nest.step)
         known = math.ceil(part / loop.nest.step) if part else None
-    steps = given["BLOCK_J"] // given.get("BLOCK_K", given["BLOCK_J"])
-    passes = times * known if known is not None else n * steps
+    passes = times * known if known is not None else n
     yield loop, passes
     for child in loop.loops:
         inner = _trips(child.nest, given)
-        yield child, passes * inner if inner is not None else n * (known or 1) * steps
+        yield child, passes * inner if inner is not None else n * (known or 1)
 
 
 def _subtree(m: Matched, given: dict, times: float) -> Iterator[tuple[Matched, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -10,7 +10,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from unittest import mock
 
-import torch
 from tqdm import tqdm
 
 from conr_kernels.triton_backend import call
@@ -33,28 +32,30 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
     double = arithmetic == "float64"
     if kind == "product":  # its tiles of pairs are those of "wide"
         wide = call.config("wide", arch, width, arithmetic)
+        steps, columns = ((16, 32), (16, 32, 64)) if double else ((32, 64, 128), (64, 128, 256))
         return [
-            replace(wide, BLOCK_J=block_j, BLOCK_D=block_d)
-            for block_j, block_d in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256))
-            if block_j <= wide.BLOCK_J and min(block_j, block_d) >= (16 if double else 32)
+            Config(wide.BLOCK_I, block_j, block_d, warps, stages)
+            for block_j, block_d, warps, stages in itertools.product(
+                steps, columns, (4, 8), (1,) if double else (2, 3)
+            )
+            if block_j <= wide.BLOCK_J and wide.BLOCK_I * block_d / (32 * warps) <= ACCUMULATORS
         ]
     sides = (16, 32) if double else (32, 64, 128)
     anchors = sides if double else (*sides, 256)
     chunks = (width,) if width else (16, 32) if double else (32, 64, 128)
+    tiles = itertools.product(anchors, sides, chunks, (4, 8), (1, 2, 3))
     return [
-        Config(block_i, block_j, block_d, warps, stages)
-        for block_i, block_j, block_d, warps, stages in itertools.product(
-            anchors, sides, chunks, (4, 8), (1, 2, 3)
-        )
-        if block_i * block_j / (32 * warps) >= 2
-        and _accumulators(kind, block_i, block_j, block_d) / (32 * warps) <= ACCUMULATORS
-    ]
+        found for found in itertools.starmap(Config, tiles)
+        if found.BLOCK_I * found.BLOCK_J / (32 * found.num_warps) >= 2
+        and fits_registers(kind, found)
+    ]  # fmt: skip
 
 
-def _accumulators(kind: str, block_i: int, block_j: int, block_d: int) -> int:
-    """Numbers that a program holds in registers from one tile to the next, and the tile's own."""
-    kept = block_d if kind == "backward" else 0 if kind == "wide" else block_j
-    return block_i * (block_j + kept)
+def fits_registers(kind: str, config: Config) -> bool:
+    """Whether what a program holds from one tile to the next and the tile's own numbers do."""
+    kept = {"backward": config.BLOCK_D, "wide": 0}.get(kind, config.BLOCK_J)
+    numbers = config.BLOCK_I * (config.BLOCK_J + kept)
+    return numbers / (32 * config.num_warps) <= ACCUMULATORS
 
 
 def judge(
@@ -63,26 +64,17 @@ def judge(
     """The predicted microseconds of the kernels that read the configuration, and remarks; None and
     the reason where it is rejected.
     """
-    plain = call.config
-
-    def launches(mark: int) -> list[compiled.Launch]:
-        def config(asked: str, *key) -> Config:
-            found = chosen if asked == kind else plain(asked, *key)
-            return replace(found, num_warps=found.num_warps + mark * (asked == kind))
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(call, "config", config))
-            if kind in ("wide", "product"):
-                stack.enter_context(mock.patch.object(call, "bucket", lambda *_: 0))
-            return compiled.recorded_launches(
-                N, D, getattr(torch, arithmetic.split()[0]), arch, variant=variant,
-                precision="highest" if arithmetic.endswith("highest") else "high",
-            )  # fmt: skip
-
+    of = shipped.Call(N, D, arithmetic, variant)
+    bucket = (lambda *_: 0) if kind in ("wide", "product") else call.bucket
+    launches = []
+    for mark in (0, MARK):
+        config = replace(chosen, num_warps=chosen.num_warps + mark)
+        with compiled.tried(kind, config), mock.patch.object(call, "bucket", bucket):
+            launches.append(of.launches(arch))
     total, remarks = 0.0, []
     models: dict[str, Model] = {}
-    for launch, marked in zip(launches(0), launches(MARK), strict=True):
-        if marked.options.get("num_warps", 0) < MARK:
+    for launch, twin in zip(*launches, strict=True):
+        if twin.options.get("num_warps", 0) < MARK:
             continue
         key = shipped.specialization(launch)
         if key in models:  # wide features: once more, for other rows or keys
@@ -114,13 +106,11 @@ def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) ->
     kind = "wide" if kind == "backward" and width == 0 else kind
     width = 0 if kind in ("wide", "product") else width
     configs = candidates(kind, width, arithmetic, arch)
-    results = []
+    judged = functools.partial(
+        judge, kind, D=D, arithmetic=arithmetic, arch=arch, variant=variant, N=N
+    )
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(judge, kind, chosen, D, arithmetic, arch, variant, N) for chosen in configs
-        ]
-        for job in tqdm(jobs, file=sys.stderr):
-            results.append(job.result())
+        results = list(tqdm(pool.map(judged, configs), total=len(configs), file=sys.stderr))
     shipped = call.config(kind, arch, width, arithmetic)
     results.sort(key=lambda result: (result[1] is None, result[1] or 0.0))
     print(f"{kind}, D = {D}, {arithmetic}, sm_{arch}, {variant}, N = {N}: predicted for an H200")

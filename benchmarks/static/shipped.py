@@ -34,7 +34,7 @@ class Call:
     """The form of one call of the backend.
 
     ``part``: the launches of interest, ``"all"``, those that read the ``"table"``, or those of the
-    ``"wide"`` kernel.
+    ``"wide"`` kernels or of ``"order"``.
     """
 
     N: int
@@ -74,8 +74,8 @@ class Call:
         return [launch for launch in found if self._has(launch)]
 
     def _has(self, launch: Launch) -> bool:
-        if self.part == "wide":
-            return "wide" in launch.name
+        if self.part in ("wide", "order"):
+            return self.part in launch.name
         return self.part == "all" or "BLOCK_J" in launch.arguments
 
     def _keys(self, n: int) -> int | None:
@@ -114,6 +114,7 @@ def calls() -> list[Call]:
         call = Call(N, D, "bfloat16", part=part)
         found += [replace(call, variant="released-age"), *_flags(call)]
     found.append(Call(SWEEPS, 256, "bfloat16", L=3, part="table"))
+    found.append(Call(SWEEPS, 128, "bfloat16", "released-age", has_keys=True, part="order"))
     return found
 
 

@@ -10,11 +10,9 @@ call, where they are few.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -63,10 +61,8 @@ def row_of(call: Call, index: int, arch: int) -> dict[str, object]:
         "tensor_core": tensor_core_names(code), "passes": model.product_passes(),
         "atomics": sum(n for op, n in code.counts.items() if op.startswith(ATOMICS)),
     }  # fmt: skip
-    for kind in PHASES:
-        row[f"per_pair_{kind}"] = f"{per_pair[kind]:.2f}" if per_pair.get(kind) else ""
-    for kind in PHASES:
-        row[f"bound_{kind}"] = model.bound(kind) if kind in phases else ""
+    row |= {f"per_pair_{k}": f"{per_pair[k]:.2f}" if per_pair.get(k) else "" for k in PHASES}
+    row |= {f"bound_{k}": model.bound(k) if k in phases else "" for k in PHASES}
     row["bound_rest"] = "" if phases else model.bound("rest")
     # Time is predicted for an H200 at the sizes at which the kernel is launched.
     for n in ("few", *SIZES):
@@ -80,18 +76,7 @@ def row_of(call: Call, index: int, arch: int) -> dict[str, object]:
 
 
 def table(jobs: list[tuple[Call, int, int]]) -> list[dict[str, object]]:
-    """Rows of the jobs, in their order, compiled in two processes."""
-    rows: dict[tuple, dict] = {}
+    """Rows of the jobs, compiled in two processes."""
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        pending = {pool.submit(row_of, *job): job for job in jobs}
-        for done in tqdm(as_completed(pending), total=len(pending), file=sys.stderr, mininterval=2):
-            rows[pending[done]] = done.result()
-    return [rows[job] for job in jobs]
-
-
-def as_csv(rows: list[dict[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+        rows = pool.map(row_of, *zip(*jobs, strict=True))
+        return list(tqdm(rows, total=len(jobs), file=sys.stderr, mininterval=2))

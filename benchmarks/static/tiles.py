@@ -4,23 +4,20 @@ running one.
 
 from __future__ import annotations
 
-import csv
 import functools
 import math
 
 import torch
 from torch import Tensor
 
-from ..batches import AGES
+from ..batches import age_counts
 
 
 @functools.cache
 def batch(n: int) -> dict[str, Tensor]:
     """Sorted labels with AgeDB-DIR's counts, and sorted predictions about 7 years off."""
-    with AGES.open() as file:
-        counts = {float(row["age"]): int(row["count"]) for row in csv.DictReader(file)}
-    ages = torch.tensor(list(counts), dtype=torch.float64)
-    below = torch.tensor(list(counts.values()), dtype=torch.float64).cumsum(0)
+    ages, counts = (t.double() for t in age_counts())
+    below = counts.cumsum(0)
     quantiles = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     y = ages[torch.searchsorted(below / below[-1], quantiles)]
     # Errors by their quantiles too, in an order without relation to the labels': no random numbers.

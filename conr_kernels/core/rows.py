@@ -5,10 +5,13 @@ A row's *statistics* are what the backward pass needs, for an upstream gradient 
 - where no exponent can be large, three columns ``(α_i, β_i, γ_i)``;
 - otherwise five columns ``(±1, β_i, ±1, log|α_i|, log|γ_i|)``: the first three carry the sign
   and are multiplied by the upstream gradient, so that nothing over- or underflows before it meets
-  ``exp(s_ij)``. The logarithm of nothing is ``−inf``: ``exp(s_ij)`` alone may be infinite.
+  ``exp(s_ij)``. The logarithm of nothing is ``−inf``: ``exp(s_ij)`` alone may be infinite. Where
+  exponents turn out to be small, ``(α_i, β_i, γ_i, 0, 0)``.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +31,7 @@ def scale_statistics(stats: Tensor, g: Tensor) -> Tensor:
 
 def to_log_statistics(stats: Tensor) -> Tensor:
     """Three columns as five."""
-    alpha, beta, gamma = stats.unbind(1)
-    log_alpha, log_gamma = alpha.abs().log(), gamma.abs().log()
-    return torch.stack([alpha.sign(), beta, gamma.sign(), log_alpha, log_gamma], dim=1)
+    return torch.cat([stats, stats.new_zeros(len(stats), 2)], dim=1)
 
 
 def no_statistics(n_rows: int, like: Tensor) -> Tensor:
@@ -40,10 +41,21 @@ def no_statistics(n_rows: int, like: Tensor) -> Tensor:
     return stats
 
 
-def collapse_statistics(stats: Tensor) -> Tensor:
-    """Five columns as three."""
-    alpha, beta, gamma, log_alpha, log_gamma = stats.unbind(1)
-    return torch.stack([alpha * log_alpha.exp(), beta, gamma * log_gamma.exp()], dim=1)
+class RowSums(NamedTuple):
+    """Of each row [N]: ``E_i = Σ_P exp s`` and ``B_i = Σ_M φ exp s``, or their logarithms; ``n_i``;
+    ``m_i``, or what is as positive; 0, or NaN where an input is not finite; ``w_i``; and ``Σ_P s``
+    where ``log="inside"``.
+
+    In float64 where the device has it: weights up to 1e30 meet sums up to 1e30 here.
+    """
+
+    E: Tensor
+    B: Tensor
+    n: Tensor
+    m: Tensor
+    poison: Tensor
+    w: Tensor | None = None
+    s_sum: Tensor | None = None
 
 
 def pushing_rate(w: Tensor | None, settings: Settings) -> Tensor | float | None:
@@ -57,83 +69,51 @@ def pushing_rate(w: Tensor | None, settings: Settings) -> Tensor | float | None:
 
 
 def finish_rows(
-    E: Tensor,
-    B: Tensor,
-    n: Tensor,
-    m: Tensor,
-    poison: Tensor,
-    n_keys: Tensor | int,
-    settings: Settings,
-    w: Tensor | None = None,
-    s_sum: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Losses [N] and statistics [N, 3] from ``E_i = Σ_P exp s``, ``B_i = Σ_M φ exp s`` and counts.
-
-    Runs in the dtype of its inputs, float64 where the device has it: weights up to 1e30 meet sums
-    up to 1e30 here. ``poison`` [N] is 0, or NaN where an input of the row is not finite.
-    """
-    variant = settings.variant
-    r = pushing_rate(w, settings)
-    scale = (n * m).clamp_(max=1).add_(poison)  # A_i
+    rows: RowSums, n_keys: Tensor | int, settings: Settings, is_log: bool = False
+) -> Tensor:
+    """Losses, and then the columns of the statistics: [4, N]; [6, N] if the sums are logarithms."""
+    E, B, n, m, poison, w, s_sum = rows
+    variant, r = settings.variant, pushing_rate(w, settings)
+    A = (n * m).sign_()
+    scale = A + poison
     if variant.weighted_rows and w is not None:
         scale = scale * w
     n = n.clamp(min=1)
-    E = E.clamp(min=TINY)
-    other = B if r is None else B * r
+    c = share = unit_terms = log_E = None
     if variant.unit_terms:
-        other = other + (n_keys - n).clamp_(min=0)  # below 0 of rows that take no part
-    Z = E + other
-    ratio = other / E
-    excess = torch.log1p(ratio)  # log Z − log E, without forming Z − E
-    if variant.log == "outside":
-        loss = n.log_().add_(excess)
-        alpha, beta, gamma = ratio.div_(Z).neg_(), poison, Z.reciprocal_()
-    else:
+        unit_terms = (n_keys - n).clamp_(min=0)  # below 0 of rows that take no part
+    if variant.log == "inside":
         c = n + variant.count_self
-        loss = (E.log_().add_(excess).mul_(n) - s_sum) / c
-        alpha, beta = n / (c * Z), c.reciprocal_()
-        gamma = alpha
-    gamma = gamma if r is None else gamma * r
-    stats = torch.stack([alpha, beta, gamma], dim=1)
-    return loss.mul_(scale), stats.mul_(scale[:, None])
+        share = n / c
 
-
-def finish_log_rows(
-    E: Tensor,
-    B: Tensor,
-    n: Tensor,
-    m: Tensor,
-    poison: Tensor,
-    n_keys: Tensor | int,
-    settings: Settings,
-    w: Tensor | None = None,
-    s_sum: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same where E and B are ``log E_i`` and ``log B_i``: losses [N] and statistics [N, 5]."""
-    variant = settings.variant
-    r = pushing_rate(w, settings)
-    r = torch.as_tensor(1.0 if r is None else r, dtype=E.dtype, device=E.device)
-    is_anchor = (n > 0) & (m > 0)
-    log_E = torch.where(is_anchor, E, 0.0)
-    log_B = torch.where(is_anchor, B, 0.0)
-    n = torch.where(is_anchor, n, 1).to(log_E.dtype)
-    log_r = r.log()
-    log_T = log_r + log_B  # of Z − E
-    if variant.unit_terms:
-        log_T = torch.logaddexp(log_T, (n_keys - n).clamp_(min=0).log())
-    excess = torch.logaddexp(log_T - log_E, torch.zeros_like(log_E))  # log Z − log E
-    log_Z = log_E + excess
-    one = torch.ones_like(log_E)
-    if variant.log == "outside":
-        loss = n.log() + excess
-        sign_alpha, log_alpha = -one, log_T - log_Z - log_E
-        beta, log_gamma = torch.zeros_like(log_E), log_r - log_Z
+    # T = Z − E, and excess = log Z − log E without forming Z − E.
+    if is_log:
+        log_E, log_B = (torch.where(A > 0, t, 0.0) for t in (E, B))
+        log_r = torch.as_tensor(1.0 if r is None else r, dtype=E.dtype, device=E.device).log()
+        log_T = log_r + log_B
+        if unit_terms is not None:
+            log_T = torch.logaddexp(log_T, unit_terms.log())
+        gamma = torch.ones_like(log_E)
+        alpha = -gamma if share is None else gamma
+        excess = torch.logaddexp(log_T - log_E, torch.zeros_like(log_E))
+        log_alpha = log_T - log_E if share is None else share.log()
+        log_gamma = log_r if share is None else log_alpha + log_r
+        logarithms = torch.stack([log_alpha, log_gamma.expand_as(n)]) + (A.log() - log_E - excess)
     else:
-        c = n + variant.count_self
-        loss = (n * log_Z - s_sum) / c
-        sign_alpha, log_alpha = one, (n / c).log() - log_Z
-        beta, log_gamma = 1 / c, log_alpha + log_r
-    stats = torch.stack([sign_alpha, beta, one, log_alpha, log_gamma], dim=1)
-    stats = torch.where(is_anchor[:, None], stats, no_statistics(1, stats))
-    scale = poison + 1 if w is None or not variant.weighted_rows else w + poison
-    return torch.where(is_anchor, loss, 0.0) * scale, scale_statistics(stats, scale)
+        E = E.clamp(min=TINY)
+        T = B if r is None else B * r
+        if unit_terms is not None:
+            T = T + unit_terms
+        Z, ratio = E + T, T / E
+        excess = torch.log1p(ratio)
+        alpha = (ratio / Z).neg_() if share is None else share / Z
+        gamma = Z.reciprocal() if share is None else alpha
+        gamma = gamma if r is None else gamma * r
+
+    if share is None:
+        loss, beta = n.log() + excess, poison
+    else:
+        log_E = E.log() if log_E is None else log_E
+        loss, beta = (n * (log_E + excess) - s_sum) / c, 1 / c
+    scaled = torch.stack([loss, alpha, beta, gamma]).mul_(scale)
+    return torch.cat([scaled, logarithms]) if is_log else scaled

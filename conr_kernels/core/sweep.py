@@ -82,11 +82,7 @@ def dense_sweep(n_anchors: int, n_keys: int | None, device: torch.device) -> Swe
 
 
 def banded_sweep(
-    serves: str,
-    y_i: Tensor,
-    y_j: Tensor | None,
-    window: float,
-    distance: str,
+    serves: str, y_i: Tensor, y_j: Tensor | None, window: float, distance: str
 ) -> Sweep:
     """The sweep over labels (or predictions) [N, L] of anchors against keys [K, L].
 
@@ -96,23 +92,13 @@ def banded_sweep(
     y_j = y_i if y_j is None else y_j
     component, reach = sort_reach(y_j, window, distance)
     sorted_j, key_order = y_j.index_select(1, component)[:, 0].sort(stable=True)
-    if is_symmetric:
-        anchor_order, sorted_i = key_order, sorted_j
-    else:
+    sorted_i, anchor_order = sorted_j, key_order
+    if not is_symmetric:
         sorted_i, anchor_order = y_i.index_select(1, component)[:, 0].sort(stable=True)
     lo, hi = bands(sorted_i, sorted_j, reach)
+    orders_and_bands = (anchor_order, key_order, lo, hi)
     is_exact = y_i.shape[1] == 1
-    return Sweep(
-        serves,
-        anchor_order,
-        key_order,
-        lo,
-        hi,
-        is_exact,
-        is_symmetric,
-        n_anchors=len(y_i),
-        n_keys=len(y_j),
-    )
+    return Sweep(serves, *orders_and_bands, is_exact, is_symmetric, len(y_i), len(y_j))
 
 
 def sort_reach(y_j: Tensor, window: float, distance: str) -> tuple[Tensor, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..batch import Batch
 from ..core.rows import no_statistics, scale_statistics
-from ..torch_backend import backend as torch_backend
+from ..torch_backend import shared as torch_shared
 from ..torch_backend.source import Source, inverse_norms, not_finite, row_norms
 from ..variants import Settings
 from .ranks import Union
@@ -64,13 +64,13 @@ def _forward(x: Tensor, batch: Batch, union: Union) -> tuple[Tensor, ...]:
     pending = union.start_gather(of_rows, union.sizes)
     pending += union.start_gather(of_keys, union.key_sizes)
     share = (union.rank, union.n_ranks)
-    shares, layout = torch_backend.union_sweeps(y, p, union.n_rows, batch.settings, share)
+    shares, layout = torch_shared.union_sweeps(y, p, union.n_rows, batch.settings, share)
     for work in pending:
         work.wait()
     if q.dtype != dtype:
         q = q.to(dtype).mul_(inverse_norms(norms))
 
-    rows, stats = torch_backend.shared_forward(
+    rows, stats = torch_shared.forward(
         shares,
         Source(q, None, y, p),
         union.n_rows,
@@ -100,7 +100,7 @@ def _backward(
     coef[union.own] = scale_statistics(stats, g * union.n_ranks)
     pending = union.start_gather(coef[: union.n_rows], union.sizes)
     keys = Source(q, None, y, p, coef, pending=tuple(pending))
-    gradient = torch_backend.shared_backward(keys, layout, inverse, union.own, settings)
+    gradient = torch_shared.backward(keys, layout, inverse, union.own, settings)
     for work in pending:  # where there was no other row to wait for
         work.wait()
     return gradient.to(x.dtype)

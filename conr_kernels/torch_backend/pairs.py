@@ -1,118 +1,267 @@
-"""Pairs of a tile in PyTorch operations: their masks and weights, and sums over them.
+"""Pairs of a tile in PyTorch operations: their masks and weights, and what they add to the sums and
+to the gradient. Every way of going through the pairs of a batch ends here.
 
 Masks are 0 and 1 in the features' dtype and are multiplied in: several times faster on a CPU than
-boolean ones.
+boolean ones. The tensors of one tile end with these functions, so that the next tile finds their
+memory in the caches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import pair_distance
 from ..variants import Settings
-from .tiles import Rows, Tile
+from .source import Rows
+from .tiles import Tile
 
 LN_2 = math.log(2)
 
 
-class Totals(dict[str, Tensor]):
-    """Sums over the pairs of each anchor, in the sweep's order, added up tile by tile."""
+class How(NamedTuple):
+    """How the pairs of a call are summed.
 
-    def __init__(self, n_anchors: int) -> None:
-        self.n_anchors = n_anchors
+    Attributes:
+        is_shifted: sums of exponentials are kept as logarithms, because an exponent may be large.
+        is_inside: ``log="inside"`` needs ``Σ_P s_ij``.
+        counts_negatives: otherwise ``B`` > 0 shows that there are some: no ``φ exp(s_ij)``
+            underflows.
+    """
 
-    def add(
-        self, name: str, tile: Tile, t_ij: Tensor, dtype: torch.dtype, is_log: bool = False
-    ) -> None:
-        """Adds ``Σ_j t_ij``, or ``log Σ_j exp(t_ij)`` to a sum kept as its logarithm."""
-        reduce = torch.logsumexp if is_log else torch.sum
-        total = self.get(name)
-        if total is None:
-            start = -torch.inf if is_log else 0.0
-            total = self[name] = t_ij.new_full((self.n_anchors,), start, dtype=dtype)
-        self._combine(total[tile.anchors], reduce(t_ij, dim=-1).view(-1), is_log)
-        if tile.mirror < tile.width:
-            of_keys = reduce(t_ij[..., tile.mirror :], dim=-2).view(tile.count, -1)
-            for keys, part in zip(tile.mirrored, of_keys.unbind(), strict=True):
-                self._combine(total[keys], part, is_log)
+    settings: Settings
+    is_shifted: bool
+    is_inside: bool
+    counts_negatives: bool
 
-    @staticmethod
-    def _combine(total: Tensor, part: Tensor, is_log: bool) -> None:
-        if is_log:
+    @classmethod
+    def of(cls, settings: Settings, *labels: Tensor) -> How:
+        """With these labels of all keys."""
+        is_shifted = not settings.exponent_is_small
+        if is_shifted and settings.variant.pushing == "exponential" and labels[0].is_cpu:
+            y = torch.cat(labels)
+            largest_d = (y.amax(0) - y.amin(0)).max().item() if len(y) > 0 else torch.inf
+            largest_exponent = 2 / settings.temperature + abs(settings.push_scale) * largest_d
+            is_shifted = not largest_exponent <= settings.SAFE_EXPONENT
+        counts_negatives = is_shifted or settings.window < settings.SMALLEST_WINDOW
+        return cls(settings, is_shifted, settings.variant.log == "inside", counts_negatives)
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        counts = ("n", "m") if self.counts_negatives else ("n",)
+        return (*counts, "E", "B", "s_sum") if self.is_inside else (*counts, "E", "B")
+
+    def is_log(self, name: str) -> bool:
+        return self.is_shifted and name in ("E", "B")
+
+
+class Sums(dict[str, Tensor]):
+    """Sums over the pairs of each anchor: ``n``; ``m``, if negatives are counted; ``E`` = Σ_P exp s
+    and ``B`` = Σ_M φ exp s (or their logarithms); and ``s_sum`` (/ ln 2 if unshifted) where
+    ``log="inside"``.
+    """
+
+    def __init__(self, n_anchors: int, how: How) -> None:
+        self.n_anchors, self.how = n_anchors, how
+
+    def start(self, name: str, device: torch.device) -> None:
+        """With no pairs."""
+        nothing = -torch.inf if self.how.is_log(name) else 0.0
+        dtype = wide_dtype(device)
+        self[name] = torch.full((self.n_anchors,), nothing, dtype=dtype, device=device)
+
+    def add(self, name: str, rows: slice | Tensor, part: Tensor) -> None:
+        """Adds the sums of some of the anchors."""
+        if name not in self:
+            self.start(name, part.device)
+        total = self[name][rows]
+        if self.how.is_log(name):
             torch.logaddexp(total, part, out=total)
         else:
             total.add_(part)
+        if isinstance(rows, Tensor):
+            self[name].index_copy_(0, rows, total)
+
+    def add_pairs(self, name: str, tile: Tile, t_ij: Tensor) -> None:
+        """Adds ``Σ_j t_ij`` of a tile, or ``log Σ_j exp(t_ij)``."""
+        # Counts up to 2²⁴ are exact in float32; a sum that converts its terms is several times
+        # slower.
+        reduce = torch.logsumexp if self.how.is_log(name) else torch.sum
+        part = reduce(t_ij, -1)
+        if tile.rows == self.n_anchors and name not in self:
+            self[name] = part
+            return
+        self.add(name, tile.anchors, part.view(-1))
+        if tile.mirror < tile.width:
+            of_keys = reduce(t_ij[..., tile.mirror :], dim=-2).view(tile.count, -1)
+            for keys, part in zip(tile.mirrored, of_keys.unbind(), strict=True):
+                self.add(name, keys, part)
 
 
-def similarities(
-    q_i: Tensor, q_j: Tensor, settings: Settings, as_powers_of_two: bool = False
-) -> Tensor:
-    """``s_ij`` of unit features [N, D] and [K, D], or [count, N, D] and [count, K, D].
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which rows are finished: weights up to 1e30 meet sums up to 1e30 there."""
+    return torch.float64 if device.type != "mps" else torch.float32
 
-    ``as_powers_of_two``: ``s_ij / ln 2``; a CPU takes half as long for ``exp2`` as for ``exp``.
+
+#: ``exp(s_ij)`` of the positives and ``φ(d_ij) exp(s_ij)`` of the negatives, 0 for other pairs; or
+#: the logarithms of these. None where a tile has none.
+Weighted = tuple[Tensor | None, Tensor | None]
+#: Columns of a tile, None for all, and which of their pairs are in the window: 0 or 1.
+Masks = list[tuple[slice | None, Tensor]]
+
+
+def weigh(
+    tile: Tile, i: Rows, j: Rows, how: How, sums: Sums | None = None, linear: Tensor | None = None
+) -> Weighted:
+    """The pairs of a tile, weighted.
+
+    Args:
+        sums: their number and ``Σ_P s_ij`` are added to these.
+        linear: a number of each pair, which is made 0 of all but the positives.
     """
+    s_ij = _similarities(tile.of_anchors(i.q), tile.of_keys(j.q), how)
+    masks, negative, log_phi = _masks(tile, i, j, how.settings, s_ij.dtype)
+    if sums is not None and masks is not None:
+        if not tile.is_exact:  # then one mask has all columns
+            sums.add_pairs("n", tile, masks[0][1])
+        if how.is_inside:
+            sums.add_pairs("s_sum", tile, _keep_positives(s_ij.clone(), tile, masks))
+    if sums is not None and negative is not None and how.counts_negatives:
+        sums.add_pairs("m", tile, negative.sign())
+    if linear is not None:
+        _keep_positives(linear, tile, masks)
+    t_ij = s_ij if how.is_shifted else s_ij.exp2_()
+    if negative is None:
+        return _keep_positives(t_ij, tile, masks, how.is_shifted), None
+    positive = None if masks is None else _times(masks[0][1], t_ij, how.is_shifted)
+    if log_phi is not None:
+        t_ij = t_ij.add_(log_phi) if how.is_shifted else t_ij.mul_(log_phi.exp_())
+    return positive, _times(negative, t_ij, how.is_shifted)
+
+
+def _times(mask: Tensor, t_ij: Tensor, is_log: bool) -> Tensor:
+    """Pairs of a mask or, of exponents, their logarithms; in the mask's memory."""
+    return mask.log_().add_(t_ij) if is_log else mask.mul_(t_ij)
+
+
+def _similarities(q_i: Tensor, q_j: Tensor, how: How) -> Tensor:
+    """``s_ij``; / ln 2 if unshifted: a CPU takes half as long for ``exp2`` as for ``exp``."""
     product = torch.addmm if q_i.dim() == 2 else torch.baddbmm
-    nothing = q_i.new_empty((1,) * q_i.dim())
-    scale = (1 / LN_2 if as_powers_of_two else 1.0) / settings.temperature
-    return product(nothing, q_i, q_j.mT, beta=0, alpha=scale)
+    scale = (1.0 if how.is_shifted else 1 / LN_2) / how.settings.temperature
+    return product(q_i.new_empty((1,) * q_i.dim()), q_i, q_j.mT, beta=0, alpha=scale)
 
 
-def window_mask(d_ij: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
-    """``[d_ij ≤ h]``; overwrites ``d_ij``."""
-    return d_ij.le_(settings.window).to(dtype)
-
-
-def negative_weight(
-    d_ij: Tensor, rows_i: Rows, rows_j: Rows, edges: tuple[slice, ...] | None, settings: Settings
-) -> tuple[Tensor, Tensor | None]:
-    """``[j ∈ M_i]``, times ``d_ij`` where ``φ(d) = d``; and ``e·d_ij`` where that is ``log φ``.
-
-    Predictions are compared on the columns ``edges``, None for all. Overwrites ``d_ij``.
+def _masks(
+    tile: Tile, i: Rows, j: Rows, settings: Settings, dtype: torch.dtype
+) -> tuple[Masks | None, Tensor | None, Tensor | None]:
+    """Of the positives; of the negatives, times ``d_ij`` where ``φ(d) = d``; and ``e·d_ij`` where
+    that is ``log φ``.
     """
-    dtype = rows_i.q.dtype
-    is_exponential = settings.variant.pushing == "exponential"
-    log_phi = d_ij.to(dtype) * settings.push_scale if is_exponential else None
-    h = settings.window
-    weight = torch.threshold_(d_ij, h, 0.0) if settings.scales_by_distance else d_ij.gt_(h)
-    weight = weight.to(dtype)
-    if settings.variant.negatives == "all":
-        return weight, log_phi
-    if edges is None:
-        delta_ij = pair_distance(rows_i.p, rows_j.p, settings.distance)
-        return weight.mul_(window_mask(delta_ij, settings, dtype)), log_phi
-    for columns in edges:
-        delta_ij = pair_distance(rows_i.p, rows_j.p[..., columns, :], settings.distance)
-        weight[..., columns].mul_(window_mask(delta_ij, settings, dtype))
-    return weight, log_phi
+    if tile.serves == "positives":
+        masks = list(_near_at_edges(tile, i.y, j.y, settings, dtype))
+        if not tile.is_exact:  # one mask has all columns
+            _drop_self(masks[0][1], tile)
+        return masks, None, None
+    d_ij = pair_distance(tile.of_anchors(i.y), tile.of_keys(j.y), settings.distance)
+    h, masks, log_phi = settings.window, None, None
+    if tile.serves == "both":
+        is_near = torch.empty_like(d_ij, dtype=dtype)
+        masks = [(None, _drop_self(torch.le(d_ij, h, out=is_near), tile))]
+    if settings.variant.pushing == "exponential":
+        log_phi = d_ij.to(dtype) * settings.push_scale
+    negative = torch.threshold_(d_ij, h, 0.0) if settings.scales_by_distance else d_ij.gt_(h)
+    negative = negative.to(dtype)
+    if settings.variant.negatives == "confused":
+        for columns, is_near in _near_at_edges(tile, i.p, j.p, settings, dtype):
+            at = negative if columns is None else negative[..., columns]
+            at.mul_(is_near)
+    return masks, negative, log_phi
 
 
-def push(t_ij: Tensor, log_phi: Tensor | None, is_log: bool) -> Tensor:
-    if log_phi is None:
-        return t_ij
-    return t_ij.add_(log_phi) if is_log else t_ij.mul_(log_phi.exp_())
+def _near_at_edges(
+    tile: Tile, y: Tensor, y_j: Tensor, settings: Settings, dtype: torch.dtype
+) -> Iterator[tuple[slice | None, Tensor]]:
+    """``[d_ij ≤ h]`` of the columns that may hold others."""
+    for columns in tile.edges:
+        y_i, of_keys = tile.of_anchors(y), tile.of_keys(y_j)
+        if columns is not None:
+            of_keys = of_keys[..., columns, :]
+        d_ij = pair_distance(y_i, of_keys, settings.distance)
+        yield columns, d_ij.le_(settings.window).to(dtype)
 
 
-def weigh(t_ij: Tensor, weight: Tensor, is_log: bool) -> Tensor:
-    """``weight · t_ij``, or ``log weight + t_ij``; in place."""
-    return t_ij.add_(weight.log()) if is_log else t_ij.mul_(weight)
+def _keep_positives(t_ij: Tensor, tile: Tile, masks: Masks, is_log: bool = False) -> Tensor:
+    """Makes ``t_ij`` 0, or −∞, of all pairs but the positives."""
+    for columns, is_near in masks:
+        at = t_ij if columns is None else t_ij[..., columns]
+        at.add_(is_near.log()) if is_log else at.mul_(is_near)
+    return _drop_self(t_ij, tile, -torch.inf if is_log else 0.0) if tile.is_exact else t_ij
 
 
-def times_coefficients(t_ij: Tensor, coef_i: Tensor, coef_j: Tensor) -> Tensor:
+def _drop_self(t_ij: Tensor, tile: Tile, fill: float = 0.0) -> Tensor:
+    """Sets the pair of each anchor with itself; in place."""
+    if tile.has_diagonal:
+        t_ij.diagonal(0, -2, -1).fill_(fill)
+    return t_ij
+
+
+def add_sums(sums: Sums, tile: Tile, i: Rows, j: Rows, how: How) -> Weighted:
+    """Adds the pairs of a tile to the sums of their anchors."""
+    positive, negative = weigh(tile, i, j, how, sums)
+    if positive is not None:
+        sums.add_pairs("E", tile, positive)
+    if negative is not None:
+        sums.add_pairs("B", tile, negative)
+    return positive, negative
+
+
+def is_present(weighted: Tensor, how: How) -> Tensor:
+    """1 for the pairs of the mask, 0 for others."""
+    return (weighted > (-torch.inf if how.is_shifted else 0.0)).to(weighted.dtype)
+
+
+def gradient_weights(
+    tile: Tile, i: Rows, j: Rows, how: How, weighted: Weighted | None = None
+) -> Tensor:
+    """``H_ij`` of a tile; from what ``add_sums`` returned if that was kept."""
+    linear, H_ij = None, None
+    if how.is_inside and tile.serves != "negatives":
+        linear = tile.of_anchors(i.beta) + tile.of_keys(j.beta).mT
+    if weighted is None:
+        weighted = weigh(tile, i, j, how, linear=linear)
+    elif linear is not None:
+        linear.mul_(is_present(weighted[0], how))
+    for t_ij, c_i, c_j in zip(weighted, (i.alpha, i.gamma), (j.alpha, j.gamma), strict=True):
+        if t_ij is not None:
+            term = _times_coefficients(t_ij, tile.of_anchors(c_i), tile.of_keys(c_j))
+            H_ij = term if H_ij is None else H_ij.add_(term)
+    return H_ij if linear is None else H_ij.sub_(linear)
+
+
+def _times_coefficients(t_ij: Tensor, c_i: Tensor, c_j: Tensor) -> Tensor:
     """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c as sign and logarithm [..., N,
     2].
     """
-    if coef_i.shape[-1] == 1:
-        return (coef_i + coef_j.mT).mul_(t_ij)
-    of_i = (t_ij + coef_i[..., 1:]).exp_().mul_(coef_i[..., :1])
-    of_j = (t_ij + coef_j[..., 1:].mT).exp_().mul_(coef_j[..., :1].mT)
+    if c_i.shape[-1] == 1:
+        return (c_i + c_j.mT).mul_(t_ij)
+    of_i = (t_ij + c_i[..., 1:]).exp_().mul_(c_i[..., :1])
+    of_j = (t_ij + c_j[..., 1:].mT).exp_().mul_(c_j[..., :1].mT)
     return of_i.add_(of_j)
 
 
-def drop_self(t_ij: Tensor, tile: Tile, fill: float) -> Tensor:
-    """Sets the pair of each anchor with itself to ``fill``; in place."""
-    if tile.has_diagonal:
-        t_ij.diagonal(dim1=-2, dim2=-1).fill_(fill)
-    return t_ij
+def add_products(G: Tensor, tile: Tile, H_ij: Tensor, i: Rows, j: Rows) -> None:
+    """Adds ``Σ_j H_ij q_j`` of a tile to ``τ ∂L/∂q_i`` [N, D], also for what it mirrors."""
+    q_i, q_j = tile.of_anchors(i.q), tile.of_keys(j.q)
+    if tile.count == 1:
+        G[tile.anchors].addmm_(H_ij, q_j)
+    else:
+        G[tile.anchors].view(q_i.shape).baddbmm_(H_ij, q_j)
+    if tile.mirror < tile.width:
+        H_ji = H_ij[..., tile.mirror :].mT
+        of_blocks = ((H_ji,), (q_i,)) if tile.count == 1 else (H_ji.unbind(), q_i.unbind())
+        for keys, H_jk, q_k in zip(tile.mirrored, *of_blocks, strict=True):
+            G[keys].addmm_(H_jk, q_k)

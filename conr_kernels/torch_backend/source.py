@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tiles import Rows
+from ..core.labels import accumulation_dtype
 
-Keys = tuple[Tensor, Tensor, Tensor]
 Labels = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+class Rows(NamedTuple):
+    """Unit features [N, D], labels and predictions [N, L], and gradient coefficients [N, 1] (α and
+    γ as sign and logarithm: [N, 2]).
+    """
+
+    q: Tensor
+    y: Tensor
+    p: Tensor
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+    gamma: Tensor | None = None
+
+    def with_coefficients(self, coef: Tensor) -> Rows:
+        """Of scaled statistics [N, 3] or [N, 5]."""
+        return Rows(*self[:3], coef[:, 0::3], coef[:, 1:2], coef[:, 2::2])
+
+
+@dataclass
 class Source:
     """Rows in the caller's order: features [·, D] and their norms [·, 1], or unit features and no
     norms; labels, predictions [·, L].
@@ -22,6 +38,8 @@ class Source:
     Attributes:
         coef: gradient coefficients, there when what is ``pending`` has come.
         index: which of all these rows are meant, None for all of them.
+        memory: of the unit features in one order after the other, valid until the next are taken:
+            memory fresh from the system costs more than the arithmetic on it.
     """
 
     x: Tensor
@@ -31,14 +49,17 @@ class Source:
     coef: Tensor | None = None
     index: Tensor | None = None
     pending: tuple[Any, ...] = ()
+    memory: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.inverse = None if self.norm is None else inverse_norms(self.norm)
 
     def __len__(self) -> int:
         return len(self.y if self.index is None else self.index)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The accumulation dtype."""
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        return accumulation_dtype(self.x)
 
     @property
     def labels(self) -> Labels:
@@ -46,38 +67,41 @@ class Source:
             return self.y, self.p
         return self.y[self.index], self.p[self.index]
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the rows in the given order are unit features as they stand."""
-        return self.index is None and self.norm is None
+    def as_given(self) -> Rows:
+        """All rows in the caller's order, in memory of their own."""
+        rows = Rows(self.x * self.inverse, self.y, self.p)
+        return rows if self.coef is None else rows.with_coefficients(self.coef)
 
-    def take(self, order: Tensor | None, memory: Tensor | None) -> Rows:
-        """The rows in that order; their unit features in the memory, if it is given and needed."""
+    def take(self, order: Tensor | None = None) -> Rows:
+        """The rows in that order."""
         for work in self.pending:
             work.wait()
-        if order is None:
-            at = self.index
-        else:
-            at = order if self.index is None else self.index.index_select(0, order)
-        rows = (self.norm, self.y, self.p, self.coef)
-        if at is None:
-            norm, y, p, coef = rows
-            q = self.x if norm is None else torch.mul(self.x, inverse_norms(norm), out=memory)
-            return self._rows(q, y, p, coef)
-        norm, y, p, coef = (None if t is None else t.index_select(0, at) for t in rows)
-        q = None if memory is None else memory[: len(at)]
-        if self.x.dtype == self.dtype:
-            q = torch.index_select(self.x, 0, at, out=q)
-        else:
-            x = self.x.index_select(0, at)
-            q = x.to(self.dtype) if q is None else q.copy_(x)
-        return self._rows(q if norm is None else q.mul_(inverse_norms(norm)), y, p, coef)
-
-    @staticmethod
-    def _rows(q: Tensor, y: Tensor, p: Tensor, coef: Tensor | None) -> Rows:
+        at = self.index
+        if order is not None:
+            at = order if at is None else at.index_select(0, order)
+        rows = (self.inverse, self.y, self.p, self.coef)
+        if at is not None:
+            rows = (None if t is None else t.index_select(0, at) for t in rows)
+        inverse, y, p, coef = rows
+        q = self.x if at is None and inverse is None else self._unit_features(at, inverse)
+        if coef is None:
+            return Rows(q, y, p)
         # Contiguous columns: the sum of two that are not takes three times as long.
-        columns = () if coef is None else (coef[:, 0::3], coef[:, 1:2], coef[:, 2::2])
-        return Rows(q, y, p, *(t.contiguous() for t in columns))
+        return Rows(q, y, p).with_coefficients(coef.mT.contiguous().mT)
+
+    def _unit_features(self, at: Tensor | None, inverse: Tensor | None) -> Tensor:
+        n = len(self.x if at is None else at)
+        if self.memory is None or len(self.memory) < n:
+            self.memory = None  # before there is other memory
+            self.memory = self.x.new_empty(n, self.x.shape[1], dtype=self.dtype)
+        q = self.memory[:n]
+        if at is None:
+            return torch.mul(self.x, inverse, out=q)
+        if self.x.dtype == q.dtype:
+            torch.index_select(self.x, 0, at, out=q)
+        else:
+            q.copy_(self.x.index_select(0, at))
+        return q if inverse is None else q.mul_(inverse)
 
     def part(self, rows: slice) -> Source:
         """Some of the rows of a source of all rows; they wait for nothing."""
@@ -96,10 +120,19 @@ class Source:
         index[rows.start :] += rows.stop - rows.start
         return replace(self, index=index)
 
-    def not_finite(self) -> Tensor:
-        """0, or NaN if any feature, label or prediction is not finite."""
-        norm = self.norm if self.index is None else self.norm[self.index]
-        return not_finite(norm, *self.labels)
+    def poison(self, others: Source | None) -> Tensor:
+        """0 for each row [N] with finite inputs, else NaN; NaN everywhere if another key is not
+        finite.
+        """
+        total = self.norm * 0
+        for labels in (self.y, self.p):  # times 0 before any sum, which might overflow
+            if labels.shape[1] > 1:
+                labels = (labels * 0).sum(dim=1, keepdim=True)
+            total.add_(labels, alpha=0)
+        if others is not None:
+            at = slice(None) if others.index is None else others.index
+            total.add_(not_finite(others.norm[at], *others.labels))
+        return total[:, 0]
 
 
 def not_finite(*tensors: Tensor) -> Tensor:
@@ -107,18 +140,9 @@ def not_finite(*tensors: Tensor) -> Tensor:
     return sum((t * 0).sum() for t in tensors)
 
 
-def other_keys(keys: Keys | None, rows: slice, coef_j: Tensor | None = None) -> Source | None:
-    """The keys that are no anchors, as these rows are; None where there are none."""
-    if keys is None or len(keys[0]) == rows.stop - rows.start:
-        return None
-    x, y, p = keys
-    rest = Source(x, None, y, p, coef_j).rest(rows)
-    return replace(rest, norm=row_norms(rest.x))  # these are no unit features
-
-
 def row_norms(x: Tensor) -> Tensor:
     """``‖x_i‖`` [N, 1] in the accumulation dtype."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x)
     return torch.linalg.vector_norm(x.contiguous(), dim=1, keepdim=True, dtype=dtype)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..core.inputs import Inputs, Keys
 from ..variants import Settings
 from . import launch_dense as few
-from . import launch_sweeps as many
-from . import run_sweeps
+from . import run_sweeps as many
 from .availability import unavailable
 from .launch import on_device, place_of
+from .launch_sweeps import layout_size as sweeps_layout_size
 
 __all__ = [
     "backward", "forward", "layout_size", "reduced", "reduced_gradient", "reduces",
@@ -28,8 +28,8 @@ __all__ = [
 
 
 def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
-    """What ``few.kept_size`` or ``many.layout_size`` says; between them D decides which it is."""
-    of_sweeps = many.layout_size(n_anchors, n_keys)
+    """What ``few.kept_size`` or ``sweeps_layout_size`` says; between them D decides which it is."""
+    of_sweeps = sweeps_layout_size(n_anchors, n_keys)
     if n_anchors * n_keys > few.DENSE_PAIRS:
         return of_sweeps
     of_dense = few.kept_size(n_anchors, n_keys) * (2 if dtype == torch.float64 else 1)
@@ -52,9 +52,9 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(x: Tensor, inputs: Inputs, results: tuple[Tensor, ...]) -> None:
     x, y, p, w, keys, self_offset, settings, n_absent = inputs.contiguous()
-    path, launched = (few, few) if _are_few(inputs) else (many, run_sweeps)
+    path = few if _are_few(inputs) else many
     plan = path.plan_of(x, y, keys, self_offset, settings, "none")
-    launched.forward(plan, place_of(x), x, y, p, w, keys, n_absent, *results)
+    path.forward(plan, place_of(x), x, y, p, w, keys, n_absent, *results)
 
 
 def backward(inputs: Inputs, coef_i: Tensor, coef_j: Tensor | None, layout: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ def backward(inputs: Inputs, coef_i: Tensor, coef_j: Tensor | None, layout: Tens
 
 def _backward(x: Tensor, inputs: Inputs, given: tuple[Tensor, ...]) -> None:
     x, y, p, _, keys, self_offset, settings, _ = inputs.contiguous()
-    path, launched = (few, few) if _are_few(inputs) else (many, run_sweeps)
+    path = few if _are_few(inputs) else many
     plan = path.plan_of(x, y, keys, self_offset, settings, "none")
-    launched.backward(plan, place_of(x), x, y, p, keys, *given)
+    path.backward(plan, place_of(x), x, y, p, keys, *given)
 
 
 def _are_few(inputs: Inputs) -> bool:
@@ -103,15 +103,12 @@ def _reduced(
     x: Tensor, inputs: Inputs, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], few.Plan | many.Plan]:
     x, y, p, w, _, _, settings, _ = inputs.contiguous()
-    if _are_few(inputs):
-        plan = few.plan_of(x, y, None, 0, settings, reduction)
-        loss, workspace = few.reduced(plan, place_of(x), x, y, p, w, wants_gradient)
-        return loss, (workspace,), plan
-    plan = many.plan_of(x, y, None, 0, settings, reduction)
-    return *run_sweeps.reduced(plan, place_of(x), x, y, p, w), plan
+    path = few if _are_few(inputs) else many
+    plan = path.plan_of(x, y, None, 0, settings, reduction)
+    return *path.reduced(plan, place_of(x), x, y, p, w, wants_gradient), plan
 
 
 def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: Tensor) -> Tensor:
     """The gradient of the features for an upstream gradient of the reduced loss."""
-    module = few if isinstance(plan, few.Plan) else run_sweeps
-    return on_device(module.reduced_gradient, x, *saved, plan, upstream)
+    path = few if isinstance(plan, few.Plan) else many
+    return on_device(path.reduced_gradient, x, *saved, plan, upstream)

@@ -228,23 +228,23 @@ def finish_rows(
 
 
 @triton.jit
-def store_rows(
-    loss_ptr, stats_ptr, rows, mask, poison,
-    loss, alpha, beta, gamma, log_alpha, log_gamma, SHIFTED: tl.constexpr,
+def rounded_statistics(
+    alpha, beta, gamma, log_alpha, log_gamma, poison, dtype: tl.constexpr, SHIFTED: tl.constexpr
 ):  # fmt: skip
-    """Stores losses [N] and statistics [N, 3 or 5], NaN where the poison is."""
-    dtype: tl.constexpr = loss_ptr.dtype.element_ty
-    COLUMNS: tl.constexpr = 5 if SHIFTED else 3
-    tl.store(loss_ptr + rows, (loss + poison).to(dtype), mask=mask)
+    """A row's statistics as they are stored, NaN where the poison is."""
     if SHIFTED:
         # The sign takes what the logarithm loses: near exp(±200) that is what limits the gradient.
         rounded_alpha, rounded_gamma = log_alpha.to(dtype), log_gamma.to(dtype)
         alpha *= 1 + lost_in(rounded_alpha, log_alpha)
         gamma *= 1 + lost_in(rounded_gamma, log_gamma)
-    stats_ptrs = stats_ptr + rows * COLUMNS
-    tl.store(stats_ptrs, (alpha + poison).to(dtype), mask=mask)
-    tl.store(stats_ptrs + 1, (beta + poison).to(dtype), mask=mask)
-    tl.store(stats_ptrs + 2, (gamma + poison).to(dtype), mask=mask)
-    if SHIFTED:
-        tl.store(stats_ptrs + 3, (log_alpha + poison).to(dtype), mask=mask)
-        tl.store(stats_ptrs + 4, (log_gamma + poison).to(dtype), mask=mask)
+    return (
+        (alpha + poison).to(dtype), (beta + poison).to(dtype), (gamma + poison).to(dtype),
+        (log_alpha + poison).to(dtype), (log_gamma + poison).to(dtype),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_columns(ptrs, step, mask, columns, SHIFTED: tl.constexpr):
+    """Stores three columns of rows, or all five."""
+    for c in tl.static_range(5 if SHIFTED else 3):
+        tl.store(ptrs + c * step, columns[c], mask=mask)

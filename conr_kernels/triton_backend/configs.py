@@ -73,7 +73,7 @@ _HALVES = {
         (80, None, (64, 64, None, 8, 2)),
         (None, None, (128, 64, None, 8, 2)),
     ],
-    "wide": [(90, None, (128, 128, 64, 8, 3)), (None, None, (128, 64, 64, 8, 3))],
+    "wide": [(90, None, (128, 128, 64, 4, 3)), (None, None, (128, 64, 64, 8, 3))],
     "product": [(90, None, (128, 64, 256, 8, 3)), (None, None, (128, 64, 128, 8, 3))],
 }
 _FLOAT32 = {
@@ -84,10 +84,10 @@ _FLOAT32 = {
         (None, None, (64, 32, None, 8, 2)),
     ],
     "wide": [
-        (90, None, (128, 128, 32, 8, 3)),
+        (90, None, (128, 128, 32, 4, 3)),
         (None, None, (64, 32, 32, 4, 3)),
     ],
-    "product": [(90, None, (128, 32, 128, 8, 3)), (None, None, (64, 32, 64, 4, 3))],
+    "product": [(90, None, (128, 32, 256, 8, 3)), (None, None, (64, 32, 64, 4, 3))],
 }
 _FLOAT32_HIGHEST = {
     "forward": [
@@ -105,8 +105,8 @@ _FLOAT32_HIGHEST = {
         (90, None, (64, 32, None, 4, 2)),
         (None, None, (64, 32, None, 8, 2)),
     ],
-    "wide": [(90, None, (64, 64, 32, 4, 2)), (None, None, (64, 32, 32, 4, 2))],
-    "product": [(None, None, (64, 32, 64, 4, 2))],
+    "wide": [(90, None, (64, 128, 32, 4, 2)), (None, None, (64, 32, 32, 4, 2))],
+    "product": [(90, None, (64, 32, 128, 4, 2)), (None, None, (64, 32, 64, 4, 2))],
 }
 _FLOAT64 = {
     "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],

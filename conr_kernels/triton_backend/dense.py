@@ -1,14 +1,22 @@
 """The Triton kernels for few rows, forward: every pair, no sort, tiles of rows and of keys, any D.
 
-Sums of a row over parts of the keys; dense_rows.py finishes them. ``kept`` is what the gradient
-reads: inverse norms of anchors and keys and the anchors' factors of s_ij, each padded to a multiple
-of 16, then, where pairs are few, ``log₂e·s_ij``.
+Sums of a row over parts of the keys, then losses, statistics and totals. ``kept`` is what the
+gradient reads: inverse norms of anchors and keys and the anchors' factors of s_ij, each padded to a
+multiple of 16, then, where pairs are few, ``log₂e·s_ij``.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import LOG2E, distance_of, dot
+from .arithmetic import (
+    LN2,
+    LOG2E,
+    distance_of,
+    dot,
+    finish_rows,
+    rounded_statistics,
+    store_columns,
+)
 
 #: Sections of ``kept`` and of the row sums start at multiples of this.
 PAD = tl.constexpr(16)
@@ -72,21 +80,10 @@ def _inverse_root(squares):
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_tiles_j", "n_chunks"])
 def conr_gram_kernel(
-    x_ptr,
-    key_x_ptr,
-    gram_ptr,
-    n_anchors,
-    n_keys,
-    n_tiles_j,
-    n_chunks,
-    width,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, key_x_ptr, gram_ptr, n_anchors, n_keys, n_tiles_j, n_chunks, width,
+    D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One tile of ``x_i·x_j`` over one part of D, with the squared norms behind it; a program each.
 
     ``gram`` [parts, tiles, BLOCK_I·BLOCK_J + BLOCK_I + BLOCK_J].
@@ -194,45 +191,18 @@ def _add(total, top, t_ij, weight, is_in, SHIFTED: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "n_anchors", "n_keys", "self_offset", "n_tiles_j", "per_part", "n_gram_parts", "sums_at",
+        "n_anchors", "n_keys", "self_offset", "n_tiles_j", "per_part", "n_gram_parts",
     ]
 )  # fmt: skip
 def conr_dense_sums_kernel(
-    x_ptr,
-    y_ptr,
-    p_ptr,
-    key_x_ptr,
-    key_y_ptr,
-    key_p_ptr,
-    gram_ptr,
-    kept_ptr,
-    sums_ptr,
-    n_anchors,
-    n_keys,
-    self_offset,
-    n_tiles_j,
-    per_part,
-    n_gram_parts,
-    sums_at,
-    width,
-    h: tl.float64,
-    push_scale: tl.float64,
-    scale: tl.float64,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    RMSE: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr,
-    CONFUSED: tl.constexpr,
-    KEPT: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, y_ptr, p_ptr, key_x_ptr, key_y_ptr, key_p_ptr, gram_ptr, kept_ptr, sums_ptr,
+    n_anchors, n_keys, self_offset, n_tiles_j, per_part, n_gram_parts, width,
+    h: tl.float64, push_scale: tl.float64, scale: tl.float64,
+    D: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
+    INSIDE: tl.constexpr, PUSHING: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Sums of BLOCK_I anchors over ``per_part`` tiles of keys; a program each.
 
     ``sums`` [4, 5 or 7, parts, N padded]: E, B, n, m, Σ_P s_ij, top of E, of B; not finite inputs
@@ -312,7 +282,7 @@ def conr_dense_sums_kernel(
         n += tl.sum(weight, axis=1) + squares_i * 0 + tl.sum(poison_j, axis=0)
 
     field = n_parts.to(tl.int64) * n_padded
-    sums_ptr += sums_at + part.to(tl.int64) * n_padded
+    sums_ptr += part.to(tl.int64) * n_padded
     tl.store(sums_ptr + rows, E, mask=is_row)
     tl.store(sums_ptr + field + rows, B, mask=is_row)
     tl.store(sums_ptr + 2 * field + rows, n, mask=is_row)
@@ -322,3 +292,85 @@ def conr_dense_sums_kernel(
     if SHIFTED:
         tl.store(sums_ptr + 5 * field + rows, top_E, mask=is_row)
         tl.store(sums_ptr + 6 * field + rows, top_B, mask=is_row)
+
+
+@triton.jit
+def _load_sums(sums_ptr, field, parts, n_parts, rows, n_rows, other):
+    offsets = parts.to(tl.int64)[:, None] * padded(n_rows) + rows[None, :]
+    mask = (parts < n_parts)[:, None] & (rows < n_rows)[None, :]
+    return tl.load(sums_ptr + field + offsets, mask=mask, other=other)
+
+
+@triton.jit
+def _row_sum(
+    sums_ptr, which: tl.constexpr, top_at: tl.constexpr, parts, n_parts, rows, n_rows,
+    SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """A sum over the parts in float64, or its natural logarithm where it was shifted."""
+    field = n_parts.to(tl.int64) * padded(n_rows)
+    total = _load_sums(sums_ptr, which * field, parts, n_parts, rows, n_rows, 0.0).to(tl.float64)
+    if SHIFTED:
+        top = _load_sums(sums_ptr, top_at * field, parts, n_parts, rows, n_rows, float("-inf"))
+        top = top.to(tl.float64)
+        largest = tl.max(top, axis=0)
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        total = tl.sum(total * tl.exp2(top - shift[None, :]), axis=0)
+        result = (largest + tl.log2(total)) * LN2
+        return tl.where(largest == float("-inf"), float("-inf"), result)
+    else:
+        return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_parts"])
+def conr_dense_rows_kernel(
+    w_ptr, n_absent_ptr, sums_ptr, loss_ptr, stats_ptr,
+    n_anchors, n_keys, n_parts, push_scale: tl.float64,
+    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, UNIT_TERMS: tl.constexpr,
+    COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Losses and statistics of ROWS rows from their sums over at most PARTS parts.
+
+    ``n_absent``: how many keys ``unit_terms`` does not count.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = rows < n_anchors
+    parts = tl.arange(0, PARTS)
+    n = _row_sum(sums_ptr, 2, 0, parts, n_parts, rows, n_anchors, False)
+    m = _row_sum(sums_ptr, 3, 0, parts, n_parts, rows, n_anchors, False)
+    s_sum = tl.zeros((ROWS,), tl.float64)
+    if INSIDE:
+        s_sum = _row_sum(sums_ptr, 4, 0, parts, n_parts, rows, n_anchors, False) * LN2
+    w = tl.full((ROWS,), 1.0, tl.float64)
+    if w_ptr is not None:
+        w = tl.load(w_ptr + rows, mask=is_row, other=1.0).to(tl.float64)
+    n_counted = n_keys.to(tl.float64)
+    if n_absent_ptr is not None:  # more than there are others for rows that take no part
+        n_counted = tl.maximum(n_counted - tl.load(n_absent_ptr).to(tl.float64), n)
+    loss, alpha, beta, gamma, log_alpha, log_gamma = finish_rows(
+        _row_sum(sums_ptr, 0, 5, parts, n_parts, rows, n_anchors, SHIFTED),
+        _row_sum(sums_ptr, 1, 6, parts, n_parts, rows, n_anchors, SHIFTED),
+        s_sum, n, m != 0, w, n_counted, push_scale,
+        SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
+    )  # fmt: skip
+    dtype: tl.constexpr = loss_ptr.dtype.element_ty
+    poison, rows = (n + w) * 0, rows.to(tl.int64)
+    tl.store(loss_ptr + rows, (loss + poison).to(dtype), mask=is_row)
+    stats = rounded_statistics(alpha, beta, gamma, log_alpha, log_gamma, poison, dtype, SHIFTED)
+    store_columns(stats_ptr + rows * (5 if SHIFTED else 3), 1, is_row, stats, SHIFTED)
+
+
+@triton.jit
+def store_total(pid, loss_ptr, out_ptr, n_rows, factor, BLOCK: tl.constexpr):
+    """``factor·Σ_i ℓ_i``, added in a fixed order by the first program."""
+    if pid == 0:
+        total = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, n_rows, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            total += tl.load(loss_ptr + rows, mask=rows < n_rows, other=0.0).to(tl.float64)
+        tl.store(out_ptr, (tl.sum(total, axis=0) * factor).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def conr_total_kernel(loss_ptr, out_ptr, n_rows, factor: tl.float64, BLOCK: tl.constexpr):
+    """The sum of the row losses times a factor; one program."""
+    store_total(tl.program_id(0), loss_ptr, out_ptr, n_rows, factor, BLOCK)

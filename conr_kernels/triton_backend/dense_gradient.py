@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import LN2, LOG2E, dot, scale_pair, to_base_2
-from .dense import load_chunk, load_labels, padded, pairs_of_tile
-from .dense_rows import store_total
+from .dense import load_chunk, load_labels, padded, pairs_of_tile, store_total
 
 
 @triton.jit
@@ -32,52 +31,17 @@ def _add_product(G, W_ij, x_j, PRECISION: tl.constexpr):
         return dot(W_ij.to(x_j.dtype), x_j, G, PRECISION)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_anchors", "n_keys", "self_offset", "n_tiles_j", "per_part", "coef_at", "G_at",
-        "radial_at", "loss_at",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "self_offset", "n_tiles_j", "per_part"])
 def conr_dense_gradient_kernel(
-    x_ptr,
-    y_ptr,
-    p_ptr,
-    coef_i_ptr,
-    key_x_ptr,
-    key_y_ptr,
-    key_p_ptr,
-    coef_j_ptr,
-    kept_ptr,
-    G_ptr,
-    loss_ptr,
-    out_ptr,
-    n_anchors,
-    n_keys,
-    self_offset,
-    n_tiles_j,
-    per_part,
-    coef_at,
-    G_at,
-    radial_at,
-    loss_at,
-    h: tl.float64,
-    push_scale: tl.float64,
-    factor: tl.float64,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    RMSE: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr,
-    CONFUSED: tl.constexpr,
-    KEPT: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, y_ptr, p_ptr, coef_i_ptr, key_x_ptr, key_y_ptr, key_p_ptr, coef_j_ptr, kept_ptr,
+    G_ptr, radial_ptr, loss_ptr, out_ptr,
+    n_anchors, n_keys, self_offset, n_tiles_j, per_part,
+    h: tl.float64, push_scale: tl.float64, factor: tl.float64,
+    D: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
+    INSIDE: tl.constexpr, PUSHING: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """``Σ_j H_ij q_j`` of BLOCK_I anchors over ``per_part`` tiles of keys and BLOCK_D columns; a
     program each. The first adds up the losses where their total is wanted.
 
@@ -90,7 +54,7 @@ def conr_dense_gradient_kernel(
     chunk, part = pid % N_CHUNKS, (pid // N_CHUNKS) % n_parts
     rows = (pid // N_CHUNKS // n_parts) * BLOCK_I + tl.arange(0, BLOCK_I)
     if out_ptr is not None:
-        store_total(pid, loss_ptr + loss_at, out_ptr, n_anchors, factor, 1024)
+        store_total(pid, loss_ptr, out_ptr, n_anchors, factor, 1024)
     is_row = rows < n_anchors
     i = tl.minimum(rows, n_anchors - 1).to(tl.int64)
     k = chunk * BLOCK_D
@@ -99,8 +63,6 @@ def conr_dense_gradient_kernel(
     inverse_j_ptr = kept_ptr + n_padded
     factor_ptr = inverse_j_ptr + padded(n_keys)
     s_ptr = factor_ptr + n_padded
-    coef_i_ptr += coef_at
-    coef_j_ptr += coef_at
     alpha_i, log_alpha_i = _coefficients(coef_i_ptr, i, 0, COLUMNS, SHIFTED)
     gamma_i, log_gamma_i = _coefficients(coef_i_ptr, i, 2, COLUMNS, SHIFTED)
     y_i, p_i = load_labels(y_ptr, i, 0, L, WIDE), load_labels(p_ptr, i, 0, L, WIDE)
@@ -150,32 +112,18 @@ def conr_dense_gradient_kernel(
     columns = k + tl.arange(0, BLOCK_D)
     mask = is_row[:, None] & (columns < D)[None, :]
     offsets = (part.to(tl.int64) * n_anchors + rows)[:, None] * D + columns[None, :]
-    tl.store(G_ptr + G_at + offsets, G, mask=mask)
+    tl.store(G_ptr + offsets, G, mask=mask)
     if N_CHUNKS > 1:
-        at = radial_at + part.to(tl.int64) * n_padded
-        tl.store(G_ptr + at + rows, radial, mask=is_row & (chunk == 0))
+        radial_ptr += part.to(tl.int64) * n_padded
+        tl.store(radial_ptr + rows, radial, mask=is_row & (chunk == 0))
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_parts", "coef_at", "G_at", "radial_at"])
+@triton.jit(do_not_specialize=["n_anchors", "n_parts"])
 def conr_dense_finish_kernel(
-    x_ptr,
-    coef_ptr,
-    kept_ptr,
-    G_ptr,
-    upstream_ptr,
-    gradient_ptr,
-    n_anchors,
-    n_parts,
-    coef_at,
-    G_at,
-    radial_at,
-    factor: tl.float64,
-    inverse_tau: tl.float64,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, coef_ptr, kept_ptr, G_ptr, radial_ptr, upstream_ptr, gradient_ptr,
+    n_anchors, n_parts, factor: tl.float64, inverse_tau: tl.float64,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """``(Σ_j H_ij q_j/τ − q_i radial_i)/‖x_i‖`` times the upstream gradient of ROWS rows and
     BLOCK_D columns; a program each.
     """
@@ -189,10 +137,9 @@ def conr_dense_finish_kernel(
     mask = is_row[:, None] & (columns < D)[None, :]
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
     G = tl.zeros((ROWS, BLOCK_D), dtype)
-    part_ptr = G_ptr + G_at
     for _ in range(n_parts):
-        G += tl.load(part_ptr + offsets, mask=mask, other=0.0)
-        part_ptr += n_anchors.to(tl.int64) * D
+        G += tl.load(G_ptr + offsets, mask=mask, other=0.0)
+        G_ptr += n_anchors.to(tl.int64) * D
     G *= tl.full((), inverse_tau, dtype)
     inverse = tl.load(kept_ptr + rows, mask=is_row, other=0.0)
     q_i = load_chunk(x_ptr, rows, n_anchors, k, D, BLOCK_D, False).to(dtype) * inverse[:, None]
@@ -200,13 +147,12 @@ def conr_dense_finish_kernel(
         radial = tl.sum(q_i * G, axis=1)
     else:
         radial = tl.zeros((ROWS,), dtype)
-        radial_ptr = G_ptr + radial_at
         for _ in range(n_parts):
             radial += tl.load(radial_ptr + rows, mask=is_row, other=0.0)
             radial_ptr += padded(n_anchors)
     poison = tl.zeros((ROWS,), dtype)
     for c in tl.static_range(3):
-        poison += tl.load(coef_ptr + coef_at + rows * COLUMNS + c, mask=is_row, other=0.0) * 0
+        poison += tl.load(coef_ptr + rows * COLUMNS + c, mask=is_row, other=0.0) * 0
     G = (G - q_i * radial[:, None]) * inverse[:, None] + poison[:, None]
     if upstream_ptr is not None:
         G *= (tl.load(upstream_ptr).to(tl.float64) * factor).to(dtype)

@@ -1,4 +1,4 @@
-"""The Triton kernel of the two banded sweeps, backward, with a row's gradient in registers.
+"""The Triton kernels of the two banded sweeps, backward, with a row's gradient in registers.
 
 Tiles are visited as in the forward pass: see sweeps.py.
 """
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import dot, load_tile, scale_pair, similarity
-from .layout import count_of, key_tiles, padded, sweep_of, tile_at
+from .layout import chosen_copies, count_of, key_tiles, padded, sweep_of, tile_at
 from .sweeps import anchors_of, pairs_of
 
 
@@ -101,24 +101,26 @@ def columns_of(ptr, row, first, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
-    """Stores columns ``first …`` of G; as two bfloat16 summands where there is a G_rest."""
-    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
-    head = G.to(G_ptr.dtype.element_ty)
-    tl.store(G_ptrs, head, mask=mask)
+def store_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
+    """Stores columns ``first …`` of G; where there is a G_rest, its halves of 16 bits."""
     if G_rest_ptr is not None:
-        G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
-        tl.store(G_ptrs, (G - head.to(G.dtype)).to(tl.bfloat16), mask=mask)
+        bits = G.to(tl.int32, bitcast=True)
+        rest_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
+        tl.store(rest_ptrs, bits.to(tl.int16), mask=mask)
+        G = (bits >> 16).to(tl.int16)
+    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
+    tl.store(G_ptrs, G, mask=mask)
 
 
 @triton.jit
-def _add_sum(G, row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr):
-    """Adds what ``_store_sum`` stored."""
-    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, G.shape[1])
-    G += tl.load(G_ptrs, mask=mask, other=0.0).to(G.dtype)
+def load_sum(row, first, G_ptr, G_rest_ptr, n_anchors, D: tl.constexpr, WIDTH: tl.constexpr):
+    """What ``store_sum`` stored."""
+    G_ptrs, mask = columns_of(G_ptr, row, first, n_anchors, D, WIDTH)
+    G = tl.load(G_ptrs, mask=mask, other=0)
     if G_rest_ptr is not None:
-        G_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, G.shape[1])
-        G += tl.load(G_ptrs, mask=mask, other=0.0).to(G.dtype)
+        rest_ptrs, mask = columns_of(G_rest_ptr, row, first, n_anchors, D, WIDTH)
+        rest = tl.load(rest_ptrs, mask=mask, other=0).to(tl.int32) & 0xFFFF
+        G = ((G.to(tl.int32) << 16) | rest).to(tl.float32, bitcast=True)
     return G
 
 
@@ -163,28 +165,32 @@ def _halves(G):
     return tl.split(tl.permute(parts, (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
-def conr_backward_kernel(
-    layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, inverse_i_ptr,
-    q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, x_ptr, G_ptr, G_rest_ptr, gradient_ptr,
-    n_anchors, n_keys, width, h: tl.float64, push_scale: tl.float64, kappa: tl.float64,
-    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
-    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+@triton.jit
+def _sum_of_sweep(
+    tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
+    q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, h, push_scale,
+    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_P H_ij q_j`` in the caller's order; then, with ``Σ_M H_ij q_j``, the gradient of x. A
-    program per tile of anchors.
-
-    G and the gradient may share their memory: a program reads and writes its own rows only.
+    """``Σ_j H_ij q_j`` of a tile of anchors over one of n_slots equal parts of its key tiles, the
+    anchors' rows, and how many rows the anchors' copies stand behind the first ones.
     """
-    PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
-    WIDTH: tl.constexpr = D_PAD // PARTS
-    tile = tl.program_id(0)
-    _, order_ptr, self_ptr, _, _ = sweep_of(
+    is_outside, order_ptr, self_ptr, _, _ = sweep_of(
         layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
     )
+    behind = tl.zeros((), tl.int64)
+    if CONFUSED:
+        COLUMNS: tl.constexpr = 5 if SHIFTED else 3
+        q_j_ptr, y_j_ptr, p_j_ptr, behind = chosen_copies(
+            q_j_ptr, y_j_ptr, p_j_ptr, n_keys, is_outside, apart, D_PAD, L
+        )
+        coef_j_ptr += behind * COLUMNS
+        q_i_ptr, y_i_ptr, p_i_ptr, behind = chosen_copies(
+            q_i_ptr, y_i_ptr, p_i_ptr, n_anchors, is_outside, apart, D_PAD, L
+        )
+        coef_i_ptr += behind * COLUMNS
     _, full, edges = key_tiles(
         tile, layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J
     )
@@ -193,37 +199,138 @@ def conr_backward_kernel(
         tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
     )
     rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
-    n_padded = padded(n_anchors)
-    of_anchors = coefficients_of(coef_i_ptr + rows, n_padded, NEGATIVES, SHIFTED, INSIDE)
+    of_anchors = coefficients_of(coef_i_ptr + rows, padded(n_anchors), NEGATIVES, SHIFTED, INSIDE)
     q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
     q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
     G = tl.zeros((BLOCK_I, D_PAD), dtype)
-    for t in range(count_of(full)):
+    n_full, n_edges = count_of(full), count_of(edges)
+    for t in range(n_full * slot // n_slots, n_full * (slot + 1) // n_slots):
         G = _add_tile(
             G, tile_at(t, full), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
             coef_j_ptr, n_keys, width, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
             PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
-    for t in range(count_of(edges)):
+    for t in range(n_edges * slot // n_slots, n_edges * (slot + 1) // n_slots):
         G = _add_tile(
             G, tile_at(t, edges), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
             coef_j_ptr, n_keys, width, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
             PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
+    return G, tl.load(order_ptr + rows), behind
 
-    row = tl.load(order_ptr + rows)
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
+def conr_backward_parts_kernel(
+    layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, G_ptr,
+    n_anchors, n_keys, n_slots, width, h: tl.float64, push_scale: tl.float64,
+    APART: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Parts of ``Σ_j H_ij q_j`` in the caller's order, G [2 sweeps · n_slots, N, D_PAD]: n_slots
+    programs per tile of anchors for the positives, then as many for the negatives.
+    """
+    PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
+    WIDTH: tl.constexpr = D_PAD // PARTS
+    n_programs = tl.num_programs(0) // 2
+    which, here = tl.program_id(0) // n_programs, tl.program_id(0) % n_programs
+    tile, slot = here // n_slots, here % n_slots
+    if which == 0:
+        G, row, _ = _sum_of_sweep(
+            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
+            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, h, push_scale,
+            False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, PRECISION, UPCAST,
+            BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
+    else:
+        G, row, _ = _sum_of_sweep(
+            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
+            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, h, push_scale,
+            True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, RESCALE, PRECISION,
+            UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
+    G_ptr += (which * n_slots + slot).to(tl.int64) * n_anchors * D_PAD
+    parts = in_parts(G, PARTS)
+    for c in tl.static_range(PARTS):
+        G_ptrs, mask = columns_of(G_ptr, row, c * WIDTH, n_anchors, D_PAD, WIDTH)
+        tl.store(G_ptrs, parts[c], mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_parts"])
+def conr_gradient_kernel(
+    layout_ptr, coef_i_ptr, inverse_i_ptr, x_ptr, G_ptr, upstream_ptr, gradient_ptr,
+    n_anchors, n_keys, n_parts, kappa: tl.float64,
+    SAME: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of ROWS rows from G [n_parts, N, D_PAD], times the upstream gradient where the
+    coefficients are without; a program each.
+    """
+    _, order_ptr, _, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, False, SAME)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, inverse = tl.load(order_ptr + rows), tl.load(inverse_i_ptr + rows)
+    dtype: tl.constexpr = inverse.dtype
+    G_ptrs, mask = columns_of(G_ptr, row, 0, n_anchors, D_PAD, D_PAD)
+    G = tl.zeros((ROWS, D_PAD), dtype)
+    for _ in range(n_parts):
+        G += tl.load(G_ptrs, mask=mask, other=0.0)
+        G_ptrs += n_anchors.to(tl.int64) * D_PAD
+    G *= _factor(kappa, upstream_ptr).to(dtype)
+    q_i = unit_columns(x_ptr, inverse, row, 0, n_anchors, D, D_PAD)
+    poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
+    radial = tl.sum(q_i * G, axis=1)
+    store_gradient(G, q_i, row, 0, radial, inverse, poison, gradient_ptr, n_anchors, D)
+
+
+@triton.jit
+def _factor(kappa, upstream_ptr):
+    factor = tl.full((), kappa, tl.float64)
+    if upstream_ptr is not None:
+        factor *= tl.load(upstream_ptr).to(tl.float64)
+    return factor
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "apart"])
+def conr_backward_kernel(
+    layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, inverse_i_ptr,
+    q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, x_ptr, G_ptr, G_rest_ptr, upstream_ptr, gradient_ptr,
+    n_anchors, n_keys, width, apart, h: tl.float64, push_scale: tl.float64, kappa: tl.float64,
+    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
+    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``Σ_P H_ij q_j`` in the caller's order; then, with ``Σ_M H_ij q_j``, the gradient of x, times
+    the upstream gradient where the coefficients are without. A program per tile of anchors.
+
+    G and the gradient may share their memory: a program reads and writes its own rows only.
+    """
+    PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
+    WIDTH: tl.constexpr = D_PAD // PARTS
+    tile = tl.program_id(0)
+    dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
+    G, row, behind = _sum_of_sweep(
+        tile, 0, 1, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
+        q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, h, push_scale,
+        NEGATIVES, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, PUSHING, RESCALE, PRECISION,
+        UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+    )  # fmt: skip
     parts = in_parts(G, PARTS)
     if not NEGATIVES:
         for c in tl.static_range(PARTS):
-            _store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
+            store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
     else:
-        inverse = tl.load(inverse_i_ptr + rows)
-        poison = poison_of(coef_i_ptr + rows, n_padded, dtype)
+        rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+        inverse = tl.load(inverse_i_ptr + behind + rows)
+        coef_i_ptr += behind * (5 if SHIFTED else 3)
+        poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
         radial = tl.zeros((BLOCK_I,), dtype)
+        factor = _factor(kappa, upstream_ptr)
         done = ()
         for c in tl.static_range(PARTS):
-            part = _add_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
-            part *= tl.full((), kappa, dtype)
+            part = parts[c] + load_sum(row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)
+            part *= factor.to(dtype)
             q = unit_columns(x_ptr, inverse, row, c * WIDTH, n_anchors, D, WIDTH)
             radial += tl.sum(q * part, axis=1)
             done = done + (part,)

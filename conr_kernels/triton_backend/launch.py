@@ -9,7 +9,8 @@ form of arguments, when it compiles.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,13 @@ from torch import Tensor
 
 from .availability import interpreted
 
+#: Without further keys the anchors are the keys.
+OWN_KEYS = {"key_x": "x", "key_y": "y", "key_p": "p"}
 #: Versions of Triton whose ``CompiledKernel.run`` takes what is given here.
 SERVED = ((3, 6), (3, 9))
-#: Forms of arguments that one kernel remembers; beyond it forgets them all.
+#: Numbers that stay free behind every part of a workspace: where tests put guard zones.
+GUARD = 0
+#: Forms of pointers for which steps are remembered; beyond, all are forgotten.
 FORMS = 64
 
 
@@ -30,50 +35,28 @@ class Place(NamedTuple):
     stream: int
 
 
-#: Numbers ``start … start + n`` of a tensor, taken for a dtype: made a tensor where one is needed.
-Slice = tuple[Tensor, int, int, torch.dtype]
-#: A tensor as kernels take it, its address, and what of it they are compiled for.
-Pointer = tuple[Tensor | Slice | None, int | None, tuple[torch.dtype, bool] | None]
-
-NOTHING: Pointer = (None, None, None)
-
-
-def pointer(t: Tensor | None) -> Pointer:
-    if t is None:
-        return NOTHING
-    address = t.data_ptr()
-    return t, address, (t.dtype, address % 16 == 0)
-
-
-def _tensor(t: Tensor | Slice | None) -> Tensor | None:
-    if not isinstance(t, tuple):
-        return t
-    whole, start, n, dtype = t
-    return whole.view(-1)[start : start + n].view(dtype)
-
-
 class Parts:
     """Parts of one allocation of 32-bit integers, by name; each starts on 128 bytes."""
 
     def __init__(self) -> None:
         self.size = 0
-        self.parts: dict[str, tuple[int, int, int, torch.dtype, tuple[torch.dtype, bool]]] = {}
+        #: Bytes before each part, numbers of 32 bits before it and of it, its dtype.
+        self.parts: dict[str, tuple[int, int, int, torch.dtype]] = {}
 
-    def add(self, name: str, n: int, dtype: torch.dtype) -> None:
+    def add(self, names: str, n: int, dtype: torch.dtype) -> None:
+        """n numbers; of several names, each right behind the other."""
         size = -(-n * dtype.itemsize // 4)
-        self.parts[name] = (4 * self.size, self.size, size, dtype, (dtype, True))
-        self.size += -(-size // 32) * 32
+        for name in names.split():
+            self.parts[name] = (4 * self.size, self.size, size, dtype)
+            self.size += size
+        self.size = -(-(self.size + GUARD) // 32) * 32
 
     def new(self, x: Tensor) -> Tensor:
         """An allocation where x is."""
         return x.new_empty(self.size, dtype=torch.int32)
 
-    def pointers(self, whole: Tensor) -> dict[str, Pointer]:
-        base = whole.data_ptr()
-        return {
-            name: ((whole, start, n, dtype), base + at, form)
-            for name, (at, start, n, dtype, form) in self.parts.items()
-        }
+    def tensors(self, whole: Tensor) -> list[Tensor]:
+        return [whole[start : start + n].view(dtype) for _, start, n, dtype in self.parts.values()]
 
 
 def place_of(x: Tensor) -> Place | None:
@@ -106,30 +89,6 @@ class Kernel:
         self.function = function
         self.keywords = constants | options
         self.constants = tuple(constants[name] for name in names[len(given) :])
-        self.n_pointers = sum(name.endswith("_ptr") for name in given)
-        #: ``run``, its function and its metadata, by the form of the arguments.
-        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-
-    def form_of(self, numbers: tuple[int | float, ...]) -> tuple[Any, ...]:
-        """What Triton compiles another kernel for, of the numbers."""
-        form: list[Any] = []
-        params = getattr(self.function, "params", ())[self.n_pointers :]
-        for parameter, number in zip(params, numbers, strict=False):
-            if isinstance(number, int) and not parameter.annotation_type:
-                form.append(-(2**31) <= number < 2**31)
-                if not parameter.do_not_specialize:
-                    form += number == 1, number % 16 == 0
-        return tuple(form)
-
-    def launch_plainly(
-        self, n_programs: int, tensors: list[Tensor | None], numbers: tuple[int | float, ...]
-    ) -> Any:
-        return self.function[(n_programs,)](*tensors, *numbers, **self.keywords)
-
-    def remember(self, key: tuple[Any, ...], kernel: Any) -> None:
-        if len(self.compiled) >= FORMS:
-            self.compiled.clear()
-        self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata
 
 
 class Launch:
@@ -137,34 +96,85 @@ class Launch:
 
     def __init__(self, kernel: Kernel, n_programs: int, *numbers: int | float) -> None:
         self.kernel, self.n_programs, self.numbers = kernel, n_programs, numbers
-        self.form = kernel.form_of(numbers)
         self.rest = numbers + kernel.constants
 
-    def __call__(self, place: Place | None, *pointers: Pointer) -> None:
-        tensors, addresses, forms = zip(*pointers, strict=True)
-        key = None if place is None else (place.device, self.form, forms)
-        found = self.kernel.compiled.get(key)
-        if place is None or found is None:
-            given = [_tensor(t) for t in tensors]
-            kernel = self.kernel.launch_plainly(self.n_programs, given, self.numbers)
-            if key is not None and kernel is not None:  # a hook may have taken it over
-                self.kernel.remember(key, kernel)
+    def __call__(self, *tensors: Tensor | None) -> Any:
+        """Triton's own launch; what it compiled, unless a hook took that over."""
+        kernel = self.kernel
+        return kernel.function[(self.n_programs,)](*tensors, *self.numbers, **kernel.keywords)
+
+
+class Steps:
+    """Launches in their order, each with the names of its pointers: those ``given`` at every call,
+    parts of workspaces, aliases of either, ``"nothing"``.
+    """
+
+    def __init__(
+        self,
+        given: str,
+        aliases: dict[str, str],
+        steps: Iterable[tuple[Launch, str]],
+        *parts: Parts,
+    ) -> None:
+        steps, names = list(steps), ["nothing", *given.split()]
+        for part in parts:
+            names += part.parts
+        at = {name: number for number, name in enumerate(names)}
+        at |= {alias: at[name] for alias, name in aliases.items()}
+        self.steps = [
+            (launch, itemgetter(*(at[name] for name in of.split()))) for launch, of in steps
+        ]
+        self.parts = parts
+        self.offsets = [[before for before, *_ in part.parts.values()] for part in parts]
+        #: What every launch runs, by the device and the forms of what is given.
+        self.compiled: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+
+    def __call__(
+        self, place: Place | None, wholes: Iterable[Tensor], *given: Tensor | None
+    ) -> None:
+        """``wholes``: the allocations that the parts are of."""
+        if place is None:
+            self._launch_plainly(wholes, given)
             return
-        run, function, metadata = found
-        run(
-            self.n_programs, 1, 1, place.stream, function, metadata, None, None, None,
-            *addresses, *self.rest,
-        )  # fmt: skip
+        addresses = [None if t is None else t.data_ptr() for t in given]
+        of_given = zip(given, addresses, strict=True)
+        forms = [None if t is None else (t.dtype, at % 16 == 0) for t, at in of_given]
+        key = (place.device, *forms)
+        found = self.compiled.get(key)
+        if found is None:
+            compiled = self._launch_plainly(wholes, given)
+            if None not in compiled:
+                self._remember(key, compiled)
+            return
+        pointers = [None, *addresses]
+        for offsets, whole in zip(self.offsets, wholes, strict=True):
+            address = whole.data_ptr()
+            pointers += [address + before for before in offsets]
+        for pick, n_programs, run, function, metadata, rest in found:
+            run(
+                n_programs, 1, 1, place.stream, function, metadata, None, None, None,
+                *pick(pointers), *rest,
+            )  # fmt: skip
 
+    def _launch_plainly(
+        self, wholes: Iterable[Tensor], given: tuple[Tensor | None, ...]
+    ) -> list[Any]:
+        tensors = [None, *given]
+        for part, whole in zip(self.parts, wholes, strict=True):
+            tensors += part.tensors(whole)
+        return [launch(*pick(tensors)) for launch, pick in self.steps]
 
-@functools.lru_cache(maxsize=256)
-def _kernel(function: Any, options: tuple[tuple, ...], constants: tuple[tuple, ...]) -> Kernel:
-    return Kernel(function, dict(options), dict(constants))
+    def _remember(self, key: tuple[Any, ...], compiled: list[Any]) -> None:
+        if len(self.compiled) >= FORMS:
+            self.compiled.clear()
+        self.compiled[key] = [
+            (pick, launch.n_programs, of.run, of.function, of.packed_metadata, launch.rest)
+            for (launch, pick), of in zip(self.steps, compiled, strict=True)
+        ]
 
 
 def bind(function: Any, options: dict[str, Any], **constants: Any) -> Kernel:
-    """The kernel with these constants and options: one object for all the plans that name it."""
-    return _kernel(function, tuple(options.items()), tuple(constants.items()))
+    return Kernel(function, options, constants)
 
 
 def _is_on_gpu(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from ..core.inputs import Keys
 from ..variants import Settings
 from .availability import interpreted
 from .call import arithmetic, largest_total, precision, tiles
-from .launch import NOTHING, Launch, Place, Pointer, bind, place_of, pointer
+from .launch import OWN_KEYS, Launch, Parts, Place, Steps, bind, place_of
 
 #: Up to this many pairs the kernels without a sort serve, where a row of the gradient stays in the
 #: registers; up to KEPT_PAIRS they do for any D, and the forward pass leaves s_ij.
@@ -105,7 +105,7 @@ class Plan:
     """The launches of one form of call; all but their pointers."""
 
     def __init__(self, form: Form, s: Settings) -> None:
-        from . import dense, dense_gradient, dense_rows
+        from . import dense, dense_gradient
 
         N, K, D, L, dtype, labels, self_offset, reduction = form
         variant = s.variant
@@ -121,23 +121,9 @@ class Plan:
         gradient_tiles_j = tiles(K, of_gradient.BLOCK_J)
         gradient_per_part, gradient_parts = _cut(gradient_tiles_j, n_tiles, GRADIENT_PARTS)
         # Where s_ij is not kept, memory does not grow with the pairs.
-        self.gram_size, gram_chunks, gram_parts = (
+        gram_size, gram_chunks, gram_parts = (
             _cut_gram(of_sums, tiles_i * tiles_j, per_part, D) if is_kept else (0, 0, 1)
         )
-
-        self.kept_size, n_padded = kept_size(N, K), _padded(N)
-        n_fields = 7 if columns == 5 else 5 if is_inside else 4
-        self.sums_size = n_fields * n_parts * n_padded
-        G_size = _padded(gradient_parts * N * D)
-        self.gradient_size = G_size + gradient_parts * n_padded
-        # One workspace where the losses are reduced: kept, statistics, losses, then the sums, and
-        # when these have served, the gradient's parts. The operators' have one tensor each.
-        is_reduced = reduction != "none"
-        stats_at = self.kept_size if is_reduced else 0
-        loss_at = stats_at + _padded(N * columns) if is_reduced else 0
-        sums_at = G_at = loss_at + n_padded if is_reduced else 0
-        self.work_size = sums_at + self.sums_size
-        self.work_size_with_gradient = sums_at + max(self.sums_size, self.gradient_size)
         factor = 1 / max(N, 1) if reduction == "mean" else 1.0
 
         # The interpreter multiplies 16-bit tiles wrongly.
@@ -151,47 +137,89 @@ class Plan:
         )  # fmt: skip
         # Squares of differences must not be fused into the sum that follows.
         fusion = {"enable_fp_fusion": False} if is_rmse else {}
-        self.gram = Launch(
+        gram = Launch(
             bind(dense.conr_gram_kernel, of_sums.options, D=D, **products, **of_sums.blocks),
             tiles_i * tiles_j * gram_parts, N, K, tiles_j, gram_chunks, D,
         )  # fmt: skip
-        self.sums = Launch(
+        sums = Launch(
             bind(
                 dense.conr_dense_sums_kernel, of_sums.options | fusion, **pairs, **of_sums.blocks
             ),
-            tiles_i * n_parts, N, K, self_offset, tiles_j, per_part, gram_parts, sums_at, D,
+            tiles_i * n_parts, N, K, self_offset, tiles_j, per_part, gram_parts, D,
             window, s.push_scale, math.log2(math.e) / s.temperature,
         )  # fmt: skip
-        self.rows = Launch(
+        finished = Launch(
             bind(
-                dense_rows.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
+                dense.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
                 UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
                 WEIGHTED_ROWS=variant.weighted_rows, ROWS=ROWS,
                 PARTS=1 << (n_parts - 1).bit_length(),
             ),
-            tiles(N, ROWS), N, K, n_parts, sums_at, loss_at, stats_at, s.push_scale,
+            tiles(N, ROWS), N, K, n_parts, s.push_scale,
         )  # fmt: skip
-        self.total = Launch(
-            bind(dense_rows.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, loss_at, factor
-        )
-        self.gradient = Launch(
+        total = Launch(bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, factor)
+        gradient = Launch(
             bind(
                 dense_gradient.conr_dense_gradient_kernel, of_gradient.options | fusion,
                 **pairs, **of_gradient.blocks,
             ),
             n_tiles * gradient_parts, N, K, self_offset, gradient_tiles_j, gradient_per_part,
-            stats_at, G_at, G_at + G_size, loss_at, window, s.push_scale, factor,
+            window, s.push_scale, factor,
         )  # fmt: skip
         width = min(1 << (D - 1).bit_length(), 256)
         finish_rows = 8 if width >= D else 4
-        self.finish = Launch(
+        finish = Launch(
             bind(
                 dense_gradient.conr_dense_finish_kernel, {"num_warps": 4}, D=D, COLUMNS=columns,
                 ROWS=finish_rows, BLOCK_D=width,
             ),
-            tiles(N, finish_rows) * tiles(D, width), N, gradient_parts, stats_at, G_at,
-            G_at + G_size, factor, 1 / s.temperature,
+            tiles(N, finish_rows) * tiles(D, width), N, gradient_parts, factor, 1 / s.temperature,
         )  # fmt: skip
+
+        of_gram = "gram" if gram_size else "nothing"
+        forward = [(gram, "x key_x gram")] if gram_size else []
+        forward += [
+            (sums, f"x y p key_x key_y key_p {of_gram} kept sums"),
+            (finished, "w n_absent sums loss stats"),
+        ]
+        of_pairs = "x y p coef key_x key_y key_p key_coef kept G radial"
+        backward = finish, "x coef kept G radial upstream gradient"
+        n_padded, n_fields = _padded(N), 7 if columns == 5 else 5 if is_inside else 4
+        kept = dict(kept=kept_size(N, K), stats=N * columns, loss=N)
+        scratch = dict(gram=gram_size, sums=n_fields * n_parts * n_padded)
+        of_gradient = dict(G=gradient_parts * N * D, radial=gradient_parts * n_padded)
+        if reduction == "none":
+            self.work = _parts(self.dtype, scratch)
+            self.work_of_gradient = _parts(self.dtype, of_gradient)
+            self.forward = Steps(
+                "x y p w key_x key_y key_p n_absent kept loss stats", {}, forward, self.work
+            )
+            steps = [(gradient, f"{of_pairs} nothing nothing"), backward]
+            self.backward = Steps(
+                "x y p key_x key_y key_p coef key_coef kept gradient", {"upstream": "nothing"},
+                steps, self.work_of_gradient,
+            )  # fmt: skip
+        else:
+            aliases = OWN_KEYS | {"n_absent": "nothing", "coef": "stats", "key_coef": "stats"}
+            self.work = _parts(self.dtype, kept, scratch)
+            self.work_of_gradient = _parts(self.dtype, kept, scratch, of_gradient)
+            self.forward = Steps(
+                "x y p w total", aliases, [*forward, (total, "loss total")], self.work
+            )
+            steps = [*forward, (gradient, f"{of_pairs} loss total")]
+            self.forward_with_gradient = Steps(
+                "x y p w total", aliases, steps, self.work_of_gradient
+            )
+            self.backward = Steps(
+                "x upstream gradient", {"coef": "stats"}, [backward], self.work_of_gradient
+            )
+
+
+def _parts(dtype: torch.dtype, *sizes: dict[str, int]) -> Parts:
+    parts = Parts()
+    for name, n in (item for group in sizes for item in group.items()):
+        parts.add(name, n, dtype)
+    return parts
 
 
 def _cut(tiles_j: int, tiles_i: int, most: int) -> tuple[int, int]:
@@ -245,28 +273,14 @@ def plan_of(
     return plan
 
 
-def _rows(x: Tensor, y: Tensor, p: Tensor, keys: Keys | None) -> list[Pointer]:
-    """Pointers to anchors and keys."""
-    anchors = [pointer(x), pointer(y), pointer(p)]
-    return anchors + (anchors if keys is None else [pointer(t) for t in keys])
-
-
-def _gram(plan: Plan, place: Place | None, x: Tensor, rows: list[Pointer]) -> Pointer:
-    gram = pointer(x.new_empty(plan.gram_size, dtype=plan.dtype))
-    plan.gram(place, rows[0], rows[3], gram)
-    return gram
-
-
 def forward(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
     keys: Keys | None, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
 ) -> None:  # fmt: skip
     """Losses, statistics and what the gradient reads."""
-    rows = _rows(x, y, p, keys)
-    sums = pointer(x.new_empty(plan.sums_size, dtype=plan.dtype))
-    gram = _gram(plan, place, x, rows) if plan.gram_size else NOTHING
-    plan.sums(place, *rows, gram, pointer(layout.view(plan.dtype)), sums)
-    plan.rows(place, pointer(w), pointer(n_absent), sums, pointer(loss), pointer(stats))
+    rows = x, y, p, w, *(keys or (x, y, p)), n_absent
+    results = layout.view(plan.dtype), loss, stats
+    plan.forward(place, [plan.work.new(x)], *rows, *results)
 
 
 def backward(
@@ -274,39 +288,26 @@ def backward(
     coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
 ) -> None:  # fmt: skip
     """The gradient of x from coefficients in which the upstream gradient is."""
-    of_x, of_y, of_p, *of_keys = _rows(x, y, p, keys)
-    kept, coef = pointer(layout.view(plan.dtype)), pointer(coef_i)
-    G = pointer(x.new_empty(plan.gradient_size, dtype=plan.dtype))
-    plan.gradient(
-        place, of_x, of_y, of_p, coef, *of_keys, pointer(coef_j), kept, G, NOTHING, NOTHING
-    )
-    plan.finish(place, of_x, coef, kept, G, NOTHING, pointer(gradient))
+    rows = x, y, p, *(keys or (x, y, p)), coef_i, coef_j, layout.view(plan.dtype)
+    plan.backward(place, [plan.work_of_gradient.new(x)], *rows, gradient)
 
 
 def reduced(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor]]:  # fmt: skip
     """The reduced loss; and the workspace, in which the gradient's parts are where it is wanted."""
-    size = plan.work_size_with_gradient if wants_gradient else plan.work_size
-    loss, workspace = x.new_empty((), dtype=plan.dtype), x.new_empty(size, dtype=plan.dtype)
-    rows, of_loss, work = _rows(x, y, p, None), pointer(loss), pointer(workspace)
-    of_x, of_y, of_p, *_ = rows
-    gram = _gram(plan, place, x, rows) if plan.gram_size else NOTHING
-    plan.sums(place, *rows, gram, work, work)
-    plan.rows(place, pointer(w), NOTHING, work, work, work)
+    steps, parts = plan.forward, plan.work
     if wants_gradient:
-        plan.gradient(
-            place, of_x, of_y, of_p, work, of_x, of_y, of_p, work, work, work, work, of_loss
-        )
-    else:
-        plan.total(place, work, of_loss)
-    return loss, workspace
+        steps, parts = plan.forward_with_gradient, plan.work_of_gradient
+    loss, work = x.new_empty((), dtype=plan.dtype), parts.new(x)
+    steps(place, [work], x, y, p, w, loss)
+    return loss, (work,)
 
 
-def reduced_gradient(x: Tensor, workspace: Tensor, plan: Plan, upstream: Tensor) -> Tensor:
+def reduced_gradient(x: Tensor, work: Tensor, plan: Plan, upstream: Tensor) -> Tensor:
     """The gradient of x for an upstream gradient of the reduced loss."""
-    x, place = x.contiguous(), place_of(x)
-    gradient, work = torch.empty_like(x), pointer(workspace)
-    plan.finish(place, pointer(x), work, work, work, pointer(upstream), pointer(gradient))
+    x = x.contiguous()
+    gradient = torch.empty_like(x)
+    plan.backward(place_of(x), [work], x, upstream, gradient)
     return gradient

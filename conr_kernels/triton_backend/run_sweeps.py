@@ -1,63 +1,51 @@
-"""The two sweeps over exact bands: workspaces, sorts, and the launches of launch_sweeps.py."""
+"""The two sweeps over exact bands: plans, workspaces, sorts, and launch_sweeps.py's launches."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.inputs import Keys
-from .launch import NOTHING, Place, Pointer, place_of, pointer
-from .launch_sweeps import Plan, Step
+from ..variants import Settings
+from .call import form_of
+from .launch import Place, place_of
+from .launch_sweeps import Plan, limits
+
+#: By the identity of their settings, which an entry keeps alive, and the form.
+_plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
+PLANS = 64
 
 
-def _run(steps: list[Step], place: Place | None, given: dict[str, Pointer]) -> None:
-    for launch, pick in steps:
-        launch(place, *pick(given))
+def plan_of(
+    x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
+) -> Plan:
+    key = (id(s), form_of(x, y, keys, self_offset, reduction), *limits())
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        found = _plans[key] = (s, Plan(key[1], s))
+    return found[1]
 
 
-def _rows(x: Tensor, y: Tensor, p: Tensor, keys: Keys | None) -> dict[str, Pointer]:
-    """Pointers to anchors and keys."""
-    given = {"x": pointer(x), "y": pointer(y), "p": pointer(p), "nothing": NOTHING}
-    names = ("x", "y", "p") if keys is None else map(pointer, keys)
-    for name, key in zip(("key_x", "key_y", "key_p"), names, strict=True):
-        given[name] = given[key] if keys is None else key
-    return given
+def _sort(
+    plan: Plan, place: Place | None, work: Tensor, y: Tensor, p: Tensor, keys: Keys | None
+) -> list[Tensor]:
+    """Values and order of the keys' labels and predictions, and of the anchors'."""
+    sides = [(y, p)] if keys is None else [keys[1:], (y, p)]
+    if plan.sort_keys is not None:
+        pairs = [of_y.new_empty((2, of_y.shape[0])) for of_y, _ in sides]
+        plan.sort_keys(place, [work], y, p, *sides[0], pairs[0], pairs[-1])
+    else:
+        pairs = [torch.stack(side).view(2, -1) for side in sides]
+    found = [_sorted(plan, pair) for pair in pairs]
+    return [*found[0], *found[-1]]
 
 
-def _row(t: Tensor, which: int) -> Pointer:
-    n, dtype = t.shape[1], t.dtype
-    address = t.data_ptr() + which * n * dtype.itemsize
-    return (t, which * n, n, dtype), address, (dtype, address % 16 == 0)
-
-
-def _sort(pair: Tensor, given: dict[str, Pointer], names: tuple[str, ...]) -> None:
-    """Sorts each row; the last of them is the last order too."""
-    values, order = pair.sort(stable=True)
-    for which in (0, 1):
-        row = min(which, pair.shape[0] - 1)
-        of_row = _row(values, row), _row(order, row)
-        for name in names:
-            given[f"{name}values{which}"], given[f"{name}order{which}"] = of_row
-
-
-def _forward(
-    plan: Plan, place: Place | None, pair: Tensor | None, y: Tensor, p: Tensor, keys: Keys | None,
-    given: dict[str, Pointer],
-) -> None:  # fmt: skip
-    n_orders = 1 + plan.call.is_confused
-    sides = [(("key_", ""), y, p)] if keys is None else [(("key_",), *keys[1:]), (("",), y, p)]
-    pairs = [None] * len(sides)
-    if plan.sort_keys:
-        pairs = [of_y.new_empty((2, of_y.shape[0])) for _, of_y, _ in sides]
-        given["of_keys"], given["of_anchors"] = pointer(pairs[0]), pointer(pairs[-1])
-        _run(plan.sort_keys, place, given)
-    elif pair is not None:
-        pairs = [pair.view(2, -1)]
-    for (names, of_y, of_p), found in zip(sides, pairs, strict=True):
-        if found is None:
-            found = (torch.stack((of_y, of_p)) if n_orders == 2 else of_y).view(n_orders, -1)
-        _sort(found[:n_orders], given, names)
-    _run(plan.forward, place, given)
+def _sorted(plan: Plan, pair: Tensor) -> tuple[Tensor, Tensor]:
+    return pair[: 1 + plan.call.is_confused].sort(stable=True)
 
 
 def forward(
@@ -65,11 +53,9 @@ def forward(
     keys: Keys | None, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
 ) -> None:  # fmt: skip
     """Losses, statistics and layout."""
-    given = _rows(x, y, p, keys) | plan.work.pointers(plan.work.new(x)) | {
-        "w": pointer(w), "n_absent": pointer(n_absent), "loss": pointer(loss),
-        "stats": pointer(stats), "layout": pointer(layout),
-    }  # fmt: skip
-    _forward(plan, place, None, y, p, keys, given)
+    work = plan.work.new(x)
+    rows, sorts = (x, y, p, *(keys or (x, y, p))), _sort(plan, place, work, y, p, keys)
+    plan.forward(place, [work], *rows, w, n_absent, *sorts, loss, stats, layout)
 
 
 def backward(
@@ -77,43 +63,39 @@ def backward(
     coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
 ) -> None:  # fmt: skip
     """The gradient of x from coefficients in which the upstream gradient is."""
-    given = {
-        "coef": pointer(coef_i), "key_coef": pointer(coef_j), "upstream": NOTHING,
-        "layout": pointer(layout),
-    }  # fmt: skip
-    _backward(plan, place, x, given | _rows(x, y, p, keys), gradient)
+    rows = x, y, p, *(keys or (x, y, p)), coef_i, coef_j, layout
+    work = plan.work_of_gradient.new(x)
+    plan.backward(place, [work], *rows, _sum_in(gradient), gradient)
 
 
-def _backward(
-    plan: Plan, place: Place | None, x: Tensor, given: dict[str, Pointer], gradient: Tensor
-) -> None:
-    given["gradient"] = given["G"] = of_gradient = pointer(gradient)
-    if gradient.dtype.itemsize == 2:
-        whole, dtype = (gradient, 0, gradient.numel(), torch.bfloat16), torch.bfloat16
-        given["G"] = (whole, of_gradient[1], (dtype, of_gradient[1] % 16 == 0))
-    parts = plan.work_of_gradient
-    _run(plan.backward, place, given | parts.pointers(parts.new(x)))
+def _sum_in(gradient: Tensor) -> Tensor:
+    """Where the positives' part of a gradient waits: the upper half of numbers of 32 bits."""
+    return gradient.view(torch.int16) if gradient.dtype.itemsize == 2 else gradient
 
 
 def reduced(
-    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reduced loss; what is kept for its gradient, labels and predictions among it: the caller
+    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
+    wants_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    """The reduced loss; what is kept for its gradient, also of labels and predictions: the caller
     may change his own.
     """
-    loss, kept, pair = x.new_empty((), dtype=plan.call.dtype), plan.kept.new(x), torch.stack((y, p))
-    given = plan.work.pointers(plan.work.new(x)) | plan.kept.pointers(kept) | {
-        "w": pointer(w), "n_absent": NOTHING, "total": pointer(loss),
-    }  # fmt: skip
-    _forward(plan, place, pair, y, p, None, given | _rows(x, y, p, None))
-    return loss, (kept, pair)
+    loss, kept, work = x.new_empty((), dtype=plan.call.dtype), plan.kept.new(x), plan.work.new(x)
+    pair = torch.stack((y, p))
+    if plan.sort_keys is None:
+        sorts = _sorted(plan, pair.view(2, -1))
+    else:
+        sorts = _sort(plan, place, work, y, p, None)[2:]
+    plan.forward(place, [kept, work], x, y, p, w, *sorts, loss)
+    return loss, (kept, None if plan.is_kept else pair)
 
 
-def reduced_gradient(x: Tensor, kept: Tensor, pair: Tensor, plan: Plan, upstream: Tensor) -> Tensor:
+def reduced_gradient(
+    x: Tensor, kept: Tensor, pair: Tensor | None, plan: Plan, upstream: Tensor
+) -> Tensor:
     """The gradient of x for an upstream gradient of the reduced loss."""
     x = x.contiguous()
-    gradient, given = torch.empty_like(x), plan.kept.pointers(kept)
-    given["coef"] = given["key_coef"] = given["stats"]
-    given["upstream"] = pointer(upstream)
-    _backward(plan, place_of(x), x, given | _rows(x, *pair, None), gradient)
+    gradient, work = torch.empty_like(x), plan.work_of_gradient.new(x)
+    rows = (x,) if pair is None else (x, *pair)
+    plan.backward(place_of(x), [kept, work], *rows, upstream, _sum_in(gradient), gradient)
     return gradient

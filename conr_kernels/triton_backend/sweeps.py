@@ -17,11 +17,20 @@ from .arithmetic import (
     fold,
     load_tile,
     pair_total,
+    rounded_statistics,
     similarity,
-    store_rows,
+    store_columns,
     sum_of,
+    to_base_2,
 )
-from .layout import count_of, key_tiles, padded, sweep_of, tile_at
+from .layout import (
+    chosen_copies,
+    count_of,
+    key_tiles,
+    padded,
+    sweep_of,
+    tile_at,
+)
 
 
 @triton.jit
@@ -117,10 +126,10 @@ def _add_tile(
     return total, top, extra, n
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots", "apart"])
 def conr_forward_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
-    n_anchors, n_keys, n_slots, width, h: tl.float64, push_scale: tl.float64,
+    n_anchors, n_keys, n_slots, width, apart, h: tl.float64, push_scale: tl.float64,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -136,9 +145,16 @@ def conr_forward_kernel(
     """
     pid = tl.program_id(0)
     tile, slot = pid // n_slots, pid % n_slots
-    _, order_ptr, self_ptr, lo_ptr, hi_ptr = sweep_of(
+    is_outside, order_ptr, self_ptr, lo_ptr, hi_ptr = sweep_of(
         layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
     )
+    if CONFUSED:
+        q_i_ptr, y_i_ptr, p_i_ptr, _ = chosen_copies(
+            q_i_ptr, y_i_ptr, p_i_ptr, n_anchors, is_outside, apart, D_PAD, L
+        )
+        q_j_ptr, y_j_ptr, p_j_ptr, _ = chosen_copies(
+            q_j_ptr, y_j_ptr, p_j_ptr, n_keys, is_outside, apart, D_PAD, L
+        )
     _, full, edges = key_tiles(
         tile, layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J
     )
@@ -207,15 +223,17 @@ def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.c
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
 def conr_finish_kernel(
-    sums_ptr, n_ptr, poison_ptr, w_ptr, n_absent_ptr, loss_ptr, stats_ptr,
+    sums_ptr, n_ptr, poison_ptr, w_ptr, n_absent_ptr, rank_ptr, loss_ptr, stats_ptr,
     n_anchors, n_keys, n_slots, push_scale: tl.float64,
     SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
     UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
-    TINY: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    TINY: tl.constexpr, ORDERS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Losses and statistics of ROWS rows from at most SLOTS parts of their sums; a program each.
 
-    What is not finite among further keys is shared out to all rows.
+    Statistics [N, 3 or 5]; or, where the rows' ranks are given, as the gradient reads them: [3 or
+    5, N padded] for each of the ORDERS. What is not finite among further keys is shared out to all
+    rows.
     """
     pid = tl.program_id(0)
     rows, slots = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
@@ -249,7 +267,23 @@ def conr_finish_kernel(
         E, B, s_sum * LN2, n, has_negative, w, n_counted, push_scale,
         SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
     )  # fmt: skip
-    store_rows(
-        loss_ptr, stats_ptr, rows.to(tl.int64), is_row, poison.to(tl.float64),
-        loss, alpha, beta, gamma, log_alpha, log_gamma, SHIFTED,
-    )  # fmt: skip
+    dtype: tl.constexpr = loss_ptr.dtype.element_ty
+    poison, rows = poison.to(tl.float64), rows.to(tl.int64)
+    tl.store(loss_ptr + rows, (loss + poison).to(dtype), mask=is_row)
+    stats = rounded_statistics(alpha, beta, gamma, log_alpha, log_gamma, poison, dtype, SHIFTED)
+    COLUMNS: tl.constexpr = 5 if SHIFTED else 3
+    if rank_ptr is None:
+        store_columns(stats_ptr + rows * COLUMNS, 1, is_row, stats, SHIFTED)
+    else:
+        alpha, beta, gamma, log_alpha, log_gamma = stats
+        if SHIFTED:
+            alpha, log_alpha = to_base_2(alpha, log_alpha)
+            gamma, log_gamma = to_base_2(gamma, log_gamma)
+        n_padded = padded(n_anchors).to(tl.int64)
+        for _ in tl.static_range(ORDERS):
+            # Rows behind the last have 0, in their own places.
+            ptrs = stats_ptr + tl.load(rank_ptr + rows)
+            columns = (alpha, beta, gamma, log_alpha, log_gamma)
+            store_columns(ptrs, n_padded, rows < n_padded, columns, SHIFTED)
+            rank_ptr += n_padded
+            stats_ptr += COLUMNS * n_padded

@@ -18,7 +18,7 @@ MATRICES = {"q_i_ptr", "q_j_ptr", "x_ptr", "key_x_ptr", "G_rest_ptr", "gradient_
 
 @pytest.mark.parametrize(
     ("name", "N", "D"),
-    [("gather", 1500, 1984), ("forward_kernel", 1500, 1984), ("forward_kernel", 4200, 64),
+    [("order_kernel", 1500, 1984), ("forward_kernel", 1500, 1984), ("forward_kernel", 4200, 64),
      ("backward_kernel", 4200, 248), ("wide_scores", 1500, 1984), ("wide_product", 1500, 1984),
      ("wide_gradient", 1500, 1984), ("gram", 500, 4032), ("sums", 500, 124), ("sums", 3000, 248),
      ("dense_finish", 500, 1984)],
@@ -34,7 +34,7 @@ def test_rows_are_addressed_in_64_bits(name: str, N: int, D: int) -> None:
     pointers = {p.name for p in launch.kernel.params} & MATRICES
     used = {p for p in pointers if launch.arguments[p] is not None}
     # Without further keys the anchors' copies are the keys'.
-    expected = used - ({"x_ptr", "q_i_ptr"} if name == "gather" else set())
+    expected = used - ({"x_ptr", "q_i_ptr"} if name == "order_kernel" else set())
     assert set(advances) == expected
 
 

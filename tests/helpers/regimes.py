@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conr_kernels import conr_loss
-from conr_kernels.torch_backend import backend, sweeps, tiles
+from conr_kernels.torch_backend import small, sweeps, tiles
 from conr_kernels.variants import PRESETS as VARIANTS
 
 PRESETS = tuple(VARIANTS)
@@ -19,7 +19,7 @@ def force(monkeypatch: pytest.MonkeyPatch, regime: str) -> str:
     """Makes the torch backend take the regime, in tiles of few pairs; the backend to call."""
     if regime == "reference":
         return "reference"
-    monkeypatch.setattr(backend, "KEPT_ROWS", 10**6 if regime == "kept" else 0)
+    monkeypatch.setattr(small, "KEPT_ROWS", 10**6 if regime == "kept" else 0)
     monkeypatch.setattr(sweeps, "DENSE_SHARE", 9.0 if regime == "banded" else -1.0)
     monkeypatch.setattr(tiles, "BLOCK_I", 8)
     monkeypatch.setattr(tiles, "TILE_PAIRS", 256)

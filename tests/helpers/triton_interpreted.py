@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
 from conr_kernels.core.inputs import Inputs
-from conr_kernels.triton_backend import launch_dense, launch_sweeps
+from conr_kernels.triton_backend import call, launch, launch_dense, launch_sweeps, run_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
@@ -43,9 +43,15 @@ def in_guard_zone(t: Tensor, gap: int = 0) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def guarded_allocations():
-    """Every buffer of the backend is prefilled with NaN and must leave the NaN around it alone."""
-    buffers = []
-    plain_new_empty = torch.Tensor.new_empty
+    """Every buffer of the backend is prefilled with NaN and must leave the NaN around it alone, and
+    between its parts.
+    """
+    buffers, workspaces = [], []
+    plain_new_empty, plain_new = torch.Tensor.new_empty, launch.Parts.new
+
+    def new(parts, x):
+        workspaces.append((parts, plain_new(parts, x)))
+        return workspaces[-1][1]
 
     def allocate(shape, dtype):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -65,9 +71,19 @@ def guarded_allocations():
     with (
         mock.patch.object(torch.Tensor, "new_empty", new_empty),
         mock.patch.object(torch, "empty_like", empty_like),
+        mock.patch.object(launch, "GUARD", GUARD),
+        mock.patch.object(launch.Parts, "new", new),
+        mock.patch.object(launch_dense, "_plans", {}),
+        mock.patch.object(run_sweeps, "_plans", {}),
     ):
         yield
     assert buffers
+    for parts, whole in workspaces:
+        is_free = torch.ones(parts.size, dtype=torch.bool)
+        for _, start, n, _ in parts.parts.values():
+            is_free[start : start + n] = False
+        assert is_free.sum() >= GUARD or not parts.parts
+        assert (whole[is_free] == SENTINEL).all(), "a kernel wrote outside its part of a workspace"
     for buffer, n in buffers:
         for zone in (buffer[:GUARD], buffer[GUARD + n :]):
             intact = zone.isnan() if buffer.is_floating_point() else zone == SENTINEL
@@ -78,11 +94,13 @@ def guarded_allocations():
 def forced(regime: str):
     """The kernels of the regime at any size, with guarded buffers.
 
-    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time.
+    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time;
+    "in turn": sweeps that add up the gradient one after the other;
+    "windows": of three tiles of float32, and copies of both orders.
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
     kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
-    workspace, programs = (1, 1) if regime == "parts" else (2**25, 528)
+    workspace = {"parts": 1, "windows": 3 * 64 * 64 * 4}.get(regime, 2**27)
     chunks = 0 if regime == "dense-split" else launch_dense.GRAM_CHUNKS
     with (
         mock.patch.object(launch_dense, "DENSE_PAIRS", pairs),
@@ -90,10 +108,12 @@ def forced(regime: str):
         mock.patch.object(launch_dense, "GRAM_CHUNKS", chunks),
         mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
         mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
-        mock.patch.object(launch_sweeps, "WORKSPACE", workspace),
-        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", programs),
+        mock.patch.object(launch_sweeps, "WORKSPACE", (workspace, workspace)),
+        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
+        mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**26),
+        mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
         guarded_allocations(),
     ):
         yield
@@ -192,9 +212,16 @@ CASES = [
     Case(140, 150, labels="ages", regime="parts"),
     Case(130, 150, "released-age", K=20, labels="ages", regime="parts"),
     Case(140, 130, "contrastive", regime="parts"),
+    Case(200, 150, labels="ages", regime="windows"),
+    Case(300, 130, "contrastive", labels="rare", regime="windows"),
+    Case(130, 150, "released-depth", K=95, L=3, distance="rmse", regime="windows"),
+    Case(150, 70, "released-age", F64, labels="ages", regime="windows"),
     Case(140, 16, labels="ages", regime="parts"),
     Case(70, 24, labels="decimal", window=0.2, regime="parts"),
     Case(130, 16, "released-age", K=20, labels="ages", regime="parts"),
+    *(Case(N, D, regime="in turn") for N, D in ((31, 1), (129, 16))),
+    *(Case(40, 20, v, K=50, regime="in turn") for v in ("paper", "contrastive")),
+    Case(70, 24, "released-age", labels="ages", regime="in turn"),
     Case(40, 20, "released-depth", K=95, L=3, distance="rmse"),
     *(Case(70, 24, v, labels="decimal", window=0.2) for v in ("paper", "released-age")),
     Case(70, 24, "paper", labels="decimal", window=0.2, L=2, distance="rmse"),
@@ -288,6 +315,17 @@ def test_nearly_parallel_bfloat16_features_lose_what_their_rounding_loses(
     assert (ours - truth).norm() <= places * 2**-8 / spread * truth.norm()
 
 
+def test_a_write_behind_a_part_of_a_workspace_is_found() -> None:
+    with pytest.raises(AssertionError, match="outside its part"), guarded_allocations():
+        parts = launch.Parts()
+        parts.add("first second", 3, torch.float64)
+        parts.add("third", 3, torch.float32)
+        whole = parts.new(torch.zeros(1))
+        for part in parts.tensors(whole):
+            part.fill_(1)
+        whole[parts.parts["third"][1] - 1] = 0
+
+
 def test_there_are_at_least_sixty_structured_cases() -> None:
     assert len({str(case) for case in CASES}) == len(CASES) >= 60
 
@@ -327,6 +365,57 @@ def test_repeats_and_other_strides_have_the_same_bits(case: Case) -> None:
     with mock.patch(f"{__name__}.in_guard_zone", lambda t, gap: (t, t)):
         again = case.run_triton({**given, "x": turned})
     assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
+
+
+def gradient_of(case: Case, given: dict, size: int) -> Tensor:
+    with forced(case.regime), mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
+        return case.run("triton", case.dtype, given)[1]
+
+
+def test_windows_of_any_size_leave_the_same_gradient() -> None:
+    """Of the list of pairs of tiles: rows that span windows, windows with many rows, one for all;
+    the same bits from run to run.
+    """
+    case = Case(150, 130, "released-age", regime="windows", labels="ages")
+    given, tile = case.inputs(), 64 * 64 * 4
+    whole, two, five, again = (gradient_of(case, given, n * tile) for n in (99, 2, 5, 5))
+    for gradient in (two, five):
+        assert (gradient - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert torch.equal(five, again)
+
+
+BANDS = {
+    "one": lambda g: torch.zeros(300),
+    "far": lambda g: torch.randint(0, 3, (300,), generator=g) * 100.0,
+    "ladder": lambda g: torch.arange(300.0) / 40,
+    "normal": lambda g: torch.randn(300, generator=g).round() * 4,
+    "crowds": lambda g: torch.cat((torch.zeros(150), torch.arange(150.0))),
+}
+
+
+@pytest.mark.parametrize("labels", BANDS)
+@pytest.mark.parametrize("predictions", [*BANDS, None])
+def test_windows_suffice_for_any_bands(labels: str, predictions: str | None) -> None:
+    """The list ends within them, whatever the bands and the choice of sweep."""
+    g = torch.Generator().manual_seed(0)
+    y, p = (BANDS[name or labels](g)[:, None] for name in (labels, predictions))
+    s = Settings(1.0, 0.2, 0.01, PRESETS["paper" if predictions else "contrastive"])
+    x = torch.randn(300, 130, generator=g)
+    with forced("windows"):
+        *_, layout = triton_backend.forward(Inputs(x[:, :1].contiguous(), y, p, None, None, 0, s))
+    for window in (1, 2, 7, 30):
+        size = window * 64 * 64 * 4
+        with mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
+            plan = launch_sweeps.Plan(call.form_of(x, y, None, 0, "none"), s)
+        pairs = torch.full((2, 4, 6), -1)
+        launches = [(step.kernel.function.__name__, step) for step, _ in plan.backward.steps]
+        (of_list,) = (step for name, step in launches if "list" in name)
+        of_list(layout, pairs)
+        n_windows = sum("scores" in name for name, _ in launches)
+        window, starts = of_list.numbers[2], pairs[:, 0]
+        assert starts[0, 0] == 0 and starts[1, 0] % window == 0
+        assert starts[0, -1] <= starts[1, 0] and (starts.diff() >= 1).all()
+        assert starts[1, -1] <= n_windows * window
 
 
 @pytest.mark.parametrize("N", [3, 5, 16, 17])

@@ -18,7 +18,7 @@ from conr_kernels.triton_backend.configs import bucket, config
 
 from .cases import EMPTY_KINDS, KINDS, VARIANTS, cover, structured_cases, tie_cases
 from .oracle import assert_as_good_as_eager
-from .triton_interpreted import BF16, F16, forced
+from .triton_interpreted import BF16, F16, F64, Case, forced
 
 F32 = torch.float32
 #: One tile each: the interpreter takes long.
@@ -76,6 +76,44 @@ def test_the_gradient_of_a_reduced_loss_where_exponents_are_large(reduction: str
             (3 * conr_loss(features, y, p, backend=backend, **options)).backward()
         gradients.append(features.grad.double())
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4 * gradients[1].abs().max().item())
+
+
+REDUCED = [
+    *(Case(70, 16, regime=regime) for regime in ("sweeps", "parts")),
+    Case(129, 16, labels="ages"),
+    Case(70, 70, "released-age", F16),
+    Case(70, 40, "released-depth", BF16, temperature=0.02),
+    Case(40, 20, "released-age", F64, "parts", L=3, distance="rmse"),
+    Case(40, 20, "released-depth", L=2, temperature=0.005),
+    Case(70, 20, "contrastive", weights="none"),
+    Case(40, 150),
+    *(Case(45, 40, regime=regime) for regime in ("dense", "dense-split", "dense-recomputed")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REDUCED, ids=str)
+def test_reduced_losses_have_the_gradients_of_their_rows(case: Case) -> None:
+    """Whatever the forward pass keeps for them, twice the same, and times the upstream gradient."""
+    given, results = case.inputs(), {}
+    norm = given["x"].double().norm(dim=1, keepdim=True)
+    for reduction in ("mean", "sum", "none"):
+        x = given["x"].detach().requires_grad_()
+        with forced(case.regime):
+            rows = conr_loss(
+                x, given["y"], given["p"], given["w"], temperature=case.temperature,
+                variant=case.variant, distance=case.distance, reduction=reduction,
+                backend="triton",
+            )  # fmt: skip
+            loss = 3 * rows.sum() * (case.N if reduction == "mean" else 1)
+            first, again = (torch.autograd.grad(loss, x, retain_graph=True) for _ in range(2))
+        assert torch.equal(*first, *again)
+        results[reduction] = loss.detach(), first[0].double() * norm
+    value, gradient = results["none"]
+    # H_ij is rounded to 16 bits before or after it is multiplied by the upstream gradient.
+    limit = {F64: 1e-13, F32: 1e-5, F16: 2e-3, BF16: 2e-2}[case.dtype]
+    for loss, of_loss in (results["mean"], results["sum"]):
+        torch.testing.assert_close(loss, value, rtol=1e-6, atol=0)
+        assert (gradient - of_loss).abs().max() <= limit * gradient.abs().max()
 
 
 @pytest.mark.parametrize("D", [5, 300])

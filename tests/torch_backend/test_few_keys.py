@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conr_kernels import conr_loss
-from conr_kernels.torch_backend import backend, few
+from conr_kernels.torch_backend import backend, small
 from conr_kernels.variants import PRESETS
 from tests.helpers.regimes import make_batch, same_bits, value_and_gradient
 
@@ -12,10 +12,10 @@ from tests.helpers.regimes import make_batch, same_bits, value_and_gradient
 @pytest.fixture(params=["tiles", "one tile", "sweeps"])
 def way(request, monkeypatch):
     """Tiles of few keys; all keys in one; and what serves more pairs."""
-    monkeypatch.setattr(few, "TILE_PAIRS", {"tiles": 100}.get(request.param, 2**18))
+    monkeypatch.setattr(small, "TILE_PAIRS", {"tiles": 100}.get(request.param, 2**18))
     if request.param == "sweeps":
-        monkeypatch.setattr(few, "FEW_ROWS", 0)
-        monkeypatch.setattr(few, "FEW_PAIRS", 0)
+        monkeypatch.setattr(small, "FEW_ROWS", 0)
+        monkeypatch.setattr(small, "FEW_PAIRS", 0)
     return request.param
 
 
@@ -88,12 +88,12 @@ def test_other_dtypes(way, dtype):
 
 
 def test_the_way_is_as_named(way, monkeypatch):
-    taken = []
-    monkeypatch.setattr(few, "add_sums", lambda *_: taken.append(1))
+    tiles, all_at_once = [], small.add_sums
+    monkeypatch.setattr(small, "add_sums", lambda *a: tiles.append(a[1]) or all_at_once(*a))
     monkeypatch.setattr(backend, "row_sums", lambda *_: 1 / 0)
     own, keys = rows_and_keys(33, 65)
     try:
         conr_loss(*own, keys=keys)
     except ZeroDivisionError:
         assert way == "sweeps"
-    assert bool(taken) == (way != "sweeps")
+    assert len(tiles) == {"tiles": 1 + 22, "one tile": 2, "sweeps": 0}[way]

@@ -10,9 +10,11 @@ from conr_kernels.core import sweep
 from conr_kernels.core.inputs import Inputs
 from conr_kernels.core.rows import scale_statistics
 from conr_kernels.torch_backend import backend as torch_backend
+from conr_kernels.torch_backend import small
 from conr_kernels.torch_backend import source as torch_source
 from conr_kernels.torch_backend import sweeps as torch_sweeps
 from conr_kernels.torch_backend import tiles as torch_tiles
+from conr_kernels.torch_backend.pairs import How
 from conr_kernels.variants import PRESETS, Settings
 from tests.helpers.cases import VECTOR_TIES, structured_cases, tie_cases
 from tests.helpers.oracle import assert_as_good_as_eager, fused
@@ -23,7 +25,7 @@ from tests.helpers.ranks.rows import tiny_distances
 def regime(request, monkeypatch):
     """Forces a regime at any size; small tiles cut the bands and the chunks everywhere."""
     if request.param != "one tile":
-        monkeypatch.setattr(torch_backend, "KEPT_ROWS", 0)
+        monkeypatch.setattr(small, "KEPT_ROWS", 0)
         monkeypatch.setattr(
             torch_sweeps, "DENSE_SHARE", -1.0 if request.param == "all pairs" else 9.0
         )
@@ -77,13 +79,11 @@ def test_ties_beyond_the_reach_are_positives_and_negatives(n_components, distanc
 
 def counts(x, y, p, settings):
     anchors = torch_source.Source(x, torch_source.row_norms(x), y, p)
-    if torch_backend._is_one_tile(x, None):
-        rows = torch_tiles.Rows(x / anchors.norm, y, p)
-        sums, _ = torch_backend.one_tile_sums(rows, settings, False)
+    how = How.of(settings, y)._replace(counts_negatives=True)
+    if small.is_small(len(x), 0, how):
+        sums, *_ = small.row_sums(anchors.as_given(), None, how)
     else:
-        sums = torch_sweeps.row_sums(
-            anchors, None, torch_sweeps.all_sweeps((y, p), None, settings), settings, False
-        )
+        sums = torch_sweeps.row_sums(anchors, None, how)
     return sums["n"].tolist(), sums["m"].tolist()
 
 

@@ -37,6 +37,14 @@ def pairs_of(tiles: list, sweep: Sweep) -> tuple[torch.Tensor, torch.Tensor]:
     return found, inside
 
 
+def cost(tiles: list) -> float:
+    """As ``_least_costs`` counts it."""
+    edges = [sum(columns.stop - columns.start for columns in tile.edges) for tile in tiles]
+    widths = [t.width + torch_tiles.EDGE_COST * edge for t, edge in zip(tiles, edges, strict=True)]
+    pairs = sum(t.count * t.rows * width for t, width in zip(tiles, widths, strict=True))
+    return pairs + len(tiles) * torch_tiles.TILE_COST
+
+
 def check(sweep: Sweep, cut: list[int], is_in_band: torch.Tensor) -> None:
     tiles = list(torch_tiles._cut_tiles(sweep, torch_tiles._make_blocks(sweep, cut)))
     found, inside = pairs_of(tiles, sweep)
@@ -76,7 +84,7 @@ def test_blocks_cut_between_bands_have_no_edges_where_many_rows_share_a_label():
     for keys in (None, y):
         sweep = banded_sweep("positives", y, keys, 1.0, "mae")
         tiles = torch_tiles.make_tiles(sweep)
-        assert all(tile.edge_width == 0 for tile in tiles)
+        assert all(tile.edges == () for tile in tiles)
         assert max(tile.rows for tile in tiles) <= 4 * torch_tiles.BLOCK_I
 
 
@@ -95,7 +103,7 @@ def test_shares_of_a_sweep_hold_every_pair_once_and_cost_about_the_same(n):
         for k in range(n):
             part = torch_tiles.share_of(sweep, k, n)
             tiles = torch_tiles.make_tiles(part)
-            costs.append(torch_tiles._cost(tiles))
+            costs.append(cost(tiles))
             # Of a symmetric part the keys behind its anchors have transposed pairs.
             i, j = part.key_order if sweep.is_symmetric else part.anchor_order, part.key_order
             found[i[:, None], j] += pairs_of(tiles, replace(part, n_anchors=len(i)))[0]

@@ -21,8 +21,8 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from conr_kernels.triton_backend import dense_rows, launch
-from conr_kernels.triton_backend.launch import NOTHING, Kernel, Launch, Place, pointer
+from conr_kernels.triton_backend import dense, launch
+from conr_kernels.triton_backend.launch import Kernel, Launch, Parts, Place, Steps
 
 
 class Device:
@@ -78,7 +78,7 @@ def device():
         mock.patch.object(JITFunction, "_do_compile", lambda *args: found.compile(*args)),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(launch, "_is_on_gpu", lambda x: True),
-        mock.patch.object(dense_rows.conr_total_kernel, "device_caches", Caches()),
+        mock.patch.object(dense.conr_total_kernel, "device_caches", Caches()),
     ):
         driver.set_active(found)
         yield found
@@ -87,57 +87,73 @@ def device():
 
 class Caches(dict):
     def __missing__(self, device: int):
-        self[device] = dense_rows.conr_total_kernel.create_binder()
+        self[device] = dense.conr_total_kernel.create_binder()
         return self[device]
 
 
-def total(n_rows: int = 8, loss_at: int = 0) -> Launch:
-    kernel = Kernel(dense_rows.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
-    return Launch(kernel, 1, n_rows, loss_at, 1.0)
+def total(*n_rows: int, parts: Parts | None = None) -> Steps:
+    """Totals of so many rows each, one after another."""
+    kernel = Kernel(dense.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
+    steps = [(Launch(kernel, 1, n, 1.0), "loss out") for n in n_rows or (8,)]
+    return Steps("loss out" if parts is None else "out", {}, steps, *([parts] if parts else []))
 
 
 def test_the_second_launch_of_a_form_is_run_as_triton_would_run_it(device: Device) -> None:
     launch_total, loss, out = total(), torch.zeros(8), torch.zeros(())
     for _ in range(3):
-        launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+        launch_total(launch.place_of(loss), [], loss, out)
     assert (device.compilations, device.plain, len(device.launched)) == (1, 1, 3)
     (_, first), (_, second), (_, third) = device.launched
     assert second == third
     addresses = (loss.data_ptr(), out.data_ptr())
-    assert second == (1, 1, 1, 77, 5, (4, 1, 0), None, None, None, *addresses, 8, 0, 1.0, 1024)
+    assert second == (1, 1, 1, 77, 5, (4, 1, 0), None, None, None, *addresses, 8, 1.0, 1024)
     # Triton's own gives tensors, hooks and their metadata.
     assert first[:6] == second[:6] and first[11:] == second[11:]
     assert tuple(t.data_ptr() for t in first[9:11]) == addresses
 
 
-POINTERS = [torch.zeros(64), torch.zeros(64)[1:], torch.zeros(64)[4:], torch.zeros(64).double()]
-NUMBERS = [0, 1, 2, 15, 16, 17, 1024, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1]
+TENSORS = [
+    torch.zeros(64),
+    torch.zeros(64)[1:],
+    torch.zeros(64)[4:],
+    torch.zeros(64).double(),
+    None,
+]
 
 
-@pytest.mark.parametrize("do_not_specialize", [True, False])
-def test_arguments_of_one_form_are_specialized_alike(do_not_specialize: bool) -> None:
+def test_tensors_of_one_form_are_specialized_alike(device: Device) -> None:
     """Wherever Triton would compile another kernel, another is looked up."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    parameter = SimpleNamespace(annotation_type="", do_not_specialize=do_not_specialize)
-    function = SimpleNamespace(arg_names=["x_ptr", "n"], params=[parameter, parameter])
-    kernel, seen = Kernel(function, {}, {}), {}
-    for t, n in itertools.product([*POINTERS, None], NUMBERS):
-        form = (pointer(t)[2], kernel.form_of((n,)))
-        triton_form = (
-            native_specialize_impl(backend, t, False, True, True),
-            native_specialize_impl(backend, n, False, not do_not_specialize, True),
-        )
-        assert seen.setdefault(form, triton_form) == triton_form
-    assert len(seen) >= len(set(seen.values())) > 1
+    backend, seen = make_backend(GPUTarget("cuda", 90, 32)), {}
+    for loss, out in itertools.product(TENSORS, TENSORS[:-1]):
+        steps = total()
+        steps(Place(0, 77), [], loss, out)
+        (form,) = steps.compiled
+        of_triton = [native_specialize_impl(backend, t, False, True, True) for t in (loss, out)]
+        assert seen.setdefault(form, of_triton) == of_triton
+    assert len(seen) == 3 * 4 == len(set(map(tuple, seen.values())))
 
 
 def test_numbers_of_another_form_are_another_kernel(device: Device) -> None:
     """A number beyond 32 bits has another type, whatever else is specialised."""
-    kernel = Kernel(dense_rows.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
-    t = torch.zeros(8)
-    for n_rows in (8, 2**31, 8, 2**31):
-        Launch(kernel, 1, n_rows, 0, 1.0)(launch.place_of(t), pointer(t), pointer(t))
-    assert (device.compilations, len(kernel.compiled)) == (2, 2)
+    t, launch_totals = torch.zeros(8), total(8, 2**31)
+    for _ in range(3):
+        launch_totals(launch.place_of(t), [], t, t)
+    first, second, *again = [key for key, _ in device.launched]
+    assert first != second and again == [first, second] * 2
+    assert device.compilations == device.plain == 2
+
+
+def test_parts_of_a_workspace_follow_it(device: Device) -> None:
+    parts = Parts()
+    parts.add("before", 3, torch.float64)
+    parts.add("loss", 8, torch.float32)
+    launch_total, out = total(parts=parts), torch.zeros(())
+    wholes = [parts.new(out) for _ in range(3)]
+    for whole in wholes:
+        launch_total(launch.place_of(out), [whole], out)
+    first, *others = [arguments[9] for _, arguments in device.launched]
+    assert device.plain == 1 and first.dtype == torch.float32 and first.shape == (8,)
+    assert [first.data_ptr(), *others] == [whole.data_ptr() + 128 for whole in wholes]
 
 
 def test_another_device_dtype_or_alignment_is_another_kernel(device: Device) -> None:
@@ -145,15 +161,11 @@ def test_another_device_dtype_or_alignment_is_another_kernel(device: Device) -> 
     for loss in (torch.zeros(64), torch.zeros(64)[1:], torch.zeros(64).double()):
         for device.device in (0, 1):
             for _ in range(2):
-                launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+                launch_total(launch.place_of(loss), [], loss, out)
     assert device.compilations == device.plain == 6
     assert [arguments[3] for _, arguments in device.launched] == [77, 77, 78, 78] * 3
     keys = [key for key, _ in device.launched]
     assert keys[::2] == keys[1::2]
-
-
-def test_absent_pointers_are_a_form_of_their_own() -> None:
-    assert NOTHING[2] is None and pointer(torch.zeros(1))[2] is not None
 
 
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
@@ -161,16 +173,16 @@ def test_a_hook_sees_every_launch(device: Device, name: str) -> None:
     launch_total, loss, out = total(), torch.zeros(8), torch.zeros(())
     seen = []
     for _ in range(2):
-        launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+        launch_total(launch.place_of(loss), [], loss, out)
     hooks = getattr(knobs.runtime, name)
     hooks.add(seen.append)
     try:
         for _ in range(3):
-            launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+            launch_total(launch.place_of(loss), [], loss, out)
     finally:
         hooks.remove(seen.append)
     assert len(seen) == 3
-    launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+    launch_total(launch.place_of(loss), [], loss, out)
     assert len(seen) == 3 and device.plain == 1 + 3
 
 
@@ -205,8 +217,8 @@ def test_forgotten_forms_are_compiled_by_nobody_again(device: Device) -> None:
     tensors = [torch.zeros(64, dtype=t) for t in (torch.float32, torch.float64, torch.float16)]
     with mock.patch.object(launch, "FORMS", 2):
         for loss in tensors * 2:
-            launch_total(launch.place_of(loss), pointer(loss), pointer(out))
-            assert len(launch_total.kernel.compiled) <= 2
+            launch_total(launch.place_of(loss), [], loss, out)
+            assert len(launch_total.compiled) <= 2
     assert device.compilations == 3 and len(device.launched) == 6
 
 
@@ -217,7 +229,7 @@ def test_two_threads_launch_at_once(device: Device) -> None:
         out = torch.zeros(())
         barrier.wait()
         for _ in range(200):
-            launch_total(launch.place_of(loss), pointer(loss), pointer(out))
+            launch_total(launch.place_of(loss), [], loss, out)
 
     rows = [torch.zeros(8), torch.zeros(8).double()]
     threads = [threading.Thread(target=work, args=(loss,)) for loss in rows]

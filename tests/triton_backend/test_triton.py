@@ -19,7 +19,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.static import compiled
 from conr_kernels import conr_loss, triton_backend
+from conr_kernels.triton_backend import call, launch_sweeps
 from conr_kernels.triton_backend.call import largest_total
+from conr_kernels.variants import PRESETS, Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +92,7 @@ def test_the_interpreter_asks_for_a_numpy_that_it_works_with(monkeypatch) -> Non
 @pytest.mark.parametrize(
     ("N", "D", "limit"),
     [(1, 1, 4), (128, 128, 4), (1024, 2048, 4), (1024, 8192, 5), (32, 1_000_000, 5),
-     (1100, 128, 4), (4200, 128, 11), (65_536, 128, 11), (65_536, 2048, 80), (1_048_576, 128, 13)],
+     (1100, 128, 4), (4200, 128, 9), (65_536, 128, 9), (65_536, 2048, 80), (1_048_576, 128, 12)],
 )  # fmt: skip
 def test_launches_of_forward_and_backward(variant: str, N: int, D: int, limit: int) -> None:
     for L, K in ((1, None), (3, None), (3, N + 500)):
@@ -99,6 +101,20 @@ def test_launches_of_forward_and_backward(variant: str, N: int, D: int, limit: i
         launches = compiled.recorded_launches(N, D, torch.bfloat16, variant=variant, L=L, K=K)
         assert len(launches) <= limit, [launch.name for launch in launches]
         assert all(len(launch.grid) == 1 for launch in launches)
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "dtype", "times"),
+    [(65_536, 512, torch.bfloat16, 7.1), (262_144, 512, torch.bfloat16, 5.1),
+     (2**20, 512, torch.bfloat16, 2.6), (2**20, 512, torch.float32, 1.6)],
+)  # fmt: skip
+def test_memory_of_wide_features(N: int, D: int, dtype: torch.dtype, times: float) -> None:
+    """Beside the gradient, as many times the features': fewer the larger they are."""
+    x, y = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(N, 1, device="meta")
+    settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+    plan = launch_sweeps.Plan(call.form_of(x, y, None, 0, "mean"), settings)
+    for parts in (plan.work, plan.work_of_gradient):
+        assert 4 * (parts.size + plan.kept.size) <= times * x.numel() * x.element_size()
 
 
 def test_batch_sizes_share_one_compiled_kernel() -> None:

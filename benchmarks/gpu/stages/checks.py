@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import torch
 
 from conr_kernels import available_backends, conr_loss
 
-from ...rows import ROOT
 from .. import device
 from ..rows import Stage
-from .providers import BF16, F32
 
 #: compute-sanitizer's exit status where it found a fault, and the rows of text kept of its report.
 FAULT, REPORT_LINES = 9, 60
 RAN = "ran every regime"
+#: PyTorch asks the driver for what it may not have: answers that are no faults.
+OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 
 
 def build(stage: Stage) -> int:
     """Builds csrc/ in place by setup.py, with nvcc, for this GPU alone."""
-    major, minor = device.architecture()
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    start, architecture = time.monotonic(), device.architecture()
+    command = ["setup.py", "build_ext", "--inplace"]
     if device.REHEARSAL:  # what would be done, without a compiler
-        command = [sys.executable, "-c", "import setup; print(setup.REASON)"]
-    start = time.monotonic()
-    run = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    status, output = stage.output_of(run)
+        command = ["-c", "import setup; print(setup.REASON)"]
+    status, output = stage.output_of(
+        stage.start([sys.executable, *command], TORCH_CUDA_ARCH_LIST=f"{architecture / 10:.1f}")
+    )
     print(output[-6000:], flush=True)
     if status:
         last = (output.strip().split("\n") or [""])[-1]
         stage.add("failed", 1, provider="cuda", note=last[:300])
         return stage.status
     stage.add("wall seconds", time.monotonic() - start, provider="cuda")
-    reason = "rehearsal" if device.REHEARSAL else _fresh_reason()
-    if reason in ("None", "rehearsal"):
-        stage.add("built", 1, provider="cuda", note=f"sm_{major}{minor}")
-    else:
-        stage.add("not run", 1, provider="cuda", note=reason[:300])
-    return stage.status
-
-
-def _fresh_reason() -> str:
-    """Why the backend does not run, as a new process sees it: "None" where it does."""
+    # Why the backend does not run, as a new process sees it.
     code = "from conr_kernels import available_backends as a; print(a()['cuda'])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip() or run.stderr.strip()[-300:]
+    reason = "None"
+    if not device.REHEARSAL:
+        _, output = stage.output_of(stage.start([sys.executable, "-c", code]))
+        reason = output.strip().split("\n")[-1]
+    metric, note = ("built", f"sm_{architecture}") if reason == "None" else ("not run", reason)
+    stage.add(metric, 1, provider="cuda", note=note[:300])
+    return stage.status
 
 
 def triton_kernels(stage: Stage) -> int:
@@ -72,7 +60,7 @@ def _every_regime(backend: str) -> int:
     torch.manual_seed(0)
     stand_in = "torch" if device.REHEARSAL else backend
     for n, d in ((33, 17), (1100, 128), (1100, 300), (32, 20_000)):
-        for dtype, variant in ((BF16, "paper"), (F32, "released-age")):
+        for dtype, variant in ((torch.bfloat16, "paper"), (torch.float32, "released-age")):
             x = torch.randn(n, d, device=device.DEVICE).to(dtype).requires_grad_()
             y = torch.randint(0, 60, (n,), device=device.DEVICE).float()
             p = y + 8 * torch.randn(n, device=device.DEVICE)
@@ -99,43 +87,35 @@ def planted_fault(stage: Stage) -> int:
 
 def sanitizer(stage: Stage) -> int:
     """compute-sanitizer over every regime, after it has caught a fault that is there on purpose."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    prefix = [tool, "--error-exitcode", str(FAULT), "--tool"]
-    # PyTorch asks the driver for what it may not have: answers that are no faults.
-    options = {"memcheck": ["memcheck", "--report-api-errors", "no"], "racecheck": ["racecheck"]}
-    if not device.REHEARSAL and not Path(tool).exists():
+    tool = device.cuda_tool("compute-sanitizer")
+    if not device.REHEARSAL and tool is None:
         stage.add("not run", 1, note="compute-sanitizer is not installed")
         return 0
-    checks = {"planted fault": ("memcheck", "planted-fault")}
-    backends = ["triton"]
-    if device.REHEARSAL or available_backends()["cuda"] is None:
-        backends.append("cuda")
-    for backend in backends:
-        for check in ("memcheck",) if device.REHEARSAL else ("memcheck", "racecheck"):
-            checks[f"{backend} {check}"] = (check, f"{backend}-kernels")
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    programs = {"planted fault": ("memcheck", "planted-fault")}
+    has_cuda = device.REHEARSAL or available_backends()["cuda"] is None
+    for backend in ("triton", "cuda") if has_cuda else ("triton",):
+        for check in ("memcheck",) if device.REHEARSAL else OPTIONS:
+            programs[f"{backend} {check}"] = (check, f"{backend}-kernels")
     running = {}
-    for name, (check, program) in checks.items():
+    for name, (check, program) in programs.items():
+        prefix = [tool, "--error-exitcode", str(FAULT), "--tool", check, *OPTIONS[check]]
         command = [sys.executable, "-m", "benchmarks.gpu.stage", program]
-        command = command if device.REHEARSAL else [*prefix, *options[check], *command]
-        running[name] = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        running[name] = stage.start(
+            command if device.REHEARSAL else prefix + command, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
     outcomes = {name: _outcome(stage, process) for name, process in running.items()}
     is_caught = outcomes.pop("planted fault")[0] == FAULT
     stage.add("caught" if is_caught else "not run", 1, case="planted fault")
-    for name, (code, has_run) in outcomes.items():
+    for name, (status, has_run) in outcomes.items():
         if not is_caught:
             metric, note = "not run", "the planted fault was missed"
-        elif code == FAULT:
-            metric, note = "failed", "faults: see the log"
-        elif code == 0 and has_run:
+        elif status == 0 and has_run:
             metric, note = "clean", ""
-        elif code == 1:
-            metric, note = "failed", "the program itself: see the log"
+        elif status in (1, FAULT):
+            what = "faults" if status == FAULT else "the program itself"
+            metric, note = "failed", f"{what}: see the log"
         else:
-            metric, note = "not run", f"exit status {code}, {'' if has_run else 'not '}at its end"
+            metric, note = "not run", f"exit status {status}, {'' if has_run else 'not '}at its end"
         stage.add(metric, 1, provider=name.split()[0], case=name, note=note)
     return stage.status
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import csv
 import functools
-import io
-import shutil
-import subprocess
+import itertools
 import sys
-from pathlib import Path
 
 import torch
 
-from ...rows import ROOT
 from .. import device
 from ..rows import Stage
-from .providers import Size, provider
+from .providers import PROVIDERS, Size
 
 TENSOR = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"
 WARPS = "sm__warps_active.avg.pct_of_peak_sustained_active"
 ISSUED = "smsp__issue_active.avg.pct_of_peak_sustained_active"
 BUSIEST, MEAN = "sm__cycles_active.max", "sm__cycles_active.avg"
+METRICS = (TENSOR, WARPS, ISSUED, BUSIEST, MEAN)
 SIZES = (Size(65_536), Size(16_384, 2048), Size(512))
 
 
 def one_step(n: int, d: int) -> None:
     """What the profiled process runs: kernels are compiled by the first step, counted in both."""
-    provider("triton").step(Size(n, d).batch())
+    PROVIDERS["triton"].step(Size(n, d).batch())
     torch.cuda.synchronize()
 
 
@@ -34,15 +31,13 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
     """Percentages of every kernel in ``ncu --csv --page raw``, its slowest launch where it has
     several: ``imbalance`` is what the busiest multiprocessor has more than the mean.
     """
-    lines = text.splitlines()
-    start = next((at for at, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    table = itertools.dropwhile(lambda line: not line.startswith('"ID"'), text.splitlines())
     found: dict[str, dict[str, float]] = {}
     slowest: dict[str, float] = {}
-    for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
+    for row in csv.DictReader(table):
         if not row["ID"]:  # units
             continue
-        value = {name: float(row[name].replace(",", "")) for name in
-                 (TENSOR, WARPS, ISSUED, BUSIEST, MEAN)}  # fmt: skip
+        value = {name: float(row[name].replace(",", "")) for name in METRICS}
         kernel = row["Kernel Name"]
         if value[BUSIEST] > slowest.get(kernel, 0.0):
             slowest[kernel] = value[BUSIEST]
@@ -57,11 +52,9 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
 
 def profile(stage: Stage, tool: str, size: Size) -> None:
     code = f"from benchmarks.gpu.stages.counters import one_step; one_step({size.N}, {size.D})"
-    metrics = ",".join((TENSOR, WARPS, ISSUED, BUSIEST, MEAN))
-    command = [tool, "--csv", "--page", "raw", "--kernel-name", "regex:conr_", "--metrics", metrics]
-    process = subprocess.Popen([*command, sys.executable, "-c", code], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    status, output = stage.output_of(process)
+    command = [tool, "--csv", "--page", "raw", "--kernel-name", "regex:conr_", "--metrics"]
+    command += [",".join(METRICS), sys.executable, "-c", code]
+    status, output = stage.output_of(stage.start(command))
     kernels = parsed(output) if status == 0 else {}
     if not kernels:
         errors = [line for line in output.splitlines() if "ERROR" in line] or [f"status {status}"]
@@ -73,8 +66,8 @@ def profile(stage: Stage, tool: str, size: Size) -> None:
 
 def counters(stage: Stage) -> int:
     """Tensor pipe, occupancy, cycles without an eligible warp, imbalance, of every kernel."""
-    tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    if device.REHEARSAL or not Path(tool).exists():
+    tool = device.cuda_tool("ncu")
+    if device.REHEARSAL or tool is None:
         reason = "rehearsal" if device.REHEARSAL else "ncu is not installed"
         stage.add("not run", 1, provider="triton", note=reason)
         return 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...batches import Batch, make_batch
-from ...measure import exact_row_losses
+from ...measure import SAMPLED_ROWS, exact
 from ...providers import Provider, eager_losses, package_losses
 from .. import device
 from ..rows import Stage
@@ -48,46 +48,39 @@ class Size(NamedTuple):
 
 
 def dense_losses(batch: Batch, reduction: str) -> Tensor:
-    from .dense import dense_losses
+    from .dense import dense_losses  # Triton may be missing where CUDA C++ is not
 
     return dense_losses(batch, reduction)
 
 
+def compiled_eager_losses(batch: Batch, reduction: str) -> Tensor:
+    return _compiled_eager()(batch.x, batch.y, batch.p, batch.w, reduction)
+
+
 @functools.cache
-def _compiled_eager() -> Callable[[Batch, str], Tensor]:
+def _compiled_eager() -> Callable[..., Tensor]:
     def losses(x: Tensor, y: Tensor, p: Tensor, w: Tensor, reduction: str) -> Tensor:
         return eager_losses(Batch(x, y, p, w), reduction)
 
-    function = losses if device.REHEARSAL else torch.compile(losses, dynamic=False)
-    return lambda batch, reduction: function(batch.x, batch.y, batch.p, batch.w, reduction)
+    return losses if device.REHEARSAL else torch.compile(losses, dynamic=False)
 
 
-def compiled_eager_losses(batch: Batch, reduction: str) -> Tensor:
-    return _compiled_eager()(batch, reduction)
-
-
+#: In a rehearsal the torch backend stands in for those that need a GPU.
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("triton", package_losses("triton"), 0, 2**20),
-        Provider("cuda", package_losses("cuda"), 0, 2**20),
-        Provider("eager", eager_losses, 40, 2**15),
-        Provider("compiled eager", compiled_eager_losses, 40, 2**15),
-        Provider("dense fused", dense_losses, 0, 2**18),
+        Provider("triton", package_losses(device.TRITON)),
+        Provider("cuda", package_losses("torch" if device.REHEARSAL else "cuda")),
+        Provider("eager", eager_losses, 40),
+        Provider("compiled eager", compiled_eager_losses, 40),
+        Provider("dense fused", dense_losses),
     )
 }
 
 
-def provider(name: str) -> Provider:
-    """Of that name; in a rehearsal the torch backend stands in for those that need a GPU."""
-    if device.REHEARSAL and name in ("triton", "cuda"):
-        return Provider(name, package_losses("torch"), 0, 2**20)
-    return PROVIDERS[name]
-
-
 def fits(size: Size, name: str) -> bool:
     """Whether its N×N matrices find room."""
-    return provider(name).pair_bytes * size.N**2 < 0.9 * device.bytes_free()
+    return PROVIDERS[name].pair_bytes * size.N**2 < 0.9 * device.bytes_free()
 
 
 @functools.lru_cache(maxsize=1)
@@ -97,32 +90,28 @@ def _truth(size: Size) -> tuple[Tensor, Tensor, Tensor]:
     All rows are keys of the anchors: their losses depend on, and lead a gradient to, every row.
     """
     batch = size.batch()
-    x = batch.x.detach().double().requires_grad_()
-    losses = exact_row_losses(x, batch)
-    g = torch.linspace(0.5, 1.5, len(losses), dtype=torch.float64, device=x.device)
-    (gradient,) = torch.autograd.grad((losses * g).sum(), x)
-    return g, losses.detach(), gradient
+    g = torch.linspace(0.5, 1.5, min(SAMPLED_ROWS, len(batch.y)), device=device.DEVICE)
+    return g, *exact(batch, g)
 
 
 def is_correct(stage: Stage, size: Size, name: str, batch: Batch) -> bool:
     """Compares with float64, and says so: nothing is timed of a wrong result."""
     g, exact_losses, exact_gradient = _truth(size)
     S = len(g)
-    losses = provider(name).row_losses(batch)
+    losses = PROVIDERS[name].row_losses(batch)
     (gradient,) = torch.autograd.grad((losses[:S] * g.to(losses.dtype)).sum(), batch.x)
-    errors = [_error(losses[:S], exact_losses), _error(gradient[:S], exact_gradient[:S])]
-    if len(gradient) > S:
-        errors.append(_error(gradient[S:], exact_gradient[S:]))
-    is_ours = name in ("triton", "cuda")
-    limits = LIMITS[size.dtype] if is_ours else COMPARATOR_LIMITS[size.dtype]
-    is_right = all(
-        error <= limit for error, limit in zip(errors, (*limits, limits[1]), strict=False)
-    )
+    parts = [part for part in (slice(S), slice(S, None)) if len(gradient[part])]
+    errors = {
+        "loss error": _error(losses[:S], exact_losses),
+        "gradient error": max(_error(gradient[part], exact_gradient[part]) for part in parts),
+    }
+    limits = (LIMITS if name in ("triton", "cuda") else COMPARATOR_LIMITS)[size.dtype]
+    is_right = all(error <= most for error, most in zip(errors.values(), limits, strict=True))
     row = dict(provider=name, mode="forward+backward", **size.row())
-    stage.add("loss error", errors[0], **row)
-    stage.add("gradient error", max(errors[1:]), **row)
+    for metric, error in errors.items():
+        stage.add(metric, error, **row)
     if not is_right:
-        stage.add("wrong", 1, **row, note=f"errors {errors}, limits {limits}: not timed")
+        stage.add("wrong", 1, **row, note=f"{errors}, limits {limits}: not timed")
     return is_right
 
 

@@ -1,25 +1,97 @@
-"""The stage that tunes: each candidate of the static table, in whole steps as CUDA graphs.
+"""The stage that tunes: neighbours of the static table's entries, in whole steps as CUDA graphs.
 
-Compiles the candidates in many processes and prints the entries that were faster.
+Compiles the candidates in many processes and prints the entries that were faster. Another run with
+these entries goes on from there.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
-from conr_kernels.triton_backend import call, launch_dense
+import torch
 
+from conr_kernels.triton_backend import call, launch_dense
+from conr_kernels.triton_backend.configs import Config
+
+from ...providers import Provider, package_losses
+from ...static import compiled, rank
 from .. import device
 from ..rows import TABLE, Stage
 from . import warm
-from .candidates import ITEMS, Tile, item_candidates, precision, tried, warm_call
-from .providers import PROVIDERS, Size, provider
+from .providers import F32, PROVIDERS, Size
 
+#: Kind, size and precision of float32 products, the most wanted first.
+ITEMS = [
+    ("forward", Size(32_768), "highest"),
+    ("backward", Size(32_768), "highest"),
+    ("wide", Size(16_384, 512), "highest"),
+    ("forward", Size(16_384, 512), "highest"),
+    ("wide", Size(16_384, 2048), "highest"),
+    ("backward", Size(32_768, 256), "highest"),
+    ("forward", Size(32_768, 256), "highest"),
+    ("forward", Size(32_768, 64), "highest"),
+    ("backward", Size(32_768, 64), "highest"),
+    ("forward", Size(16_384, 128, F32), "highest"),
+    ("backward", Size(16_384, 128, F32), "highest"),
+    ("wide", Size(16_384, 512, F32), "highest"),
+    ("forward", Size(16_384, 128, F32), "high"),
+    ("backward", Size(16_384, 128, F32), "high"),
+    ("forward", Size(16_384, 64, F32), "highest"),
+    ("backward", Size(16_384, 64, F32), "highest"),
+]
 CROSSOVER = (512, 768, 1024, 1536, 2048)
 #: A new entry must take at most this share of the shipped step.
 GAIN = 0.99
+
+
+def place(size: Size, how: str) -> tuple[int, int, str]:
+    """Where the table is read: architecture, bucket of D and arithmetic."""
+    with compiled.matmul_precision(how):
+        arithmetic = call.arithmetic(size.dtype)
+    architecture = call.architecture(torch.device(device.DEVICE))
+    return architecture, call.bucket(size.D, arithmetic), arithmetic
+
+
+def neighbours(kind: str, size: Size, how: str) -> list[Config]:
+    """One step from the shipped entry: a side of the tile halved or doubled, the chunk of columns
+    where D is read in chunks, the other number of warps, one stage more or less.
+    """
+    architecture, bucket, arithmetic = place(size, how)
+    shipped = call.config(kind, architecture, bucket, arithmetic)
+    sides = ["BLOCK_I", "BLOCK_J", *["BLOCK_D"] * (bucket != shipped.BLOCK_D)]
+    steps = [(side, getattr(shipped, side) * 2) for side in sides]
+    steps += [(side, getattr(shipped, side) // 2) for side in sides]
+    steps = [(side, length) for side, length in steps if 32 <= length <= 128]
+    steps.append(("num_warps", 4 if shipped.num_warps == 8 else 8))
+    steps += [("num_stages", shipped.num_stages + more) for more in (1, -1)]
+    found = (replace(shipped, **{name: value}) for name, value in steps)
+    return [config for config in found if rank.fits_registers(kind, config)]
+
+
+def precompile(stage: Stage) -> None:
+    """All candidates of all items, in many processes, for at most half of the time."""
+    if device.REHEARSAL:  # the interpreter compiles nothing
+        return
+    calls = [
+        warm.call_of(N=size.N, D=size.D, dtype=size.dtype, precision=how, tried=(kind, config))
+        for kind, size, how in ITEMS
+        for config in neighbours(kind, size, how)
+    ]
+    warm.compile_all(stage, calls, stage.left() / 2)
+
+
+def entry(kind: str, size: Size, how: str, config: Config) -> str:
+    """The line to put first in ``configs.py``; one of a chunked kind serves every width that is
+    read in chunks.
+    """
+    architecture, bucket, arithmetic = place(size, how)
+    width = bucket or (0 if kind == "forward" else None)
+    block_d = None if bucket == config.BLOCK_D else config.BLOCK_D
+    of = (config.BLOCK_I, config.BLOCK_J, block_d, config.num_warps, config.num_stages)
+    return f"{arithmetic}, {kind}: ({architecture}, {width}, {of}),"
 
 
 def graph_seconds(run: Callable[[], object]) -> float:
@@ -27,70 +99,41 @@ def graph_seconds(run: Callable[[], object]) -> float:
     return device.seconds({"step": device.graph(run)[0]}, 7, 20)["step"]
 
 
-def precompile(stage: Stage) -> None:
-    """All candidates of all items, in many processes, for at most half of the time."""
-    if device.REHEARSAL:  # the interpreter compiles nothing
-        return
-    major, minor = device.architecture()
-    calls = [
-        warm_call(kind, size, how, tile, bucket)
-        for kind, size, how in ITEMS
-        for tiles, bucket in [item_candidates(kind, size, how)]
-        for tile in tiles
-    ]
-    work = warm.distinct(calls, 10 * major + minor)
-    limit = stage.left() / 2
-    n_done, problems = warm.compile_all(work, 10 * major + minor, lambda: stage.left() - limit)
-    stage.add("kernels", n_done, provider="triton", note=f"of {len(work)}")
-    print("\n".join(sorted(set(problems))), flush=True)
-
-
-def entry(kind: str, arithmetic: str, bucket: int, tile: Tile) -> str:
-    """The line to put first in ``configs.py``; one of a chunked kind serves every width that is
-    read in chunks.
-    """
-    major, minor = device.architecture()
-    block_i, block_j, block_d, *launch = tile
-    width = bucket or (0 if kind == "forward" else None)
-    of = (block_i, block_j, block_d or None, *launch)
-    return f"{arithmetic}, {kind}: ({10 * major + minor}, {width}, {of}),"
-
-
 def one_item(stage: Stage, kind: str, size: Size, how: str) -> None:
-    tiles, bucket = item_candidates(kind, size, how)
-    run = functools.partial(PROVIDERS["triton"].step, size.batch())
-    with precision(how):
-        arithmetic = call.arithmetic(size.dtype)
+    configs = neighbours(kind, size, how)
+    # Triton's own kernels in a rehearsal too: in the interpreter.
+    run = functools.partial(Provider("triton", package_losses("triton")).step, size.batch())
+    row = dict(provider="triton", mode=f"{kind}, {place(size, how)[2]}", **size.row())
+    with compiled.matmul_precision(how):
         expected, shipped = run(), graph_seconds(run)
-        row = dict(provider="triton", mode=f"{kind}, {arithmetic}", **size.row())
         stage.add("time", shipped, **row, note="as shipped")
-        best, best_tile = GAIN * shipped, None
-        for tile in tiles[:1] if device.REHEARSAL else tiles:
+        best, chosen = GAIN * shipped, None
+        for config in configs[:1] if device.REHEARSAL else configs:
             if stage.left() < 0:
-                stage.add("not run", 1, **row, note=f"no time left for {tile}")
+                stage.add("not run", 1, **row, note=f"no time left for {config}")
                 break
             try:
-                with tried(kind, tile, bucket):
+                with compiled.tried(kind, config):
                     got, t = run(), graph_seconds(run)
             except Exception as error:  # does not fit this device: no candidate
                 if device.is_broken():
                     raise
-                stage.add("not run", 1, **row, note=f"{tile}: {type(error).__name__}")
+                stage.add("not run", 1, **row, note=f"{config}: {type(error).__name__}")
                 continue
             is_close = (got - expected).abs().max() <= 2e-2 * expected.abs().max()
-            stage.add("time", t, **row, note=str(tile) if is_close else f"{tile}: wrong")
+            stage.add("time", t, **row, note=f"{config}{'' if is_close else ': wrong'}")
             if is_close and t < best:
-                best, best_tile = t, tile
-    if best_tile is not None:
+                best, chosen = t, config
+    if chosen is not None:
         note = f"{size}: {best * 1e3:.3f} ms a step, as shipped {shipped * 1e3:.3f} ms"
-        print(f"{TABLE}{entry(kind, arithmetic, bucket, best_tile)}  # {note}", flush=True)
+        print(f"{TABLE}{entry(kind, size, how, chosen)}  # {note}", flush=True)
 
 
 def crossover(stage: Stage) -> None:
     """Every pair without a sort, and the sweeps, as graphs: where DENSE_PAIRS should lie."""
     for n in CROSSOVER[:1] if device.REHEARSAL else CROSSOVER:
         size = Size(n)
-        run = functools.partial(provider("triton").step, size.batch())
+        run = functools.partial(PROVIDERS["triton"].step, size.batch())
         graphs = {}
         for name, pairs in (("every pair", 2**40), ("sweeps", -1)):
             with mock.patch.object(launch_dense, "DENSE_PAIRS", pairs):
@@ -102,10 +145,7 @@ def crossover(stage: Stage) -> None:
 def tune(stage: Stage) -> int:
     """Proposes entries of the static table."""
     precompile(stage)
-    cases: dict[str, Callable[[], None]] = {}
-    for n, (kind, size, how) in enumerate(ITEMS):
-        if n == 4:
-            cases["crossover"] = functools.partial(crossover, stage)
-        if not device.REHEARSAL or n == 1:  # the interpreter is slow
-            cases[f"{kind} {size} {how}"] = functools.partial(one_item, stage, kind, size, how)
+    cases = {"crossover": functools.partial(crossover, stage)}
+    for kind, size, how in ITEMS[1:2] if device.REHEARSAL else ITEMS:  # the interpreter is slow
+        cases[f"{kind} {size} {how}"] = functools.partial(one_item, stage, kind, size, how)
     return stage.run(cases)

@@ -13,8 +13,9 @@ import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -25,40 +26,29 @@ from triton.runtime.jit import JITFunction
 from ...batches import Batch
 from ...static import compiled
 from ...static.compiled import Launch
+from ...static.shipped import specialization
 from .. import device
 from ..rows import Stage
-from . import candidates, dense
+from . import dense
 from .providers import BF16, F32
 
-#: ``recorded_launches``'s arguments by name, maybe with a tile that is tried; or the width of the
-#: dense comparator.
+#: ``recorded_launches``'s arguments by name, maybe with ``tried``; or ``dense``, that kernel's D.
 Call = tuple[tuple[str, object], ...]
 
 
-class TargetOnly:
+def call_of(**arguments: object) -> Call:
+    return tuple(arguments.items())
+
+
+def compiling_for(architecture: int) -> contextlib.AbstractContextManager:
     """A driver that names the architecture: nothing is loaded or launched."""
-
-    def __init__(self, architecture: int) -> None:
-        self.target = GPUTarget("cuda", architecture, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def compiling_for(architecture: int) -> Iterator[None]:
-    before = driver._active
-    driver.set_active(TargetOnly(architecture))
-    try:
-        yield
-    finally:
-        driver._active = before
+    target = GPUTarget("cuda", architecture, 32)
+    named = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    return mock.patch.object(driver, "_active", named)
 
 
 def calls() -> list[Call]:
@@ -66,53 +56,43 @@ def calls() -> list[Call]:
     from tests.gpu import test_gpu
 
     found: list[dict[str, object]] = []
-    for d in (128, 512, 2048, 64, 256):
-        for dtype in (BF16, F32):
-            found += [dict(N=n, D=d, dtype=dtype, precision="highest") for n in (512, 16_384)]
+    for d, dtype, n in itertools.product((128, 512, 2048, 64, 256), (BF16, F32), (512, 16_384)):
+        found.append(dict(N=n, D=d, dtype=dtype))
     for (n, d), dtype, variant in itertools.product(
         test_gpu.REGIMES, test_gpu.LIMITS, test_gpu.VARIANTS
     ):
-        found.append(dict(N=n, D=d, dtype=dtype, variant=variant, precision="highest"))
-    for n, d in test_gpu.PRECISION_SIZES:
-        found += [dict(N=n, D=d, dtype=F32, precision=how) for how in ("highest", "high")]
-    for n, distance in itertools.product((200, 1800), ("mae", "rmse")):
-        found.append(dict(N=n, D=64, dtype=F32, L=3, distance=distance, precision="highest"))
-    found += [dict(N=n, D=64, dtype=F32, temperature=0.005, precision="highest")
-              for n in (200, 1800)]  # fmt: skip
-    found += [dict(N=n, D=64, dtype=BF16, precision="highest") for n in (100, 1500)]
-    found += [dict(dense=width) for width in (128, 512)]
-    return [tuple(call.items()) for call in found]
+        found.append(dict(N=n, D=d, dtype=dtype, variant=variant))
+    for (n, d), how in itertools.product(test_gpu.PRECISION_SIZES, ("highest", "high")):
+        found.append(dict(N=n, D=d, dtype=F32, precision=how))
+    for n in (200, 1800):
+        found += [dict(N=n, D=64, dtype=F32, L=3, distance=how) for how in ("mae", "rmse")]
+        found.append(dict(N=n, D=64, dtype=F32, temperature=0.005))
+    found += [dict(N=n, D=64, dtype=BF16) for n in (100, 1500)]
+    return [call_of(**{"precision": "highest"} | call) for call in found] + [call_of(dense=128)]
 
 
 def launches(call: Call, architecture: int) -> list[Launch]:
     options = dict(call)
     if width := options.get("dense"):
         return list(_of_dense(width, architecture))
-    with contextlib.ExitStack() as stack:
-        if "tried" in options:
-            stack.enter_context(candidates.tried(*options.pop("tried")))
+    replaced = options.pop("tried", None)
+    with compiled.tried(*replaced) if replaced else contextlib.nullcontext():
         return compiled.recorded_launches(architecture=architecture, **options)
 
 
 def _of_dense(width: int, architecture: int) -> Iterator[Launch]:
-    """Of a step of the dense comparator with each of its candidates."""
+    """Of the dense comparator's kernels with each of their tiles."""
     y = torch.empty(4096, device="meta")
     x = torch.empty(4096, width, dtype=BF16, device="meta", requires_grad=True)
-    for kind in dense.kinds(width):
-        for candidate in dense.candidates(kind, width):
-            with (
-                compiled.intercepted(architecture) as found,
-                mock.patch.dict(dense.chosen, {(kind, width): candidate}),
-            ):
-                torch.autograd.grad(dense.dense_losses(Batch(x, y, y, y), "mean"), x)
-            yield from found
-
-
-def key_of(launch: Launch) -> str:
-    """What the launcher distinguishes kernels by."""
-    source = compiled.source_of(launch)
-    parts = (launch.name, source.signature, source.constants, source.attrs, launch.options)
-    return str([sorted(p.items(), key=str) if isinstance(p, dict) else p for p in parts])
+    forward, backward = dense.dense_forward_kernel, dense.dense_backward_kernel
+    for a, b in zip(forward.configs, backward.configs, strict=True):
+        with (
+            compiled.intercepted(architecture) as found,
+            mock.patch.object(forward, "configs", [a]),
+            mock.patch.object(backward, "configs", [b]),
+        ):
+            torch.autograd.grad(dense.dense_losses(Batch(x, y, y, y), "mean"), x)
+        yield from found
 
 
 def distinct(all_calls: list[Call], architecture: int) -> list[tuple[Call, int]]:
@@ -120,7 +100,7 @@ def distinct(all_calls: list[Call], architecture: int) -> list[tuple[Call, int]]
     found: dict[str, tuple[Call, int]] = {}
     for call in all_calls:
         for index, launch in enumerate(launches(call, architecture)):
-            found.setdefault(key_of(launch), (call, index))
+            found.setdefault(specialization(launch), (call, index))
     return list(found.values())
 
 
@@ -147,40 +127,32 @@ def compile_one(call: Call, index: int, architecture: int) -> str:
     return ""
 
 
-def compile_all(
-    work: list[tuple[Call, int]], architecture: int, left: Callable[[], float]
-) -> tuple[int, list[str]]:
-    """How many kernels were compiled before the time was up, and what went wrong."""
-    n_processes = max(1, min(14, (os.cpu_count() or 2) - 1))
-    n_done, problems = 0, []
+def compile_all(stage: Stage, wanted: list[Call], seconds: float) -> None:
+    """The kernels of these calls, until the time is up: a row of how many, what went wrong in the
+    log.
+    """
+    end, architecture = time.monotonic() + seconds, device.architecture()
+    work = distinct(wanted, architecture)
+    if device.REHEARSAL:
+        work = [work[0], work[-1]]
+    print(f"{len(work)} distinct kernels, {end - time.monotonic():.1f} s left", flush=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(n_processes, context)
-    try:
-        waiting = [pool.submit(compile_one, *task, architecture) for task in work]
-        for future in as_completed(waiting, timeout=max(left(), 0.1)):
-            n_done += 1
-            problems += [future.result()] if future.result() else []
-    except TimeoutError:
-        problems.append(f"time is up, {len(work) - n_done} kernels are left")
-    finally:
-        for process in list((pool._processes or {}).values()):
-            if left() <= 0:
-                process.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
-    return n_done, problems
+    pool = ProcessPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 1)), context)
+    waiting = [pool.submit(compile_one, *task, architecture) for task in work]
+    done, left = wait(waiting, timeout=max(end - time.monotonic(), 0.1))
+    problems = {future.result() for future in done} - {""}
+    if left:
+        problems.add(f"time is up, {len(left)} kernels are left")
+        for process in list(pool._processes.values()):
+            process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
+    stage.add("kernels", len(done), provider="triton", note=f"of {len(work)}")
+    print("\n".join(sorted(problems)), flush=True)
 
 
 def warm(stage: Stage) -> int:
-    start, (major, minor) = time.monotonic(), device.architecture()
-    architecture = 10 * major + minor
-    wanted = calls()
-    work = distinct([wanted[0], wanted[-1]] if device.REHEARSAL else wanted, architecture)
-    if device.REHEARSAL:
-        work = [work[0], work[-1]]
-    print(f"{len(work)} distinct kernels, listed in {time.monotonic() - start:.1f} s", flush=True)
-    n_done, problems = compile_all(work, architecture, stage.left)
-    stage.add("kernels", n_done, provider="triton", note=f"of {len(work)}")
+    start, wanted = time.monotonic(), calls()
+    compile_all(stage, [wanted[0], wanted[-1]] if device.REHEARSAL else wanted, stage.left())
     stage.add("wall seconds", time.monotonic() - start)
-    print("\n".join(sorted(set(problems))), flush=True)
     return 0

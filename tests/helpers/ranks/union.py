@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from conr_kernels import conr_loss
 from conr_kernels.large_batch import union
-from conr_kernels.torch_backend import backend as torch_backend
+from conr_kernels.torch_backend import shared as torch_shared
 from conr_kernels.torch_backend import sweeps as torch_sweeps
 from conr_kernels.torch_backend import tiles as torch_tiles
 
@@ -76,16 +76,16 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
     dense_share = torch_sweeps.DENSE_SHARE
     shares, layouts = [], []
 
-    def counted(*args: object, of: Callable = torch_backend.union_sweeps) -> tuple:
+    def counted(*args: object, of: Callable = torch_shared.union_sweeps) -> tuple:
         shares.append(args[-1])
         return of(*args)
 
-    def unpacked(*args: object, of: Callable = torch_backend.unpack_sweeps, **options) -> list:
+    def unpacked(*args: object, of: Callable = torch_shared.unpack_sweeps, **options) -> list:
         layouts.append(args[0])
         return of(*args, **options)
 
-    plain = torch_backend.union_sweeps, torch_backend.unpack_sweeps
-    torch_backend.union_sweeps, torch_backend.unpack_sweeps = counted, unpacked
+    plain = torch_shared.union_sweeps, torch_shared.unpack_sweeps
+    torch_shared.union_sweeps, torch_shared.unpack_sweeps = counted, unpacked
     try:
         for module, name, value in changed:
             setattr(module, name, value)
@@ -100,7 +100,7 @@ def check_union_in_shares(group: dist.ProcessGroup) -> str:
         check_smallest_window(group)
     finally:
         torch_sweeps.DENSE_SHARE = dense_share
-        torch_backend.union_sweeps, torch_backend.unpack_sweeps = plain
+        torch_shared.union_sweeps, torch_shared.unpack_sweeps = plain
         for (module, name, _), value in zip(changed, saved, strict=True):
             setattr(module, name, value)
     n_ranks = dist.get_world_size(group)
