@@ -1,6 +1,6 @@
-// What the sweeps have in common. A block owns its anchors: it walks their band of keys tile by tile,
-// keeps sums (conr_forward.cuh) or gradients (conr_backward.cuh) in registers and stores them once.
-// No atomics, no order that depends on scheduling.
+// What the sweeps have in common. A block owns its anchors: it walks their band of keys tile by
+// tile, keeps sums (conr_forward.cuh) or gradients (conr_backward.cuh) in registers and stores them
+// once. No atomics, no order that depends on scheduling.
 #pragma once
 
 #include <type_traits>
@@ -229,8 +229,8 @@ struct Walk {
     }
   }
 
-  // Calls work(is_shifted, serves, kind_of) with what is known of all pairs of a tile, as constants,
-  // and a function that says of each what it is.
+  // Calls work(is_shifted, serves, kind_of) with what is known of all pairs of a tile, as
+  // constants, and a function that says of each what it is.
   template <class Work>
   __device__ void decide(bool full, Work work) const {
     const ScalarLabels labels(settings);
