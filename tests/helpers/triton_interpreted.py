@@ -112,7 +112,7 @@ def forced(regime: str):
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
-        mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**26),
+        mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**25),
         mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
         guarded_allocations(),
     ):
