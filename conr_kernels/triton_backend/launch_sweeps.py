@@ -358,8 +358,9 @@ class Plan:
             wide.conr_wide_gradient_kernel, {"num_warps": 4}, **of_all, D=call.D, ROWS=GATHER_ROWS,
             CHUNK=64,
         )  # fmt: skip
-        launch = Launch(gradient, padded(N) // GATHER_ROWS, N, K, call.D_pad, self.kappa)
-        yield launch, self._pick(f"layout coef_i inverse_i x {G} gradient", 1)
+        numbers = N, K, call.D_pad, int(self.is_apart), self.kappa
+        launch = Launch(gradient, padded(N) // GATHER_ROWS, *numbers)
+        yield launch, self._pick(f"layout coef_i inverse_i x {G} gradient")
 
     def _windows(self, chosen: Config) -> tuple[int, tuple[int, int], int]:
         """Pairs of tiles in a window of the list; how many windows suffice for any bands, before

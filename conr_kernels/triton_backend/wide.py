@@ -75,16 +75,28 @@ def conr_wide_list_kernel(
 
 
 @triton.jit
-def _window(list_ptr, n_tiles, first, window):
-    """Of ``window`` pairs from the ``first`` on: whether they are negatives', their sweep's part of
-    the list, the first and how many there are.
+def _window(layout_ptr, list_ptr, n_tiles, first, window):
+    """Of ``window`` pairs from the ``first`` on: whether they are negatives', and in the order of
+    the predictions; their sweep's part of the list, the first and how many there are.
     """
     first = first.to(tl.int64)
     sweep = 4 * (n_tiles + 1)
     negatives = first >= tl.load(list_ptr + sweep)
     list_ptr += tl.where(negatives, sweep, 0)
     n = tl.load(list_ptr + n_tiles) - first
-    return negatives, list_ptr, first, tl.minimum(tl.maximum(n, 0), window).to(tl.int32)
+    is_other = negatives & (tl.load(layout_ptr) == 0)
+    return negatives, is_other, list_ptr, first, tl.minimum(tl.maximum(n, 0), window).to(tl.int32)
+
+
+@triton.jit
+def _anchors_order(
+    layout_ptr, n_anchors, n_keys, is_other, CONFUSED: tl.constexpr, SAME: tl.constexpr
+):  # fmt: skip
+    """The order of the anchors' labels, or that of their predictions."""
+    _, order_ptr, _, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, CONFUSED, SAME)
+    if CONFUSED:
+        order_ptr += tl.where(is_other, padded(n_keys) if SAME else padded(n_anchors), 0)
+    return order_ptr
 
 
 @triton.jit
@@ -123,8 +135,8 @@ def conr_wide_scores_kernel(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``H_ij`` of the pairs of tiles from the ``first`` of the list on, H [window, BLOCK_I,
-    BLOCK_J]; programs take turns. The copies in the negatives' order stand ``apart`` (1) or in the
-    place of the positives' (0).
+    BLOCK_J]; programs take turns. The copies in the order of the predictions stand ``apart`` (1) or
+    in the place of the others (0).
 
     In float16, H_ij is divided by its row's largest magnitude in the tile, which H_scale [window,
     BLOCK_I] keeps.
@@ -135,11 +147,12 @@ def conr_wide_scores_kernel(
     WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
     n_tiles = tl.cdiv(n_anchors, BLOCK_I)
-    negatives, list_ptr, first, n_here = _window(list_ptr, n_tiles, first, window)
+    negatives, is_other, list_ptr, first, n_here = _window(
+        layout_ptr, list_ptr, n_tiles, first, window
+    )
     _, _, self_ptr, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, CONFUSED, SAME)
-    n_padded = padded(n_anchors)
-    behind_i = tl.where(negatives & (apart == 1), n_padded, 0).to(tl.int64)
-    behind_j = tl.where(negatives & (apart == 1), padded(n_keys), 0).to(tl.int64)
+    n_padded, behind = padded(n_anchors), tl.where(is_other, apart, 0).to(tl.int64)
+    behind_i, behind_j = behind * n_padded, behind * padded(n_keys)
     y_i_ptr += behind_i * L
     p_i_ptr += behind_i * L
     coef_i_ptr += behind_i * COLUMNS
@@ -213,12 +226,11 @@ def conr_wide_product_kernel(
     WIDTH: tl.constexpr = BLOCK_D // PARTS
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
     n_tiles = tl.cdiv(n_anchors, BLOCK_I)
-    negatives, list_ptr, first, n_here = _window(list_ptr, n_tiles, first, window)
-    is_outside, order_ptr, _, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, CONFUSED, SAME)
-    if CONFUSED:
-        other = padded(n_keys) if SAME else padded(n_anchors)
-        order_ptr += tl.where(negatives & (is_outside == 0), other, 0)
-    q_j_ptr += tl.where(negatives & (apart == 1), padded(n_keys), 0).to(tl.int64) * D_PAD
+    negatives, is_other, list_ptr, first, n_here = _window(
+        layout_ptr, list_ptr, n_tiles, first, window
+    )
+    order_ptr = _anchors_order(layout_ptr, n_anchors, n_keys, is_other, CONFUSED, SAME)
+    q_j_ptr += tl.where(is_other, apart, 0).to(tl.int64) * padded(n_keys) * D_PAD
     rows = tl.arange(0, BLOCK_I)
     H_offsets = rows[:, None] * BLOCK_J + tl.arange(0, BLOCK_K)[None, :]
     if n_here > 0:
@@ -256,10 +268,10 @@ def conr_wide_product_kernel(
                     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "apart"])
 def conr_wide_gradient_kernel(
     layout_ptr, coef_i_ptr, inverse_i_ptr, x_ptr, G_ptr, G_rest_ptr, gradient_ptr,
-    n_anchors, n_keys, width, kappa: tl.float64,
+    n_anchors, n_keys, width, apart, kappa: tl.float64,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +280,8 @@ def conr_wide_gradient_kernel(
     The radial part is that of G, from H_ij as it was rounded: nearly parallel features leave little
     else.
     """
-    _, order_ptr, _, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, True, CONFUSED, SAME)
+    is_other = (apart == 0) & (tl.load(layout_ptr) == 0)
+    order_ptr = _anchors_order(layout_ptr, n_anchors, n_keys, is_other, CONFUSED, SAME)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, inverse = tl.load(order_ptr + rows), tl.load(inverse_i_ptr + rows)
     dtype: tl.constexpr = inverse.dtype
