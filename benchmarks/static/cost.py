@@ -129,20 +129,22 @@ class Model:
 
     def phases(self) -> dict[str, Phase]:
         """One pass through each kind of tile."""
-        found = self._phases(*self._typical, self.l2_share(SMS))
+        found = self._phases(self._typical, self.l2_share(SMS))
         return {kind: phase for kind, (phase, _) in found.items() if kind != "rest"}
 
-    def _phases(self, full: int, edge: int, l2: float) -> dict[str, tuple[Phase, float]]:
+    def _phases(self, visit: tuple[int, ...], l2: float) -> dict[str, tuple[Phase, float]]:
         """The phases of an anchor tile with so many tiles of keys, and how often each passes."""
         return {
             kind: (self._phase(node, n, l2), n)
-            for kind, node, n in phases_of(self.tree, self.launch, full, edge)
+            for kind, node, n in phases_of(self.tree, self.launch, *visit)
             if n
         }
 
     @property
-    def _typical(self) -> tuple[int, int]:
+    def _typical(self) -> tuple[int, ...]:
         """Full and edge tiles; of a product for wide features, of one tile of anchors."""
+        if sweep_of(self.launch) == "both":
+            return (TYPICAL,) * 4
         return (1 if "BLOCK_K" in self.launch.arguments else TYPICAL), TYPICAL
 
     def l2_share(self, n_programs: int) -> float:
@@ -212,7 +214,7 @@ class Model:
         """What bounds a kind of tile: a unit, or the latency of too few resident programs. A kernel
         without pairs has one kind, "rest", and memory for L2.
         """
-        phase = self._phases(*self._typical, self.l2_share(SMS))[kind][0]
+        phase = self._phases(self._typical, self.l2_share(SMS))[kind][0]
         unit, cycles = phase.busiest
         resident = self._filled if kind == "rest" else self.resident
         unit = "memory" if kind == "rest" and unit == "L2" else unit
@@ -226,11 +228,11 @@ class Model:
     def _work(self) -> list[tuple[float, float]]:
         """Every program's cycles: of the busiest units, and alone."""
         share = self.l2_share(self.launch.grid[0])
-        seen: dict[tuple[int, int], tuple[float, float]] = {}
+        seen: dict[tuple[int, ...], tuple[float, float]] = {}
         per_tile = []
         for visit in anchor_tiles(self.launch):
             if visit not in seen:
-                phases = self._phases(*visit, share).values()
+                phases = self._phases(visit, share).values()
                 seen[visit] = (
                     sum(n * phase.busiest[1] for phase, n in phases),
                     sum(n * phase.alone for phase, n in phases),

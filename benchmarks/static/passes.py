@@ -12,7 +12,9 @@ from .loops import Matched, Nest
 
 
 def sweep_of(launch: Launch) -> str | None:
-    """``"positives"`` or ``"negatives"`` for the kernels of the banded sweeps."""
+    """``"positives"``, ``"negatives"`` or ``"both"`` for the kernels of the banded sweeps."""
+    if "backward_parts" in launch.name:
+        return "both"
     if "negatives" in launch.name or launch.arguments.get("NEGATIVES") is True:
         return "negatives" if "gather" not in launch.name else None
     is_first = "positives" in launch.name or launch.arguments.get("NEGATIVES") is False
@@ -49,7 +51,7 @@ def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
     given = launch.arguments
     first, window = given["first"], given["window"]
     counts = {
-        sweep: [max(sum(visit), 1) for visit in _visits(launch, sweep)]
+        sweep: [sum(visit) for visit in _visits(launch, sweep)]
         for sweep in ("positives", "negatives")
     }
     start = -(-sum(counts["positives"]) // window) * window
@@ -60,7 +62,7 @@ def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
     ends = itertools.accumulate(counts[sweep], initial=at)
     here = (min(b, first + window) - max(a, first) for a, b in itertools.pairwise(ends))
     here = tuple(n for n in here if n > 0)
-    return sweep, here, sum(here) / sum(counts[sweep])
+    return sweep, here, sum(here) / max(sum(counts[sweep]), 1)
 
 
 def is_of_few_rows(launch: Launch) -> bool:
@@ -78,9 +80,9 @@ def _tiles_of_parts(given: dict) -> tuple[tuple[int, int], ...]:
     )
 
 
-def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
-    """Full and edge tiles of keys of each program of a sweep, of each part of the keys for few
-    rows; one pair of ones elsewhere.
+def anchor_tiles(launch: Launch) -> tuple[tuple[int, ...], ...]:
+    """Full and edge tiles of keys of each program of a sweep (of both sweeps the positives', then
+    the negatives'), of each part of the keys for few rows; one pair of ones elsewhere.
     """
     if "per_part" in launch.arguments:
         return _tiles_of_parts(launch.arguments)
@@ -88,10 +90,18 @@ def anchor_tiles(launch: Launch) -> tuple[tuple[int, int], ...]:
         return _turns(launch)
     if sweep_of(launch) is None:
         return ((1, 1),)
-    visits, n_programs = _visits(launch, sweep_of(launch)), programs_per_tile(launch)
+    if sweep_of(launch) == "both":
+        shares = _shares(launch, "positives"), _shares(launch, "negatives")
+        return tuple((*s, 0, 0) for s in shares[0]) + tuple((0, 0, *s) for s in shares[1])
+    return _shares(launch, sweep_of(launch))
+
+
+def _shares(launch: Launch, sweep: str) -> tuple[tuple[int, int], ...]:
+    """Full and edge tiles of each program of a sweep."""
+    n_programs = programs_per_tile(launch)
     return tuple(
         (_share(full, slot, n_programs), _share(edge, slot, n_programs))
-        for full, edge in visits
+        for full, edge in _visits(launch, sweep)
         for slot in range(n_programs)
     )
 
@@ -115,13 +125,17 @@ def _share(n: int, slot: int, n_slots: int) -> int:
 
 
 def phases_of(
-    tree: Matched, launch: Launch, full: int, edge: int
+    tree: Matched, launch: Launch, full: int, edge: int, *negatives: int
 ) -> Iterator[tuple[str, list[tuple[Matched, float]], float]]:
     """The phases of one anchor tile: ``(kind, [(loop, passes)], tiles)``."""
     given = launch.arguments
     has_pairs = "BLOCK_J" in given  # the exponentials of the kernels that finish rows are no pairs'
     pairs = [m for m in tree.walk() if m is not tree and m.nest.exponentials and has_pairs]
-    kinds = {"full": full, "edge": edge} if len(pairs) == 2 else {"edge": full + edge}
+    kinds = {"full": full, "edge": edge}
+    if negatives:
+        kinds |= dict(zip(("full of negatives", "edge of negatives"), negatives, strict=True))
+    if len(pairs) != len(kinds):
+        kinds = {"edge": sum(kinds.values())}
     if tree.nest.exponentials and has_pairs:
         yield "edge", list(_subtree(tree, given, 1.0)), 1.0
         return
@@ -143,7 +157,7 @@ def phases_of(
                 n = kinds[kind] if known is None else times * known
                 yield kind, list(_subtree(loop, given, n)), n
             elif loop.nest.has_product:
-                n = full + edge if pairs or sweep_of(launch) else times
+                n = full + edge + sum(negatives) if pairs or sweep_of(launch) else times
                 yield "product", list(_products(loop, given, times, n)), n
             else:
                 rest.append((loop, times * (known or 1)))

@@ -17,6 +17,8 @@ from .compiled import Launch
 
 #: Rows of a call: enough for the sweeps; the most that are not sorted; whose s_ij are kept.
 SWEEPS, FEW, KEPT = 16_384, 4096, 1024
+#: Beyond the parts of a gradient that one launch leaves for both sweeps.
+LARGE = 2**18
 #: A D of the bucket 0, whose rows are read in chunks: of ResNet-50, and beyond one program's part.
 CHUNKED, LONG = 2048, 8192
 #: D and rows of few, by arithmetic: every tile that is chosen for them.
@@ -108,11 +110,15 @@ def calls() -> list[Call]:
             whole = D == CHUNKED or (is_first and D == 128)
             found.append(Call(SWEEPS, D, arithmetic, part="all" if whole else "table"))
         found.append(Call(SWEEPS, min(largest, 128), arithmetic, "released-age", part="table"))
+        found.append(Call(LARGE, largest, arithmetic, part="backward_kernel"))
         found += [Call(N, D, arithmetic) for D, N in FEW_SIZES[arithmetic]]
     found += [Call(KEPT, 128, "bfloat16"), Call(FEW, 128, "bfloat16", "released-age")]
-    for N, D, part in ((SWEEPS, 128, "all"), (SWEEPS, CHUNKED, "wide"), (KEPT, 128, "all")):
+    for N, D, part in (
+        (SWEEPS, 128, "all"), (LARGE, 128, "backward_kernel"), (SWEEPS, CHUNKED, "wide"),
+        (KEPT, 128, "all"),
+    ):  # fmt: skip
         call = Call(N, D, "bfloat16", part=part)
-        found += [replace(call, variant="released-age"), *_flags(call)]
+        found += [call, replace(call, variant="released-age"), *_flags(call)]
     found.append(Call(SWEEPS, 256, "bfloat16", L=3, part="table"))
     found.append(Call(SWEEPS, 128, "bfloat16", "released-age", has_keys=True, part="order"))
     return found

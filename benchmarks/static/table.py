@@ -1,11 +1,11 @@
 """The table of machine code: one row for each binary that the package ships for sm_90.
 
 Columns that need a word: ``resident``: programs on one multiprocessor at once. ``full`` tiles lie
-in every anchor's band, ``edge`` tiles do not (also: a kernel's only loop over pairs), ``product``:
-loops that multiply and take no exponentials, per pair of a tile. ``passes``: products in the
-machine code for each in Triton IR, 3 in three-pass TF32, where the instruction tells its size.
-``h200_us_N``: microseconds of a step's launches of it at N rows; ``h200_us_few``: at those of its
-call, where they are few.
+in every anchor's band, ``edge`` tiles do not (also: a kernel's only loop over pairs; of both sweeps
+the positives'), ``product``: loops that multiply and take no exponentials, per pair of a tile.
+``passes``: products in the machine code for each in Triton IR, 3 in three-pass TF32, where the
+instruction tells its size. ``h200_us_N``: microseconds of a step's launches of it at N rows, if any
+are launched there; ``h200_us_few``: at those of its call, where they are few.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def row_of(call: Call, index: int, arch: int) -> dict[str, object]:
         if arch == 90 and call.is_few == (n == "few"):
             launches = call.launches(arch, call.N if call.is_few else n)
             same = [x for x in launches if specialization(x) == key]
-            time = f"{sum(model.at(x).microseconds() for x in same):.1f}"
+            time = f"{sum(model.at(x).microseconds() for x in same):.1f}" if same else ""
         row[f"h200_us_{n}"] = time
     return row
 

@@ -59,7 +59,9 @@ def visits(
 
 @functools.cache
 def band_rows(n: int, sweep: str) -> int:
-    """Keys in a row's band, on average."""
+    """Keys in a row's band, on average; of both sweeps, in both bands."""
+    if sweep == "both":
+        return band_rows(n, "positives") + band_rows(n, "negatives")
     values = batch(n)[sweep]
     hi = torch.searchsorted(values, values + 1, right=True)
     return int((hi - torch.searchsorted(values, values - 1)).double().mean())
