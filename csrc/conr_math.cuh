@@ -25,6 +25,7 @@ enum Flags : int {
   kPhiIsExponential = 256,  // φ(d) = exp(e·d)
   kRateIsWeighted = 512,    // r_i contains w_i
   kRateIsScaled = 1024,     // r_i contains e
+  kWidened = 2048,          // bfloat16 rows are computed as float32
 };
 
 enum Serves : int { kPositives = 1, kNegatives = 2 };

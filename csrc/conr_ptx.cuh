@@ -63,8 +63,7 @@ __device__ __forceinline__ void mma(Half, float& c0, float& c1, float& c2, float
 #endif
 }
 
-// Below sm_80 bfloat16 rows are computed as float32 (cuda_backend.py), so that this is never
-// reached.
+// Below sm_80 bfloat16 rows are computed as float32 (backend.py), so that this is never reached.
 __device__ __forceinline__ void mma(BFloat16, float& c0, float& c1, float& c2, float& c3,
                                     const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800

@@ -4,13 +4,12 @@
 
 #include <cstdint>
 
-#include "conr_math.cuh"
+#include "conr_launch.h"
 
 #include <conr_ptx.cuh>
 
 namespace conr {
 
-constexpr int kThreads = 128;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class T>
@@ -211,6 +210,14 @@ template <class T>
 __device__ T row_sum(T x, int lanes) {
   for (int lane = 1; lane < lanes; lane *= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
   return x;
+}
+
+// Σ of n numbers, by one warp.
+template <class T>
+__device__ T sum_of(const T* parts, int64_t n) {
+  T sum = 0;
+  for (int64_t k = threadIdx.x % 32; k < n; k += 32) sum += parts[k];
+  return row_sum(sum, 32);
 }
 
 template <class A>

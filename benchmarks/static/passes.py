@@ -51,7 +51,7 @@ def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
     given = launch.arguments
     first, window = given["first"], given["window"]
     counts = {
-        sweep: [max(sum(visit), 1) for visit in _visits(launch, sweep)]
+        sweep: [sum(visit) for visit in _visits(launch, sweep)]
         for sweep in ("positives", "negatives")
     }
     start = -(-sum(counts["positives"]) // window) * window
@@ -62,7 +62,7 @@ def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
     ends = itertools.accumulate(counts[sweep], initial=at)
     here = (min(b, first + window) - max(a, first) for a, b in itertools.pairwise(ends))
     here = tuple(n for n in here if n > 0)
-    return sweep, here, sum(here) / sum(counts[sweep])
+    return sweep, here, sum(here) / max(sum(counts[sweep]), 1)
 
 
 def is_of_few_rows(launch: Launch) -> bool:

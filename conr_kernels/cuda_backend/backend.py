@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from ..core.inputs import Inputs, Keys
-from ..core.sweep import sort_reach
-from ..reference import poison
 from ..variants import Settings
 
 LIBRARY = "_conr_cuda.dll" if os.name == "nt" else "_conr_cuda.so"
@@ -25,8 +23,6 @@ LIBRARY = "_conr_cuda.dll" if os.name == "nt" else "_conr_cuda.so"
 DENSE_PAIRS = 1024 * 1024
 #: Where the bands hold more than this share of all pairs, one sweep serves both masks.
 DENSE_SHARE = 0.7
-#: Columns of the kernels' copy of the features are a multiple of this: loads of 16 bytes.
-COLUMNS = 8
 
 _FLAGS = dict(
     inside=1,
@@ -40,6 +36,7 @@ _FLAGS = dict(
     phi_is_exponential=256,
     rate_is_weighted=512,
     rate_is_scaled=1024,
+    widened=2048,
 )
 _PUSHING = {
     "linear": ("phi_is_distance", "rate_is_weighted", "rate_is_scaled"),
@@ -113,115 +110,125 @@ def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Setti
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py) and the layout of the sweeps."""
-    x, y, p, w, keys, self_offset, settings, n_absent = inputs
-    N = len(x)
-    x_j, y_j, p_j = inputs.all_keys
-    q, scale, norm = _prepare(x_j)
-    y, p, y_j, p_j = (t.float().contiguous() for t in (y, p, y_j, p_j))
-    dtype = scale.dtype
-    layout = _layout(y, p, y_j, p_j, keys is None, self_offset, settings)
-    loss, stats = scale.new_empty(N), scale.new_empty(N, inputs.columns)
-    sums, counts = scale.new_empty(N, 5), layout.new_empty(N, 2)
-    absent = scale.new_zeros(()) if n_absent is None else n_absent.to(dtype)
-    finite = torch.stack([poison(norm, y_j, p_j, w).to(dtype), absent])
-    _operators().forward(
-        q, scale, y_j, p_j, None if w is None else w.to(dtype).contiguous(), finite, layout,
-        self_offset, *_scalars(settings), sums, counts, loss, stats, _stream(x.device),
-    )  # fmt: skip
-    return loss, stats, layout
+    loss = inputs.x.new_empty(inputs.x.shape[0], dtype=inputs.dtype)
+    return loss, *_forward(inputs, None, loss, None, 1.0)
 
 
 def backward(inputs: Inputs, coef_i: Tensor, coef_j: Tensor | None, layout: Tensor) -> Tensor:
     """Gradient of the features [N, D] from the scaled statistics of anchors and keys."""
-    x, self_offset, settings = inputs.x, inputs.self_offset, inputs.settings
-    x_j, y_j, p_j = inputs.all_keys
-    q, scale, norm = _prepare(x_j)
-    y_j, p_j = y_j.float().contiguous(), p_j.float().contiguous()
-    coef_i = coef_i.contiguous()
-    coef_j = coef_i if coef_j is None else coef_j.contiguous()
-    G = scale.new_zeros(len(x), q.shape[1])
-    stream = _stream(x.device)
-    _operators().backward(
-        q, scale, y_j, p_j, coef_j, layout, self_offset, *_scalars(settings), G, stream
-    )
-    x = x.contiguous()
-    gradient = torch.empty_like(x)
-    norm_i = norm[self_offset : self_offset + len(x)]
-    _operators().finish_gradient(x, norm_i, G, coef_i, settings.temperature, gradient, stream)
-    return gradient
+    coef = (coef_i if coef_j is None else coef_j).contiguous()
+    return _backward(inputs, layout, coef, None, 1.0)
 
 
 def reduces(
     x: Tensor, y: Tensor, further: Keys | None, settings: Settings, wants_gradient: bool
 ) -> bool:
-    """Whether one call gives the reduced loss: its kernels leave row losses."""
-    return False
+    """Whether ``reduced`` serves these rows."""
+    return further is None and x.shape[0] > 0
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def reduced(
+    inputs: Inputs, further: None, reduction: str, wants_gradient: bool
+) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+    """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``; among the
+    tensors labels and predictions, which the caller may change before.
+    """
+    x, y = inputs.x, inputs.y
+    factor = 1 / x.shape[0] if reduction == "mean" else 1.0
+    loss = x.new_empty((), dtype=inputs.dtype)
+    labels = x.new_empty((2, *y.shape), dtype=torch.float32)
+    stats, layout = _forward(inputs, labels, None, loss, factor)
+    return loss, (labels, stats, layout), (inputs.settings, factor)
 
 
-def _scalars(settings: Settings) -> tuple[float, float, float, int]:
+def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: Tensor) -> Tensor:
+    """The gradient of the features for an upstream gradient of the reduced loss."""
+    (labels, stats, layout), (settings, factor) = saved, plan
+    inputs = Inputs(x, *labels.unbind(), None, None, 0, settings)
+    return _backward(inputs, layout, stats, upstream, factor)
+
+
+def _forward(
+    inputs: Inputs, labels: Tensor | None, loss: Tensor | None, total: Tensor | None, factor: float
+) -> tuple[Tensor, Tensor]:
+    """Statistics and layout; writes copies of the labels, row losses and the factor times their sum
+    where there is a tensor for them.
+    """
+    x, _, _, w, _, self_offset, settings, n_absent = inputs
+    N, dtype = x.shape[0], inputs.dtype
+    stats = x.new_empty((N, inputs.columns), dtype=dtype)
+    size = layout_size(N, inputs.n_keys, dtype, settings)
+    layout = x.new_empty(size, dtype=torch.int32)
+    w = None if w is None else w.to(dtype).contiguous()
+    n_absent = None if n_absent is None else n_absent.long()
+    _operators().forward(
+        *_keys(inputs), w, n_absent, self_offset, *_scalars(settings, _widens(x)), DENSE_SHARE,
+        factor, layout, stats, labels, loss, total, _stream(x),
+    )  # fmt: skip
+    return stats, layout
+
+
+def _backward(
+    inputs: Inputs, layout: Tensor, coef: Tensor, upstream: Tensor | None, factor: float
+) -> Tensor:
+    """The gradient from coefficients that are still to be multiplied by upstream and factor."""
+    x = inputs.x
+    gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _operators().backward(
+        *_keys(inputs), inputs.self_offset, *_scalars(inputs.settings, _widens(x)), factor,
+        layout, coef, upstream, gradient, _stream(x),
+    )  # fmt: skip
+    return gradient
+
+
+def _keys(inputs: Inputs) -> Keys:
+    """Features, labels and predictions of all keys, as kernels read them."""
+    x, y, p = inputs.all_keys
+    return x.contiguous(), y.float().contiguous(), p.float().contiguous()
+
+
+def _stream(x: Tensor) -> int:
+    """The address of the current stream of the tensor's device."""
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
+
+
+#: What kernels know of settings, by their identity, which an entry keeps, and the widening.
+_known: dict[tuple[int, bool], tuple[Settings, tuple[float, float, float, int]]] = {}
+KNOWN = 64
+
+
+def _scalars(settings: Settings, is_widened: bool) -> tuple[float, float, float, int]:
+    found = _known.get((id(settings), is_widened))
+    if found is None:
+        if len(_known) >= KNOWN:
+            _known.clear()
+        found = _known[id(settings), is_widened] = (settings, _find_scalars(settings, is_widened))
+    return found[1]
+
+
+def _find_scalars(settings: Settings, is_widened: bool) -> tuple[float, float, float, int]:
+    """Window, temperature, push scale and flags."""
     variant = settings.variant
-    names = [*_PUSHING[variant.pushing]]
-    names += ["inside"] if variant.log == "inside" else []
-    names += ["all_negatives"] if variant.negatives == "all" else []
-    names += ["rmse"] if settings.distance == "rmse" else []
-    names += [] if settings.exponent_is_small else ["shifted"]
-    names += [n for n in ("unit_terms", "count_self", "weighted_rows") if getattr(variant, n)]
+    asked = dict(
+        inside=variant.log == "inside",
+        all_negatives=variant.negatives == "all",
+        unit_terms=variant.unit_terms,
+        count_self=variant.count_self,
+        weighted_rows=variant.weighted_rows,
+        rmse=settings.distance == "rmse",
+        shifted=not settings.exponent_is_small,
+        widened=is_widened,
+    )
+    names = [*_PUSHING[variant.pushing], *(name for name, is_asked in asked.items() if is_asked)]
     flags = sum(_FLAGS[name] for name in names)
     return settings.window, settings.temperature, settings.push_scale, flags
 
 
-def _computes_in_float32(x: Tensor) -> bool:
-    """bfloat16 has no matrix instruction before sm_80."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cuda"
-        and torch.cuda.get_device_capability(x.device) < (8, 0)
-    )
+def _widens(x: Tensor) -> bool:
+    """Whether rows are computed as float32: bfloat16 has no matrix instruction before sm_80."""
+    return x.dtype == torch.bfloat16 and x.is_cuda and _capability(x.get_device()) < (8, 0)
 
 
-def _prepare(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels' rows ``q`` [K, D rounded up]; ``scale`` and ``‖x‖`` [K]: ``q·scale = x/‖x‖``."""
-    K, D = x.shape
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    q_dtype = torch.float32 if _computes_in_float32(x) else x.dtype
-    q = x.new_empty(K, -(-D // COLUMNS) * COLUMNS, dtype=q_dtype)
-    scale, norm = x.new_empty(K, dtype=dtype), x.new_empty(K, dtype=dtype)
-    _operators().prepare(x.contiguous(), q, scale, norm, _stream(x.device))
-    return q, scale, norm
-
-
-def _layout(
-    y_i: Tensor,
-    p_i: Tensor,
-    y_j: Tensor,
-    p_j: Tensor,
-    is_symmetric: bool,
-    self_offset: int,
-    settings: Settings,
-) -> Tensor:
-    N, K = len(y_i), len(y_j)
-    layout = y_i.new_empty(layout_size(N, K, y_i.dtype, settings), dtype=torch.int32)
-    if len(layout) == 0:
-        return layout
-    n_pairs: Tensor | int = 0
-    sections = layout[2:].view(2, K + 3 * N)
-    for section, t_i, t_j in ((sections[0], y_i, y_j), (sections[1], p_i, p_j)):
-        key_ids, anchor_ids, lo, hi = section.split([K, N, N, N])
-        component, reach = sort_reach(t_j, settings.window, settings.distance)
-        sorted_j, order = t_j.index_select(1, component)[:, 0].sort(stable=True)
-        key_ids.copy_(order)
-        if is_symmetric:
-            sorted_i = sorted_j
-        else:
-            sorted_i, order = t_i.index_select(1, component)[:, 0].sort(stable=True)
-        anchor_ids.copy_(order + self_offset)
-        _operators().bands(sorted_i, sorted_j, reach, lo, hi, _stream(y_i.device))
-        n_pairs = n_pairs + (hi - lo).sum()
-    # What the two sweeps serve (csrc: 1 positives, 2 negatives): 1 and 2, or 3 and nothing.
-    is_dense = (n_pairs > DENSE_SHARE * N * K).to(torch.int32)
-    layout[:2] = torch.stack([1 + 2 * is_dense, 2 - 2 * is_dense])
-    return layout
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

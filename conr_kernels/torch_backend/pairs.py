@@ -221,7 +221,7 @@ def add_sums(sums: Sums, tile: Tile, i: Rows, j: Rows, how: How) -> Weighted:
 
 def is_present(weighted: Tensor, how: How) -> Tensor:
     """1 for the pairs of the mask, 0 for others."""
-    return (weighted > (-torch.inf if how.is_shifted else 0.0)).to(weighted.dtype)
+    return (weighted > -torch.inf).to(weighted.dtype) if how.is_shifted else weighted.sign()
 
 
 def gradient_weights(

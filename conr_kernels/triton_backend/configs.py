@@ -128,8 +128,12 @@ HEAVY = "16-bit heavy"
 _HEAVY = {
     "forward": [(None, 0, (64, 32, 64, 4, 3)), (None, None, (64, 32, None, 4, 2))],
     "backward": [(None, 256, (64, 32, None, 8, 2)), (None, None, (64, 32, None, 4, 2))],
-    "wide": [(80, None, (64, 32, 32, 4, 3)), (None, None, (64, 32, 64, 4, 3))],
-    "product": [(None, None, (64, 32, 128, 4, 3))],
+    "wide": [
+        (80, None, (64, 32, 32, 4, 3)),
+        (90, None, (64, 128, 64, 4, 3)),
+        (None, None, (64, 32, 64, 4, 3)),
+    ],
+    "product": [(90, None, (64, 64, 128, 4, 3)), (None, None, (64, 32, 128, 4, 3))],
 }
 #: 16-bit features with large exponents: two exponentials a pair.
 SHIFTED = "16-bit shifted"

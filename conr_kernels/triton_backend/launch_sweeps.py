@@ -28,10 +28,11 @@ WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
 #: whose negatives then need a list of their own.
 BOTH_ORDERS = 2**26
 WIDE_BOTH_ORDERS = 2**28
-#: Bytes of the gradient's parts up to which one launch serves both sweeps of the backward pass,
-#: cut into about so many programs; above, the positives' part waits in the gradient's memory.
-PARTS_BYTES = 2**26
-PARTS_PROGRAMS = 512
+#: Bytes of the gradient's parts up to which one launch serves both sweeps of the backward pass, and
+#: about how many programs, by the size of a feature; above, the positives' part waits in the
+#: gradient's memory.
+PARTS_BYTES = 2**25
+PARTS_PROGRAMS = {2: 256, 4: 512, 8: 512}
 GATHER_ROWS = 32
 FINISH_ROWS = 64
 PROJECTED_ROWS = 16
@@ -241,7 +242,7 @@ class Plan:
     def _backward_narrow(self) -> Iterator[Step]:
         call = self.call
         tiles_i = tiles(call.N, call.config("backward").BLOCK_I)
-        n_slots = min(tiles(PARTS_PROGRAMS, 2 * tiles_i), SLOTS)
+        n_slots = min(tiles(PARTS_PROGRAMS[call.form.dtype.itemsize], 2 * tiles_i), SLOTS)
         size = 2 * n_slots * call.N * call.D_pad
         stand_apart = self.is_apart or not call.is_confused
         if stand_apart and size * call.dtype.itemsize <= PARTS_BYTES:

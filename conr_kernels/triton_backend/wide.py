@@ -30,7 +30,7 @@ def _list_sweep(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_anchors, BLOCK_I)
-    row, last = n_tiles + 1, padded(n_keys) // BLOCK_J - 1
+    row = n_tiles + 1
     for t in range(0, n_tiles, BLOCK):
         tile = t + tl.arange(0, BLOCK)
         is_tile = tile < n_tiles
@@ -39,14 +39,12 @@ def _list_sweep(
             NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J,
         )  # fmt: skip
         a0, a1, b0, _, _, _ = every
-        # Without keys in its bands, a tile of anchors meets one all the same: its sum is 0.
-        n = tl.where(is_tile, tl.maximum(count_of(every), 1), 0).to(tl.int64)
-        n_a = tl.where(count_of(every) == 0, 1, a1 - a0)
+        n = tl.where(is_tile, count_of(every), 0).to(tl.int64)
         ptrs = list_ptr + tile
         tl.store(ptrs, start + tl.cumsum(n, axis=0) - n, mask=is_tile)
-        tl.store(ptrs + row, n_a, mask=is_tile)
-        tl.store(ptrs + 2 * row, tl.minimum(a0, last), mask=is_tile)
-        tl.store(ptrs + 3 * row, b0 - n_a, mask=is_tile)
+        tl.store(ptrs + row, a1 - a0, mask=is_tile)
+        tl.store(ptrs + 2 * row, a0, mask=is_tile)
+        tl.store(ptrs + 3 * row, b0 - (a1 - a0), mask=is_tile)
         start += tl.sum(n, axis=0)
     tl.store(list_ptr + n_tiles, start)
     return start

@@ -20,7 +20,7 @@ def shim(compiled, monkeypatch):
     """``backend="cuda"`` runs CPU tensors on the shim; fresh tensors hold NaN until written."""
     monkeypatch.setattr(front_door, "unavailable", lambda device, dtype: None)
     monkeypatch.setattr(cuda_backend, "_operators", lambda: compiled)
-    monkeypatch.setattr(compiled, "shortened", {})
+    monkeypatch.setattr(compiled, "shortened", "")
     compiled.configure()
     torch.use_deterministic_algorithms(True)
     yield compiled

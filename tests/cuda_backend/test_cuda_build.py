@@ -124,7 +124,7 @@ def abi_check(python: str, task: str, library: Path) -> str:
 
 @needs_nvcc
 def test_the_library_loads_and_registers_its_operators(build):
-    assert abi_check(sys.executable, "registers", build.library).count("conr_kernels_cuda::") == 5
+    assert abi_check(sys.executable, "registers", build.library).count("conr_kernels_cuda::") == 2
 
 
 @needs_other_pythons
@@ -132,7 +132,7 @@ def test_the_library_loads_and_registers_its_operators(build):
 def test_the_same_library_loads_under_other_versions_of_pytorch(build):
     for python in OTHER_PYTHONS:
         printed = abi_check(python, "registers", build.library)
-        assert printed.count("conr_kernels_cuda::") == 5
+        assert printed.count("conr_kernels_cuda::") == 2
         print(f"built with torch {torch.__version__}, loads under {printed.splitlines()[0]}")
 
 

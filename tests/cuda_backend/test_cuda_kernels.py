@@ -103,7 +103,7 @@ def test_bfloat16_without_tensor_cores(shim, path, monkeypatch):
     """Before sm_80 bfloat16 rows are unit rows in float32; only the gradient is rounded to 16
     bits.
     """
-    monkeypatch.setattr(cuda_backend, "_computes_in_float32", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(cuda_backend, "_widens", lambda x: x.dtype == torch.bfloat16)
     batch = make_batch(97, 40, dtype=torch.bfloat16)
     loss, gradient = batch.run("cuda", variant="released-age")
     expected_loss, expected = batch.run("reference", torch.float64, variant="released-age")
@@ -203,6 +203,17 @@ def test_a_non_finite_input_shows(shim, path, where, value):
     assert not gradient[7].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_blocks_without_a_pair_write_their_rows(shim, path, dtype):
+    """NaN labels and predictions, as of a model that diverged, are in nobody's band."""
+    batch = make_batch(130, 16, dtype=dtype)
+    for order in (0, 1):
+        shim.configure(order)
+        batch.y[:], batch.p[:] = torch.nan, torch.nan
+        rows, gradient = batch.run("cuda")
+        assert rows.isnan().all() and gradient.isnan().all()
+
+
 def test_dense_and_banded_are_chosen_on_the_device(shim, monkeypatch):
     monkeypatch.setattr(cuda_backend, "DENSE_PAIRS", 0)
     batch = make_batch(130, 16)
@@ -245,6 +256,9 @@ def test_the_host_never_waits_for_the_device(shim, path, L, has_keys):
         _, stats, layout = cuda_backend.forward(inputs)
         coef_j = torch.zeros(66, 3) if has_keys else None
         cuda_backend.backward(inputs, stats, coef_j, layout)
+        if not has_keys:
+            _, saved, plan = cuda_backend.reduced(inputs, None, "mean", True)
+            cuda_backend.reduced_gradient(x, saved, plan, torch.ones(()))
         assert not reads.seen
         x.sum().item()
         assert reads.seen == {"_local_scalar_dense"}
@@ -291,10 +305,24 @@ def test_a_sum_of_ten_million_terms_is_exact_to_its_last_places(tmp_path):
 
 
 def test_a_buffer_of_a_wrong_length_or_dtype_is_refused_by_name(shim):
-    labels, bounds = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
-    for lo, gist in (
-        (bounds[:3], "lo has 3 elements, not 4"),
-        (bounds.long(), "lo has a wrong dtype"),
+    x, y, layout = torch.ones(4, 8), torch.zeros(4, 1), torch.zeros(0, dtype=torch.int32)
+    stats, loss, total = torch.zeros(4, 3), torch.zeros(4), torch.zeros(())
+    scalars = cuda_backend._scalars(Settings(1.0, 0.2, 0.01, PRESETS["paper"]), False)
+    given = dict(
+        x=x, y=y, p=y, w=None, n_absent=None, layout=layout, stats=stats, labels=None, loss=loss,
+        total=total,
+    )  # fmt: skip
+    for name, wrong, gist in (
+        ("loss", loss[:3], "loss has 3 elements, not 4"),
+        ("loss", loss.double(), "loss has a wrong dtype"),
+        ("stats", torch.zeros(4, 5), "stats has 20 elements, not 12"),
+        ("layout", torch.zeros(33, dtype=torch.int32), "layout has 33 elements, not 34"),
+        ("p", torch.zeros(4, 2), "p has 8 elements, not 4"),
+        ("w", torch.ones(8)[::2], "w must be contiguous"),
+        ("n_absent", total, "n_absent has a wrong dtype"),
     ):
+        x, y, p, w, n_absent, *written = (given | {name: wrong}).values()
         with pytest.raises(RuntimeError, match=gist):
-            torch.ops.conr_kernels_cuda.bands(labels, labels, 1.0, lo, bounds, 0)
+            torch.ops.conr_kernels_cuda.forward(
+                x, y, p, w, n_absent, 0, *scalars, 0.7, 1.0, *written, 0
+            )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conr_kernels.cuda_backend import backend as cuda_backend
 from tests.helpers import cuda_shim
 from tests.helpers.cuda_batches import Batch, make_batch
 
@@ -40,12 +41,21 @@ def is_missed(shim, batch: Batch, clean: tuple[Tensor, Tensor], line: int) -> bo
     return False
 
 
-@pytest.mark.parametrize("name", ["x", "q", "scale", "y", "p", "w", "sums", "loss", "stats", "G"])
-def test_an_access_outside_a_buffer_is_caught(shim, name):
-    batch = make_batch(130, 40)
-    shim.shortened = {name: 8 if name in ("q", "G") else 1}
+BUFFERS = ("x", "q", "scale", "norm", "y", "p", "w", "verdicts", "sums", "counts", "stats", "G")
+OF_ROW_LOSSES = ("loss", "coef", "gradient")
+OF_REDUCED_LOSS = ("labels", "subtotals")
+OF_BANDS = ("layout", "sizes", "extents")
+
+
+@pytest.mark.parametrize("name", [*BUFFERS, *OF_ROW_LOSSES, *OF_REDUCED_LOSS, *OF_BANDS])
+def test_an_access_outside_a_buffer_is_caught(shim, monkeypatch, name):
+    is_banded, is_reduced = name in OF_BANDS, name in OF_REDUCED_LOSS
+    monkeypatch.setattr(cuda_backend, "DENSE_PAIRS", 0 if is_banded else 2**40)
+    batch = make_batch(130, 40, L=1 + is_banded)
+    batch.run("cuda")
+    shim.shortened = name
     with pytest.raises(RuntimeError, match="outside a buffer"):
-        batch.run("cuda")
+        batch.reduced("mean") if is_reduced else batch.run("cuda")
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,22 @@ class Batch:
         rows.backward(self.upstream.to(rows.dtype))
         return rows.detach().double(), x.grad.double()
 
+    def reduced(
+        self,
+        reduction: str,
+        backend: str = "cuda",
+        dtype: torch.dtype | None = None,
+        upstream: float = 1.0,
+        **settings,
+    ):
+        """The reduced loss and the gradient of the features for an upstream gradient."""
+        x = self.x.to(dtype or self.x.dtype).clone().requires_grad_()
+        loss = conr_loss(
+            x, self.y, self.p, self.w, reduction=reduction, backend=backend, **settings
+        )
+        loss.backward(loss.new_tensor(upstream))
+        return loss.detach().double(), x.grad.double()
+
 
 def make_batch(N, D, L=1, dtype=torch.float32, seed=0, grid=0.25, spread=10.0) -> Batch:
     """Labels on a grid, so that ties and distances of exactly h are frequent."""

@@ -40,7 +40,12 @@ def compile_shim(folder: Path) -> Path:
     return compile_for_host(
         folder,
         "conr_shim",
-        [ROOT / "csrc/conr_cuda.cu", ROOT / "csrc/conr_ops.cpp", SIMT / "simt.cpp"],
+        [
+            ROOT / "csrc/conr_cuda.cu",
+            ROOT / "csrc/conr_ops.cpp",
+            SIMT / "simt.cpp",
+            SIMT / "sweeps.cpp",
+        ],
         "-DCONR_DISPATCH_KEY=CPU",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-isystem",
@@ -69,11 +74,16 @@ class Shim:
         self.library.simt_allocate.restype = ctypes.c_void_p
         self.library.simt_allocate.argtypes = [ctypes.c_size_t]
         self.library.simt_release.argtypes = [ctypes.c_void_p]
-        #: Elements that the named argument of an operator is short of: a planted fault.
-        self.shortened: dict[str, int] = {}
+        self.library.simt_shorten.argtypes = [ctypes.c_char_p]
+        #: Argument of an operator, or part of its memory, that ends 8 bytes early: a planted fault.
+        self.shortened = ""
 
     def configure(self, order: int = 0, skipped_line: int = -1) -> None:
         self.library.simt_configure(order, skipped_line)
+
+    def n_launches(self) -> int:
+        """Kernels launched since the process began."""
+        return self.library.simt_launches()
 
     def barrier_lines(self) -> list[int]:
         lines = (ctypes.c_int * 64)()
@@ -84,6 +94,7 @@ class Shim:
 
         def call(*args: Any) -> None:
             guarded = []
+            self.library.simt_shorten(self.shortened.encode())
             for value, argument in zip(args, operator._schema.arguments, strict=True):
                 if isinstance(value, Tensor) and value.numel() > 0:
                     guarded.append((argument, value, *self._guard(value, argument.name)))
@@ -97,15 +108,16 @@ class Shim:
             finally:
                 addresses = [address for *_, address in guarded if address]
                 intact = [self.library.simt_release(address) for address in addresses]
-            assert all(intact), f"{name} wrote below one of its buffers"
+            is_intact = all(intact) and self.library.simt_broken_parts() == 0
+            assert is_intact, f"{name} wrote below one of its buffers"
 
         return call
 
     def _guard(self, value: Tensor, name: str) -> tuple[Tensor, int]:
-        missing = self.shortened.get(name, 0)
         n_bytes = value.numel() * value.element_size()
-        address = self.library.simt_allocate(n_bytes - missing * value.element_size())
+        n_there = n_bytes - 8 * (name == self.shortened)
+        address = self.library.simt_allocate(n_there)
         source = value.contiguous()
-        ctypes.memmove(address, source.data_ptr(), n_bytes - missing * value.element_size())
+        ctypes.memmove(address, source.data_ptr(), n_there)
         memory = (ctypes.c_char * n_bytes).from_address(address)
         return torch.frombuffer(memory, dtype=value.dtype).view(value.shape), address

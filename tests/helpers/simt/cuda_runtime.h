@@ -14,6 +14,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __syncthreads_or(vote) ::simt::any_of_block(vote)
 #define __syncthreads() ::simt::block_barrier(__LINE__)
 #define wait_for_copies() ::simt::finish_copies(__LINE__)
 #define CONR_SHARED_BYTES(name) unsigned char* name = ::simt::shared_bytes()
@@ -31,9 +32,14 @@ void launch(unsigned n_blocks, unsigned n_threads, std::size_t shared_size,
             const std::function<void()>& body);
 void block_barrier(int line);
 void warp_barrier(const char* operation);
+bool any_of_block(bool vote);
 unsigned char* shared_bytes();
 void copy_later(void* to, const void* from, std::size_t size);  // zeros where `from` is null
 void finish_copies(int line);
+
+// Parts of a call's scratch memory (conr_scratch.h).
+void* allocate_part(const char* name, std::size_t size);
+void release_part(void* part);
 
 // Publishes `size` bytes of this lane, waits for the warp and returns a lane's bytes by number.
 const unsigned char* const* exchange(const void* value, std::size_t size, const char* operation);

@@ -44,6 +44,7 @@ struct Fiber {
   std::string place;
   std::vector<Copy> copies;
   int parity;
+  bool vote;
   alignas(16) unsigned char slots[2][kSlotSize];
 };
 
@@ -88,6 +89,22 @@ bool running = false;
 int order_of_threads = 0, skipped_line = -1;
 std::map<int, int> barrier_lines;
 std::map<void*, std::unique_ptr<Guarded>> buffers;
+std::string shortened_part;  // 8 bytes short
+int n_launches = 0, n_broken_parts = 0;
+
+void* allocate(std::size_t size) {
+  auto buffer = std::make_unique<Guarded>(size);
+  void* data = buffer->data();
+  buffers.emplace(data, std::move(buffer));
+  return data;
+}
+
+bool release(void* data) {
+  const auto at = buffers.find(data);
+  const bool intact = at->second->intact();
+  buffers.erase(at);
+  return intact;
+}
 
 void yield(State state, std::string place) {
   Fiber& fiber = fibers[current];
@@ -197,6 +214,7 @@ void start_block(unsigned index) {
 void launch(unsigned n_blocks, unsigned threads, std::size_t shared_size,
             const std::function<void()>& kernel) {
   if (threads % kWarpSize != 0) throw std::runtime_error("simt: whole warps only");
+  ++n_launches;
   body = &kernel;
   n_threads = threads;
   fibers.resize(threads);
@@ -235,6 +253,22 @@ void block_barrier(int line) {
 
 void warp_barrier(const char* operation) {
   yield(State::kAtWarpBarrier, operation);
+}
+
+bool any_of_block(bool vote) {
+  fibers[current].vote = vote;
+  yield(State::kAtBlockBarrier, "a vote");
+  const bool any = std::any_of(fibers.begin(), fibers.end(), [](auto& f) { return f.vote; });
+  yield(State::kAtBlockBarrier, "the end of a vote");
+  return any;
+}
+
+void* allocate_part(const char* name, std::size_t size) {
+  return allocate(size - (name == shortened_part ? std::min<std::size_t>(size, 8) : 0));
+}
+
+void release_part(void* part) {
+  n_broken_parts += !release(part);
 }
 
 void copy_later(void* to, const void* from, std::size_t size) {
@@ -291,18 +325,26 @@ int simt_barrier_lines(int* lines, int capacity) {
   return n;
 }
 
+// The part of scratch memory, by its name, that is 8 bytes short from here on; "" for none.
+void simt_shorten(const char* name) {
+  simt::shortened_part = name;
+}
+
+int simt_launches() {
+  return simt::n_launches;
+}
+
+// Parts below which something was written.
+int simt_broken_parts() {
+  return simt::n_broken_parts;
+}
+
 void* simt_allocate(std::size_t size) {
-  auto buffer = std::make_unique<simt::Guarded>(size);
-  void* data = buffer->data();
-  simt::buffers.emplace(data, std::move(buffer));
-  return data;
+  return simt::allocate(size);
 }
 
 // Returns 1 where nothing was written below the buffer.
 int simt_release(void* data) {
-  const auto at = simt::buffers.find(data);
-  const bool intact = at->second->intact();
-  simt::buffers.erase(at);
-  return intact;
+  return simt::release(data);
 }
 }
