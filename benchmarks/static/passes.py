@@ -50,18 +50,16 @@ def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
     """
     given = launch.arguments
     first, window = given["first"], given["window"]
-    counts = {
-        sweep: [sum(visit) for visit in _visits(launch, sweep)]
-        for sweep in ("positives", "negatives")
-    }
+    sweeps = ("positives", "negatives")
+    counts = {sweep: [sum(visit) for visit in _visits(launch, sweep)] for sweep in sweeps}
     start = -(-sum(counts["positives"]) // window) * window
     if given["CONFUSED"] and not given["apart"]:
         of_all = len(counts["positives"]) * -(-given["n_keys"] // given["BLOCK_J"])
         start = -(-of_all // window) * window
     sweep, at = ("negatives", start) if first >= start else ("positives", 0)
     ends = itertools.accumulate(counts[sweep], initial=at)
-    here = (min(b, first + window) - max(a, first) for a, b in itertools.pairwise(ends))
-    here = tuple(n for n in here if n > 0)
+    here = itertools.pairwise(min(max(end - first, 0), window) for end in ends)
+    here = tuple(b - a for a, b in here if b > a)
     return sweep, here, sum(here) / max(sum(counts[sweep]), 1)
 
 

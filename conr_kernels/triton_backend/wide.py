@@ -39,6 +39,7 @@ def _list_sweep(
             NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J,
         )  # fmt: skip
         a0, a1, b0, _, _, _ = every
+        # Anchors that are no positives of themselves are not finite: NaN, whatever is left in G.
         n = tl.where(is_tile, count_of(every), 0).to(tl.int64)
         ptrs = list_ptr + tile
         tl.store(ptrs, start + tl.cumsum(n, axis=0) - n, mask=is_tile)
