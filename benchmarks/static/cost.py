@@ -24,8 +24,7 @@ Assumptions, all of them:
 - Programs are placed in order on the first free place; the kernel ends with the last of them.
 - Each tensor crosses the HBM bus once. Where what all resident programs work on exceeds the L2
   cache, the same share of all traffic goes to HBM.
-- Where programs of one launch do different work (``conr_order_kernel``), each is taken to do all of
-  it: a time that is too long.
+- Each program of ``conr_order_kernel`` is taken to do what all kinds of them do: too long a time.
 - Nothing for the launch, the host, clock changes or power limits: a lower bound for small batches.
 """
 

@@ -130,12 +130,11 @@ def _prepare(
     x = x.contiguous()  # results keep a transposed layout, and products its rounding
     anchors, others = Source(x, row_norms(x), y, p, coef_i), None
     if further is not None and len(further[0]) > 0:
-        others = Source(further[0], None, *further[1:])
+        others = Source(further[0], row_norms(further[0]), *further[1:])
     elif keys is not None:
         own = slice(self_offset, self_offset + len(x))
         others = Source(keys[0], None, *keys[1:], coef_j).rest(own)
-    if others is not None:
-        others = replace(others, norm=row_norms(others.x))
+        others = None if others is None else replace(others, norm=row_norms(others.x))
     return anchors, others, how
 
 

@@ -77,5 +77,6 @@ def _tiles(n_rows: int, others: Source | None) -> Iterator[tuple[Tile, Rows]]:
         return
     width = max(TILE_PAIRS // max(n_rows, 1), 1)
     for start in range(0, len(others), width):
-        keys = others.part(slice(start, start + width)).take()
+        part = others if width >= len(others) else others.part(slice(start, start + width))
+        keys = part.take()
         yield Tile.of_all(n_rows, len(keys.y), has_diagonal=False), keys
