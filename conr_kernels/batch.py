@@ -138,7 +138,7 @@ def _form_of(
     kinds = type(x), type(y), type(p), type(w)
     if not ops.PLAIN.issuperset(kinds[:3]) or x.is_nested or y.is_nested or p.is_nested:
         return None
-    of_weights: tuple[Any, ...] = (kinds[3],)
+    of_weights: tuple[Any, ...] = (kinds[3], validation.is_number(w) and w < 0)
     if kinds[3] in ops.PLAIN:
         if w.is_nested:
             return None
@@ -254,7 +254,7 @@ def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0
     is_present, p, settings = mask[:, None], batch.p, batch.settings
     if variant.negatives == "all":  # as if all predictions were alike: 0, or NaN
         p, variant = p * 0, replace(variant, negatives="confused")
-        settings = replace(settings, variant=variant)
+        settings = _one(replace(settings, variant=variant))
     keys = batch.keys
     if keys is not None and settings is not batch.settings:
         keys = (*keys[:2], keys[2] * 0)

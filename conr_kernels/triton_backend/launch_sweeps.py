@@ -161,9 +161,9 @@ class Plan:
             return
         reach = s.window
         if call.L > 1:
-            # |Δ_c| ≤ L·d (mae), √L·d (rmse) for every component c; the margin covers d's rounding.
+            # As core/sweep.py's sort_reach.
             reach *= call.L if s.distance == "mae" else math.sqrt(call.L)
-            reach += reach * 1e-5
+            reach += reach * 1e-5 + 1e-18
         kernel = bind(
             ordering.conr_order_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
             HAS_P=call.is_confused, EXACT=call.L == 1, BAND_ROWS=ROW_PAD, D=call.D,

@@ -64,6 +64,19 @@ def test_negatives_count_where_their_pushing_weights_underflow_the_sums(regime: 
     torch.testing.assert_close(rows, torch.tensor([2.0, 2.0, 2.0, 1.0]).log())
 
 
+@pytest.mark.parametrize("regime", ["sweeps", "dense"])
+def test_rows_are_positives_where_the_squares_of_their_distance_underflow(regime: str) -> None:
+    x = torch.randn(261, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(261, 2)  # more than a tile of either label
+    y[130:260, 0], y[260, 0] = 1e-25, 5.0
+    options = dict(window=0.0, distance="rmse", reduction="none")
+    expected = conr_loss(x, y, 0 * y, **options, backend="reference")
+    with forced(regime):
+        rows = conr_loss(x, y, 0 * y, **options, backend="triton")
+    assert (expected[:260] > 0).all()
+    torch.testing.assert_close(rows, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_gradient_of_a_reduced_loss_where_exponents_are_large(reduction: str) -> None:
     g = torch.Generator().manual_seed(0)

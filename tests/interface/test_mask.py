@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conr_kernels import ConR_depth, ConRLoss, Variant, conr_loss
+from conr_kernels.batch import Options, prepare, without_absent
 from tests.helpers.regimes import PRESETS, REGIMES, force, make_batch, value_and_gradient
 
 CASES = [
@@ -99,6 +100,18 @@ def test_absent_rows_are_out_of_reach_at_any_magnitude_of_labels(magnitude):
         options = dict(window=window, variant="no-pushing")
         loss = conr_loss(**batch, **options, mask=mask)
         torch.testing.assert_close(loss, conr_loss(**filtered(batch, mask), **options))
+
+
+def test_masked_batches_of_one_form_share_their_settings():
+    """Plans of launches are found by the settings' identity."""
+    batch, mask = masked_batch(9)
+    options = Options(1.0, 0.2, 0.01, "contrastive", "mae", "mean", "torch")
+    found = [
+        without_absent(prepare(*batch.values(), None, mask, options), torch.ones(()), ~mask.sum())
+        for _ in range(2)
+    ]
+    assert found[0].settings is found[1].settings
+    assert found[0].settings.variant.negatives == "confused"
 
 
 def test_a_mask_under_torch_compile():

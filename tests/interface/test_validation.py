@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,6 +181,14 @@ def test_a_bool_is_refused_behind_the_number_that_it_equals():
         conr_loss(**arguments(**{name: 1}))
         with pytest.raises(TypeError, match=f"{name} must be a Python number, got bool"):
             conr_loss(**arguments(**{name: True}))
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.float64(-1)], ids=repr)
+def test_a_negative_weight_is_refused_behind_a_positive_one(weight):
+    """Input of the same form has passed before."""
+    conr_loss(**arguments(weights=type(weight)(1)))
+    with pytest.raises(ValueError, match="weights must be ≥ 0, got -1"):
+        conr_loss(**arguments(weights=weight))
 
 
 def gist(message: str) -> str:
