@@ -19,8 +19,15 @@ STAGES = {"tests/gpu/test_gpu.py": "tests", "tests/cuda_backend/test_cuda_gpu.py
 #: The output before pytest captures it.
 _output = os.fdopen(os.dup(1), "w", buffering=1)
 _failed: set[str] = set()
-#: A worker of pytest-xdist leaves the rows to its controller.
-_is_worker = "PYTEST_XDIST_WORKER" in os.environ
+_is_worker = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker of pytest-xdist leaves the rows to its controller; the environment may be that of
+    tests around this run.
+    """
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
