@@ -5,6 +5,7 @@
 Every row meets every other row of all processes. DDP's averaging yields the gradient of the whole.
 """
 
+import gc
 import os
 
 import torch
@@ -26,13 +27,19 @@ class Model(nn.Module):
         return features, self.head(features)[:, 0]
 
 
-def main(steps: int = 20) -> None:
-    conr = ConRLoss(window=1.5, group="world")  # may be built before the processes are joined
+def main() -> None:
     on_gpu = torch.cuda.is_available()
+    conr = ConRLoss(window=1.5, group="world")  # may be built before the processes are joined
     dist.init_process_group("nccl" if on_gpu else "gloo")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    train(conr, device)
+    gc.collect()  # nothing must hold the group any more (pytorch/pytorch#190489)
+    dist.destroy_process_group()
+
+
+def train(conr: ConRLoss, device: torch.device, steps: int = 20) -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(Model().to(device))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -50,7 +57,6 @@ def main(steps: int = 20) -> None:
             seen = conr_statistics(y, predictions, window=1.5, group="world").summary()
             if dist.get_rank() == 0:
                 print(f"step {step}: ConR {contrast.item():.3f}, floor {seen['floor']:.3f}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
