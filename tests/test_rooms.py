@@ -35,8 +35,8 @@ ALLOWED = {
     "benchmarks.gpu": {"benchmarks", "benchmarks.static"},
 }
 MOST_FILES_A_FOLDER = 16
-MOST_LINES_A_FILE = {"conr_kernels": 420, "benchmarks": 320}
-MOST_LINES = {"conr_kernels": 8_900, "benchmarks": 5_300}
+MOST_LINES_A_FILE = {"conr_kernels": 400, "benchmarks": 320}
+MOST_LINES = {"conr_kernels": 8_850, "benchmarks": 5_280}
 
 Modules = dict[str, tuple[Path, str]]
 
