@@ -138,10 +138,12 @@ def _form_of(
     kinds = type(x), type(y), type(p), type(w)
     if not ops.PLAIN.issuperset(kinds[:3]) or x.is_nested or y.is_nested or p.is_nested:
         return None
-    of_weights: tuple[Any, ...] = (kinds[3], validation.is_number(w) and w < 0)
-    if kinds[3] in ops.PLAIN:
-        if w.is_nested:
-            return None
+    of_weights: tuple[Any, ...]
+    if kinds[3] not in ops.PLAIN:
+        of_weights = (kinds[3], validation.is_number(w) and w < 0)
+    elif w.is_nested:
+        return None
+    else:
         of_weights = (w.shape, w.dtype, w.layout, w.device)
     return (
         backend, x.shape, x.dtype, x.layout, x.device, y.shape, y.dtype, y.layout, y.device,

@@ -34,23 +34,14 @@ def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_interpreted_kernels_agree_with_the_float64_reference() -> None:
+    files = ["tests/helpers/triton_interpreted.py", "tests/helpers/triton_structured.py"]
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    options = ["-n", "2", "-q", "--tb=short", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/helpers/triton_interpreted.py",
-            "tests/helpers/triton_structured.py",
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+        [sys.executable, "-m", "pytest", *files, *options],
+        cwd=ROOT, env=outside | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout[-8000:]
     assert "[100%]" in run.stdout, run.stdout[-2000:]
 
