@@ -113,11 +113,6 @@ class Settings:
         return 2 / self.temperature <= self.SAFE_EXPONENT and self.variant.pushing != "exponential"
 
     @property
-    def uses_weights(self) -> bool:
-        variant = self.variant
-        return variant.weighted_rows or variant.pushing in ("linear", "exponential", "weight")
-
-    @property
     def scales_by_distance(self) -> bool:
         """True where ``φ(d_ij) = d_ij``."""
         return self.variant.pushing in ("linear", "distance")

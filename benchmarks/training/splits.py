@@ -14,7 +14,6 @@ from .data import Table
 MANY, FEW = 100, 20
 #: Most rows that a bin gives to the test set, and to the validation set; of small tables fewer.
 ROWS_PER_BIN, TABLE_PER_ROW = 20, 100
-SHOTS = ("all", "many", "median", "few", "zero")
 TEST_SEED = 20_240_513
 
 
