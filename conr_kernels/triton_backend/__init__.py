@@ -16,10 +16,10 @@ from torch import Tensor
 from ..core.inputs import Inputs, Keys
 from ..variants import Settings
 from . import launch_dense as few
-from . import run_sweeps as many
+from . import launch_sweeps as many
 from .availability import unavailable
 from .launch import on_device, place_of
-from .launch_sweeps import layout_size as sweeps_layout_size
+from .launch_order import layout_size as sweeps_layout_size
 
 __all__ = [
     "backward", "forward", "layout_size", "reduced", "reduced_gradient", "reduces",
