@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, triton_backend
 from conr_kernels.core.inputs import Inputs
-from conr_kernels.triton_backend import call, launch, launch_dense, launch_sweeps
+from conr_kernels.triton_backend import call, launch, launch_dense, launch_order, launch_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
