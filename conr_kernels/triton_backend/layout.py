@@ -15,9 +15,9 @@ def padded(n):
 @triton.jit
 def parts_of(layout_ptr, n_anchors, n_keys):
     """Behind a head of 128 numbers, whose first is the choice of sweep (1: negatives outside the
-    label bands), for the order of the labels
-    and that of the predictions: the orders of keys and of anchors, the anchors' places among the
-    keys (once), the first keys of their bands and the first beyond.
+    label bands; 2: there, and all predictions within one window), for the order of the labels and
+    that of the predictions: the orders of keys and of anchors, the anchors' places among the keys
+    (once), the first keys of their bands and the first beyond.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
     order_i_ptr = layout_ptr + 128 + 2 * keys
@@ -87,7 +87,8 @@ def choose_sweep(
     EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes down whether the negatives of all tiles of ROWS anchors visit fewer keys outside the
-    bands of the labels than in those of the predictions.
+    bands of the labels than in those of the predictions (1), and there no prediction is known to be
+    out of the window of another (2).
     """
     BLOCK: tl.constexpr = 512
     is_lo = tl.arange(0, 2)[:, None] == 0
@@ -108,7 +109,14 @@ def choose_sweep(
             ends = _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach)
             here += tl.maximum(tl.sum(sign * ends, axis=0), 0)
         excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)
-    tl.store(layout_ptr, (tl.sum(excess, axis=0) >= 0).to(tl.int32))
+    choice = (tl.sum(excess, axis=0) >= 0).to(tl.int32)
+    if EXACT:
+        p_i, p_j = values_ptr + n_anchors, key_values_ptr + n_keys
+        reach = tl.full((), reach, p_i.dtype.element_ty)
+        is_near = tl.load(p_i + n_anchors - 1) - tl.load(p_j) <= reach
+        is_near = is_near & (tl.load(p_j + n_keys - 1) - tl.load(p_i) <= reach)
+        choice += choice & is_near.to(tl.int32)
+    tl.store(layout_ptr, choice)
 
 
 @triton.jit
@@ -175,11 +183,19 @@ def key_tiles(
     else:
         end = tl.cdiv(n_keys, BLOCK_J)
         if CONFUSED:
-            # Outside: all but the tiles that hold positives alone, and no predictions are known.
+            # Outside: all but the tiles that hold positives alone. No predictions are known there,
+            # unless all are near each other.
+            is_near = tl.load(layout_ptr) == 2
             lo, hi = tl.where(is_outside, 0, lo), tl.where(is_outside, end, hi)
-            g0 = tl.where(is_outside, f1, f0)
             every = _union(lo, tl.where(is_outside, f0, f1), f1, hi)
-            full, edges = _union(g0, f1, f1, f1), _union(lo, f0, f1, hi)
+            inside = tl.where(is_outside, f1, f0)
+            full = _union(
+                tl.where(is_near, lo, inside), tl.where(is_near, f0, f1), f1,
+                tl.where(is_near, hi, f1),
+            )  # fmt: skip
+            edges = _union(
+                tl.where(is_near, hi, lo), tl.where(is_near, hi, f0), tl.where(is_near, hi, f1), hi
+            )
         else:
             every = _union(0, f0, f1, end)
             full, edges = every, _union(end, end, end, end)
