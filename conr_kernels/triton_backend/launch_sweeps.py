@@ -65,7 +65,7 @@ class Plan(Ordering):
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
-        self.kept.add("layout", layout_size(N, K), torch.int32)
+        self.kept.add("layout", layout_size(N, K, call.has_keys), torch.int32)
         self.kept.add("loss", N, call.dtype)
         if self.is_kept:
             self._add_copies(self.kept, columns)

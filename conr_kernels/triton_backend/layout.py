@@ -27,12 +27,14 @@ def parts_of(layout_ptr, n_anchors, n_keys):
 
 
 @triton.jit
-def ranks_of(layout_ptr, n_anchors, n_keys):
+def ranks_of(layout_ptr, n_anchors, n_keys, HAS_KEYS: tl.constexpr):
     """The rows' places, of keys and of anchors, in the order of the labels and that of the
-    predictions.
+    predictions. Without further keys they stand where the anchors have no orders of their own.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    rank_j_ptr = layout_ptr + 128 + 2 * keys + 7 * anchors
+    rank_j_ptr = layout_ptr + 128 + 2 * keys
+    if HAS_KEYS:
+        rank_j_ptr += 7 * anchors
     return rank_j_ptr, rank_j_ptr + 2 * keys
 
 
@@ -76,7 +78,7 @@ def find_bands(
         hi_ptr += n_padded
     if HAS_KEYS:
         # The negatives never include the anchor itself: its place in their order is not needed.
-        rank_j_ptr, _ = ranks_of(layout_ptr, n_anchors, n_keys)
+        rank_j_ptr, _ = ranks_of(layout_ptr, n_anchors, n_keys, HAS_KEYS)
         own = tl.load(rank_j_ptr + self_offset + tl.load(order_i_ptr + i))
         tl.store(self_ptr + rows, own, mask=rows < n_padded)
 

@@ -190,7 +190,7 @@ def conr_merge_kernel(
     which = pid // n_programs
     pid = pid % n_programs
     order_j_ptr, order_i_ptr, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys)
-    rank_j_ptr, rank_i_ptr = ranks_of(layout_ptr, n_anchors, n_keys)
+    rank_j_ptr, rank_i_ptr = ranks_of(layout_ptr, n_anchors, n_keys, HAS_KEYS)
     if pid < keys // ROWS:
         _merge_tile(
             pid, which, (images_j_ptr, sorted_j_ptr), (merged_images_j_ptr, merged_j_ptr),
@@ -341,7 +341,7 @@ def conr_order_kernel(
         second = 1
         if (order == 1) | (values_ptr is None):
             second = tl.where(tl.load(layout_ptr) != 0, 0, 1)
-        rank_j_ptr, rank_i_ptr = ranks_of(layout_ptr, n_anchors, n_keys)
+        rank_j_ptr, rank_i_ptr = ranks_of(layout_ptr, n_anchors, n_keys, HAS_KEYS)
         g = tl.full((), factor, tl.float64)
         if upstream_ptr is not None:
             g *= tl.load(upstream_ptr).to(tl.float64)

@@ -313,7 +313,7 @@ def conr_finish_kernel(
             alpha, log_alpha = to_base_2(alpha, log_alpha)
             gamma, log_gamma = to_base_2(gamma, log_gamma)
         n_padded = padded(n_anchors).to(tl.int64)
-        rank_ptr, _ = ranks_of(layout_ptr, n_anchors, n_keys)
+        rank_ptr, _ = ranks_of(layout_ptr, n_anchors, n_keys, False)
         for _ in tl.static_range(ORDERS):
             # Rows behind the last have 0, in their own places.
             ptrs = stats_ptr + tl.load(rank_ptr + rows)

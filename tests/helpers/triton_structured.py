@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from conr_kernels import conr_loss, triton_backend
-from conr_kernels.triton_backend import launch_dense
+from conr_kernels.triton_backend import call, launch_dense, launch_order, launch_sweeps
 from conr_kernels.triton_backend.call import arithmetic
 from conr_kernels.triton_backend.configs import bucket, config
+from conr_kernels.variants import PRESETS, Settings
 
 from .cases import EMPTY_KINDS, KINDS, VARIANTS, cover, structured_cases, tie_cases
 from .oracle import assert_as_good_as_eager
@@ -182,3 +183,60 @@ def test_tiles_of_positives_only(choice: dict) -> None:
     for name, ours, truth, limit in zip(("loss", "gradient"), *results, limits, strict=True):
         error = ((ours - truth).abs().max() / truth.abs().max()).item()
         assert error <= limit * 0.2 / tau, f"{name}: {error:.1e}"
+
+
+SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-42, 3.4e38, -3.4e38]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("variant", ["paper", "contrastive"])
+@pytest.mark.parametrize(
+    ("N", "K"), [(1, 0), (2, 0), (127, 0), (128, 0), (129, 0), (600, 0), (1, 300), (300, 130)]
+)
+def test_orders_and_ranks_are_those_of_a_stable_sort(
+    N: int, K: int, variant: str, dtype: torch.dtype
+) -> None:
+    """Of many equal values, zeros of both signs, NaN of both, infinite and subnormal ones; in
+    blocks of 128, merged by twos.
+    """
+    g = torch.Generator().manual_seed(N + K)
+    n, s = N + K, Settings(1.0, 0.2, 0.01, PRESETS[variant])
+    special = torch.tensor(SPECIAL, dtype=dtype)
+    special = torch.cat([special, -special[4:5]])
+    y, p = (
+        torch.where(
+            torch.rand(n, 1, generator=g) < 0.5,
+            special[torch.randint(0, len(special), (n, 1), generator=g)],
+            torch.randint(-5, 6, (n, 1), generator=g).to(dtype) / 2,
+        )
+        for _ in range(2)
+    )
+    x = torch.randn(n, 3, generator=g)
+    keys = (x, y, p) if K else None
+    with forced("sweeps"):
+        x_i, y_i, p_i = x[K:].clone(), y[K:].clone(), p[K:].clone()
+        plan = launch_sweeps.plan_of(x_i, y_i, keys, K, s, "none")
+        names = [launch.kernel.function.__name__ for launch, _ in plan.forward.steps]
+        del plan.forward.steps[names.index("conr_order_kernel") + 1 :]  # sweeps take long
+        work = plan.work.new(x)
+        layout = x.new_empty(launch_order.layout_size(N, n, K > 0), dtype=torch.int32)
+        loss, stats = x.new_empty(N), x.new_empty((N, 3))
+        rows = x_i, y_i, p_i, *(keys or (x_i, y_i, p_i))
+        plan.forward(None, [work], *rows, None, None, loss, stats, layout)
+    parts = dict(zip(plan.work.parts, plan.work.tensors(work), strict=True))
+    keys, anchors = call.padded(n), call.padded(N)
+    sizes = dict(head=128, order_j=2 * keys, order_i=2 * anchors, self=anchors, bands=4 * anchors)
+    sizes |= dict(rank_j=2 * keys, rank_i=2 * anchors) if K else {}
+    of = dict(zip(sizes, layout.split(list(sizes.values())), strict=True))
+    of.setdefault("rank_j", of["order_i"])
+    for side, n_rows, columns in (("j", n, (y, p)), ("i", N, (y_i, p_i)))[: 1 + (K > 0)]:
+        for which in range(1 + (variant == "paper")):
+            order, rank = (of[f"{name}_{side}"].view(2, -1)[which] for name in ("order", "rank"))
+            values, expected = columns[which][:, 0].sort(stable=True)
+            assert torch.equal(order[:n_rows].long(), expected) and (order[n_rows:] == n_rows).all()
+            assert torch.equal(rank[expected], torch.arange(n_rows, dtype=torch.int32))
+            assert torch.equal(rank[n_rows:].long(), torch.arange(n_rows, len(rank)))
+            found = parts[f"values_{side}"].view(-1, n_rows)[which]
+            torch.testing.assert_close(found, values, rtol=0, atol=0, equal_nan=True)
+    if K:
+        assert torch.equal(of["self"][:N], of["rank_j"][K + of["order_i"][:N].long()])
