@@ -16,6 +16,7 @@ from .arithmetic import (
     finish_rows,
     rounded_statistics,
     store_columns,
+    sum_of_products,
 )
 
 #: Sections of ``kept`` and of the row sums start at multiples of this.
@@ -60,7 +61,10 @@ def _gram_tile(
 @triton.jit
 def _squares(x, dtype: tl.constexpr):
     wide = x.to(dtype)
-    return tl.sum(wide * wide, axis=1)
+    if x.dtype.primitive_bitwidth < 32:
+        return tl.sum(wide * wide, axis=1)  # the products are exact
+    else:
+        return sum_of_products(wide, wide)
 
 
 @triton.jit
