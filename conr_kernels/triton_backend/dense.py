@@ -233,7 +233,6 @@ def conr_dense_sums_kernel(
     first = part * per_part
     for tile_j in range(first, tl.minimum(first + per_part, n_tiles_j)):
         columns = tile_j * BLOCK_J + tl.arange(0, BLOCK_J)
-        is_key = columns < n_keys
         if IS_ONE_CHUNK:
             x_j = load_chunk(key_x_ptr, columns, n_keys, 0, D, BLOCK_D, UPCAST)
             gram = dot(x_i, tl.trans(x_j), None, PRECISION)
@@ -252,10 +251,10 @@ def conr_dense_sums_kernel(
         factor_i = (inverse_i.to(tl.float64) * scale).to(dtype)
         s_ij = (gram * factor_i[:, None]) * inverse_j[None, :]
         if tile_j == 0:
-            tl.store(kept_ptr + rows, inverse_i, mask=is_row)
-            tl.store(factor_ptr + rows, factor_i, mask=is_row)
+            tl.store(kept_ptr + rows, inverse_i, mask=rows < n_padded)
+            tl.store(factor_ptr + rows, factor_i, mask=rows < n_padded)
         if tile_i == 0:
-            tl.store(inverse_j_ptr + columns, inverse_j, mask=is_key)
+            tl.store(inverse_j_ptr + columns, inverse_j, mask=columns < padded(n_keys))
         if KEPT:
             offsets = rows.to(tl.int64)[:, None] * padded(n_keys) + columns[None, :]
             mask = is_row[:, None] & (columns < padded(n_keys))[None, :]

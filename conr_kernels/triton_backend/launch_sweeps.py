@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..variants import Settings
-from .call import ROW_PAD, WIDE_PAD, Call, Form, padded, tiles
+from .call import ROW_PAD, WIDE_PAD, Call, Form, layout_size, padded, tiles
 from .configs import Config
 from .launch import OWN_KEYS, Launch, Parts, Steps, bind
 
@@ -41,13 +41,6 @@ PROJECTED_ROWS = 16
 Step = tuple[Launch, str]
 
 
-def layout_size(n_anchors: int, n_keys: int) -> int:
-    """A head (the choice of sweep), both orders of keys and anchors, the anchors' places, the
-    bands.
-    """
-    return ROW_PAD + 2 * padded(n_keys) + 7 * padded(n_anchors)
-
-
 class Plan:
     """The launches of one form of call, with all but their pointers, and its workspaces."""
 
@@ -70,7 +63,7 @@ class Plan:
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
         self.work, self.kept, self.work_of_gradient = Parts(), Parts(), Parts()
-        self.kept.add("layout", layout_size(N, K), torch.int32)
+        self.kept.add("layout", layout_size(N, K, call.has_keys, call.is_confused), torch.int32)
         self.kept.add("loss", N, call.dtype)
         self.rank = "rank" if self.is_kept else "nothing"
         if self.is_kept:

@@ -13,17 +13,21 @@ def padded(n):
 
 
 @triton.jit
-def parts_of(layout_ptr, n_anchors, n_keys):
-    """Behind a head of 128 numbers, whose first is the choice of sweep (1: negatives outside the
-    label bands; 2: there, and all predictions within one window), for the order of the labels and
-    that of the predictions: the orders of keys and of anchors, the anchors' places among the keys
-    (once), the first keys of their bands and the first beyond.
+def parts_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
+    """Behind a head of 128 numbers, each the choice of sweep (1: negatives outside the label bands;
+    2: there, and all predictions within one window): the anchors' places among the keys, unless
+    they are the keys (SAME). Then for the order of the labels, and ``step`` further on for that of
+    the predictions: the order of the keys, the first keys of the anchors' bands, the first beyond
+    and, unless SAME, the order of the anchors.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    order_i_ptr = layout_ptr + 128 + 2 * keys
-    self_ptr = order_i_ptr + 2 * anchors
-    lo_ptr = self_ptr + anchors
-    return layout_ptr + 128, order_i_ptr, self_ptr, lo_ptr, lo_ptr + 2 * anchors
+    self_ptr = layout_ptr + 128
+    order_j_ptr = self_ptr if SAME else self_ptr + anchors
+    lo_ptr = order_j_ptr + keys
+    hi_ptr = lo_ptr + anchors
+    order_i_ptr = order_j_ptr if SAME else hi_ptr + anchors
+    step = keys + (2 if SAME else 3) * anchors
+    return order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step
 
 
 @triton.jit
@@ -45,15 +49,14 @@ def sweep_of(
     """Whether the negatives are visited outside the label bands, and what the layout says of the
     sweep's anchors: their order, their places among the keys, their bands.
     """
-    order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
-    order_ptr = order_j_ptr if SAME else order_i_ptr
+    _, order_ptr, self_ptr, lo_ptr, hi_ptr, step = parts_of(layout_ptr, n_anchors, n_keys, SAME)
     is_outside = False
     if NEGATIVES and CONFUSED:
         is_outside = tl.load(layout_ptr) != 0
-        anchors = tl.where(is_outside, 0, padded(n_anchors))
-        order_ptr += tl.where(is_outside, 0, padded(n_keys)) if SAME else anchors
-        lo_ptr += anchors
-        hi_ptr += anchors
+        behind = tl.where(is_outside, 0, step)
+        order_ptr += behind
+        lo_ptr += behind
+        hi_ptr += behind
     return is_outside, order_ptr, self_ptr, lo_ptr, hi_ptr
 
 
