@@ -22,15 +22,6 @@ COPIED_BYTES, COPIED_ROWS = 2**14, 32
 Step = tuple[Launch, str]
 
 
-def layout_size(n_anchors: int, n_keys: int, has_keys: bool = True) -> int:
-    """A head (the choice of sweep), both orders of keys and anchors, the anchors' places, the
-    bands; the ranks of keys and anchors in both orders, or those of the keys in place of the
-    anchors' orders.
-    """
-    size = ROW_PAD + 2 * padded(n_keys) + 7 * padded(n_anchors)
-    return size + has_keys * 2 * (padded(n_keys) + padded(n_anchors))
-
-
 class Ordering:
     """Orders, bands and copies of the rows of one form of call, in its workspaces.
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..core.inputs import Keys
 from ..variants import Settings
-from .call import ROW_PAD, WIDE_PAD, Call, Form, form_of, padded, tiles
+from .call import ROW_PAD, WIDE_PAD, Call, Form, form_of, layout_size, padded, tiles
 from .configs import Config
 from .launch import OWN_KEYS, Launch, Place, Steps, bind, place_of
-from .launch_order import Ordering, Step, layout_size
+from .launch_order import Ordering, Step
 
 #: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
 #: most that share a forward pass's tile of anchors.
@@ -65,7 +65,7 @@ class Plan(Ordering):
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
-        self.kept.add("layout", layout_size(N, K, call.has_keys), torch.int32)
+        self.kept.add("layout", layout_size(N, K, call.has_keys, call.is_confused), torch.int32)
         self.kept.add("loss", N, call.dtype)
         if self.is_kept:
             self._add_copies(self.kept, columns)

@@ -13,29 +13,32 @@ def padded(n):
 
 
 @triton.jit
-def parts_of(layout_ptr, n_anchors, n_keys):
-    """Behind a head of 128 numbers, whose first is the choice of sweep (1: negatives outside the
-    label bands; 2: there, and all predictions within one window), for the order of the labels and
-    that of the predictions: the orders of keys and of anchors, the anchors' places among the keys
-    (once), the first keys of their bands and the first beyond.
+def parts_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
+    """Behind a head of 128 numbers, each the choice of sweep (1: negatives outside the label bands;
+    2: there, and all predictions within one window): the anchors' places among the keys, unless
+    they are the keys (SAME). Then for the order of the labels, and ``step`` further on for that of
+    the predictions: the order of the keys, the first keys of the anchors' bands, the first beyond
+    and, unless SAME, the order of the anchors; the ranks of both (``ranks_of``).
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    order_i_ptr = layout_ptr + 128 + 2 * keys
-    self_ptr = order_i_ptr + 2 * anchors
-    lo_ptr = self_ptr + anchors
-    return layout_ptr + 128, order_i_ptr, self_ptr, lo_ptr, lo_ptr + 2 * anchors
+    self_ptr = layout_ptr + 128
+    order_j_ptr = self_ptr if SAME else self_ptr + anchors
+    lo_ptr = order_j_ptr + keys
+    hi_ptr = lo_ptr + anchors
+    order_i_ptr = order_j_ptr if SAME else hi_ptr + anchors
+    step = 2 * keys + (2 if SAME else 4) * anchors
+    return order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step
 
 
 @triton.jit
-def ranks_of(layout_ptr, n_anchors, n_keys, HAS_KEYS: tl.constexpr):
-    """The rows' places, of keys and of anchors, in the order of the labels and that of the
-    predictions. Without further keys they stand where the anchors have no orders of their own.
+def ranks_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
+    """Where the rows of keys and, unless SAME, of anchors stand in the order of the labels; and how
+    much further on those in the order of the predictions are.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    rank_j_ptr = layout_ptr + 128 + 2 * keys
-    if HAS_KEYS:
-        rank_j_ptr += 7 * anchors
-    return rank_j_ptr, rank_j_ptr + 2 * keys
+    order_j_ptr, _, _, _, _, step = parts_of(layout_ptr, n_anchors, n_keys, SAME)
+    rank_j_ptr = order_j_ptr + keys + (2 if SAME else 3) * anchors
+    return rank_j_ptr, rank_j_ptr + keys, step
 
 
 @triton.jit
@@ -65,7 +68,9 @@ def find_bands(
     rows = pid * ROWS + tl.arange(0, ROWS)
     i = tl.minimum(rows, n_anchors - 1)
     n_padded = padded(n_anchors)
-    _, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
+    _, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step = parts_of(
+        layout_ptr, n_anchors, n_keys, not HAS_KEYS
+    )
     is_lo = tl.arange(0, 2)[:, None] == 0
     for _ in tl.static_range(2 if HAS_P else 1):
         y_i = tl.broadcast_to(tl.load(values_ptr + i)[None, :], (2, ROWS))
@@ -74,11 +79,11 @@ def find_bands(
         tl.store(hi_ptr + rows, tl.max(ends, axis=0), mask=rows < n_padded)
         key_values_ptr += n_keys
         values_ptr += n_anchors
-        lo_ptr += n_padded
-        hi_ptr += n_padded
+        lo_ptr += step
+        hi_ptr += step
     if HAS_KEYS:
         # The negatives never include the anchor itself: its place in their order is not needed.
-        rank_j_ptr, _ = ranks_of(layout_ptr, n_anchors, n_keys, HAS_KEYS)
+        rank_j_ptr, _, _ = ranks_of(layout_ptr, n_anchors, n_keys, False)
         own = tl.load(rank_j_ptr + self_offset + tl.load(order_i_ptr + i))
         tl.store(self_ptr + rows, own, mask=rows < n_padded)
 
@@ -118,7 +123,7 @@ def choose_sweep(
         is_near = tl.load(p_i + n_anchors - 1) - tl.load(p_j) <= reach
         is_near = is_near & (tl.load(p_j + n_keys - 1) - tl.load(p_i) <= reach)
         choice += choice & is_near.to(tl.int32)
-    tl.store(layout_ptr, choice)
+    tl.store(layout_ptr + tl.arange(0, 128), choice)
 
 
 @triton.jit
@@ -140,15 +145,14 @@ def sweep_of(
     """Whether the negatives are visited outside the label bands, and what the layout says of the
     sweep's anchors: their order, their places among the keys, their bands.
     """
-    order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
-    order_ptr = order_j_ptr if SAME else order_i_ptr
+    _, order_ptr, self_ptr, lo_ptr, hi_ptr, step = parts_of(layout_ptr, n_anchors, n_keys, SAME)
     is_outside = False
     if NEGATIVES and CONFUSED:
         is_outside = tl.load(layout_ptr) != 0
-        anchors = tl.where(is_outside, 0, padded(n_anchors))
-        order_ptr += tl.where(is_outside, 0, padded(n_keys)) if SAME else anchors
-        lo_ptr += anchors
-        hi_ptr += anchors
+        behind = tl.where(is_outside, 0, step)
+        order_ptr += behind
+        lo_ptr += behind
+        hi_ptr += behind
     return is_outside, order_ptr, self_ptr, lo_ptr, hi_ptr
 
 

@@ -127,7 +127,7 @@ def conr_sort_kernel(
 
 @triton.jit
 def _merge_tile(
-    pid, which, given, merged, values_ptr, layout_order_ptr, rank_ptr, n_rows, size, n_steps,
+    pid, which, given, merged, values_ptr, layout_order_ptr, rank_ptr, step, n_rows, size, n_steps,
     LAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
     FAN: tl.constexpr,
 ):  # fmt: skip
@@ -159,9 +159,8 @@ def _merge_tile(
         values = _flipped(image, image.dtype == tl.int64)
         values = values.to(values_ptr.dtype.element_ty, bitcast=True)
         tl.store(values_ptr + which.to(tl.int64) * n_rows + place, values, mask=row < n_rows)
-        n_padded = padded(n_rows)
-        behind = which.to(tl.int64) * n_padded
-        is_padded = row < n_padded
+        behind = which.to(tl.int64) * step
+        is_padded = row < padded(n_rows)
         tl.store(layout_order_ptr + behind + place, tl.minimum(row, n_rows), mask=is_padded)
         tl.store(rank_ptr + behind + row, place, mask=is_padded)
     else:
@@ -189,19 +188,19 @@ def conr_merge_kernel(
     n_programs = (keys + (anchors if HAS_KEYS else 0)) // ROWS
     which = pid // n_programs
     pid = pid % n_programs
-    order_j_ptr, order_i_ptr, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys)
-    rank_j_ptr, rank_i_ptr = ranks_of(layout_ptr, n_anchors, n_keys, HAS_KEYS)
+    order_j_ptr, order_i_ptr, _, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
+    rank_j_ptr, rank_i_ptr, step = ranks_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
     if pid < keys // ROWS:
         _merge_tile(
             pid, which, (images_j_ptr, sorted_j_ptr), (merged_images_j_ptr, merged_j_ptr),
-            key_values_ptr, order_j_ptr, rank_j_ptr, n_keys, size, n_steps,
+            key_values_ptr, order_j_ptr, rank_j_ptr, step, n_keys, size, n_steps,
             LAST, BLOCK, ROWS, RUNS, FAN,
         )  # fmt: skip
     elif HAS_KEYS:
         _merge_tile(
             pid - keys // ROWS, which, (images_i_ptr, sorted_i_ptr),
             (merged_images_i_ptr, merged_i_ptr),
-            values_ptr, order_i_ptr, rank_i_ptr, n_anchors, size, n_steps,
+            values_ptr, order_i_ptr, rank_i_ptr, step, n_anchors, size, n_steps,
             LAST, BLOCK, ROWS, RUNS, FAN,
         )  # fmt: skip
 
@@ -255,8 +254,8 @@ def _copy_tile(
     factor = (inverse * scale).to(dtype)
     places = ()
     for copy in tl.static_range(ORDERS):
-        of_order = (order + copy) * second * n_padded
-        places = places + (tl.load(rank_ptr + of_order + rows).to(tl.int64),)
+        ranks = tl.load(rank_ptr + (order + copy) * second.to(tl.int64) + rows)
+        places = places + (ranks.to(tl.int64),)
     for copy in tl.static_range(ORDERS):
         place = places[copy] + copy * n_padded
         tl.store(inverse_ptr + place, inverse.to(dtype))
@@ -336,16 +335,19 @@ def conr_order_kernel(
                     key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, n_steps, reach,
                     EXACT, BAND_ROWS,
                 )  # fmt: skip
+            else:
+                tl.store(layout_ptr + tl.arange(0, 128), 0)
     else:
         pid -= n_bands
         second = 1
         if (order == 1) | (values_ptr is None):
             second = tl.where(tl.load(layout_ptr) != 0, 0, 1)
-        rank_j_ptr, rank_i_ptr = ranks_of(layout_ptr, n_anchors, n_keys, HAS_KEYS)
+        rank_j_ptr, rank_i_ptr, step = ranks_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
+        second *= step
         g = tl.full((), factor, tl.float64)
         if upstream_ptr is not None:
             g *= tl.load(upstream_ptr).to(tl.float64)
-        if (order == 0) | (second == 1):
+        if (order == 0) | (second != 0):
             if pid < keys // ROWS:
                 _copy_tile(
                     pid, order, second, rank_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),

@@ -313,11 +313,11 @@ def conr_finish_kernel(
             alpha, log_alpha = to_base_2(alpha, log_alpha)
             gamma, log_gamma = to_base_2(gamma, log_gamma)
         n_padded = padded(n_anchors).to(tl.int64)
-        rank_ptr, _ = ranks_of(layout_ptr, n_anchors, n_keys, False)
+        rank_ptr, _, step = ranks_of(layout_ptr, n_anchors, n_keys, True)
         for _ in tl.static_range(ORDERS):
             # Rows behind the last have 0, in their own places.
             ptrs = stats_ptr + tl.load(rank_ptr + rows)
             columns = (alpha, beta, gamma, log_alpha, log_gamma)
             store_columns(ptrs, n_padded, rows < n_padded, columns, SHIFTED)
-            rank_ptr += n_padded
+            rank_ptr += step
             stats_ptr += COLUMNS * n_padded

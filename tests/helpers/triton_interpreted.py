@@ -91,7 +91,7 @@ def guarded_allocations():
 
 
 @contextlib.contextmanager
-def forced(regime: str):
+def forced(regime: str, allocations=guarded_allocations):
     """The kernels of the regime at any size, with guarded buffers.
 
     "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time;
@@ -115,7 +115,7 @@ def forced(regime: str):
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
         mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**25),
         mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
-        guarded_allocations(),
+        allocations(),
     ):
         yield
 
