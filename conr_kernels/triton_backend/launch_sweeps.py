@@ -13,9 +13,9 @@ from .call import ROW_PAD, WIDE_PAD, Call, Form, layout_size, padded, tiles
 from .configs import Config
 from .launch import OWN_KEYS, Launch, Parts, Steps, bind
 
-#: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
-#: most that share a forward pass's tile of anchors.
-PROGRAMS = 1056
+#: Programs of one sweep at least, about: two for each multiprocessor of an H200, so that those of
+#: both sweeps fill it; and the most that share a forward pass's tile of anchors.
+PROGRAMS = 264
 SLOTS = 8
 #: Of H_ij, bytes that are kept at a time: as many as the features', times WIDE_FEATURES, but from
 #: the first to the second of these, and for larger features half as many as theirs; and the most
