@@ -23,6 +23,9 @@ SLOTS = 8
 WIDE_FEATURES = 4
 WORKSPACE = 2**27, 2**29
 WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
+#: Keys of a tile of anchors that are visited before the next tile's: so many that a window has many
+#: tiles of anchors, however long the bands are, and that L2 keeps the keys for all of them.
+PIECE_KEYS = 8192
 #: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
 #: loss finds them kept; above, the negatives' copies replace the positives'. Of wide features,
 #: whose negatives then need a list of their own.
@@ -36,6 +39,8 @@ PARTS_PROGRAMS = {2: 256, 4: 512, 8: 512}
 GATHER_ROWS = 32
 FINISH_ROWS = 64
 PROJECTED_ROWS = 16
+#: Numbers of a program for wide gradients: rows, or columns of one row at a time.
+GRADIENT_TILE = 4096
 
 #: A launch and the names of its pointers.
 Step = tuple[Launch, str]
@@ -63,7 +68,7 @@ class Plan:
         is_wide, is_reduced = call.D_bucket == 0, form.reduction != "none"
         both_orders = WIDE_BOTH_ORDERS if is_wide else BOTH_ORDERS
         self.is_apart = call.is_confused and size <= both_orders
-        self.is_kept = is_reduced and size <= BOTH_ORDERS and not is_wide
+        self.is_kept = is_reduced and size <= BOTH_ORDERS
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
@@ -320,8 +325,11 @@ class Plan:
         tile = {"BLOCK_I": chosen.BLOCK_I, "BLOCK_J": chosen.BLOCK_J}
         n_tiles = tiles(N, chosen.BLOCK_I)
         window, passes, second = self._windows(chosen)
+        piece = max(PIECE_KEYS // chosen.BLOCK_J, 1)
+        n_pieces = tiles(padded(K) // chosen.BLOCK_J, min(window, piece))
         parts, G, H = self.work_of_gradient, "G nothing", "H nothing"
-        parts.add("list", 8 * (n_tiles + 1), torch.int64)
+        parts.add("list", 8 + 2 * ((7 + n_pieces) * n_tiles + 1), torch.int64)
+        parts.add("windows", sum(passes) + 1, torch.int32)
         parts.add("H", window * chosen.BLOCK_I * chosen.BLOCK_J, call.form.dtype)
         if call.is_rescaled:
             parts.add("H_scale", window * chosen.BLOCK_I, call.dtype)
@@ -330,39 +338,47 @@ class Plan:
             parts.add("G_rest", N * call.D, torch.int16)
             G = "G G_rest"
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
+        of_pairs = {"RESCALE": call.is_rescaled, "PIECE": piece, "BLOCK_K": product.BLOCK_J}
         of_list = bind(
-            wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, BLOCK=1024
-        )
+            wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, PIECE=piece,
+            BLOCK=1024,
+        )  # fmt: skip
         scores = bind(
             wide.conr_wide_scores_kernel, chosen.launch | call.fusion, **of_all, D_PAD=call.D_pad,
-            INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
-            **call.pair_flags, **chosen.tiles,
+            INSIDE=call.is_inside, PUSHING=s.variant.pushing, **of_pairs, **call.pair_flags,
+            **chosen.tiles,
         )  # fmt: skip
         products = bind(
             wide.conr_wide_product_kernel, product.launch, **of_all, D=call.D, D_PAD=call.D_pad,
-            RESCALE=call.is_rescaled, PRECISION=call.pair_flags["PRECISION"],
-            UPCAST=call.pair_flags["UPCAST"], **tile, BLOCK_D=columns, BLOCK_K=product.BLOCK_J,
+            PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"], **of_pairs,
+            **tile, BLOCK_D=columns,
         )  # fmt: skip
-        of_scores = self._pick(f"layout list q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
-        of_products = self._pick(f"layout list q_j {H} {G}")
+        of_scores = self._pick(f"layout list windows q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
+        of_products = self._pick(f"layout list windows q_j {H} {G}")
         most = WIDE_PROGRAMS[call.form.architecture]
         n_programs = min(n_tiles * (call.D_pad // columns), most)
-        yield Launch(of_list, 1, N, K, window, second), "layout list"
+        yield Launch(of_list, 1, N, K, window, second), "layout list windows"
         for order, n_passes in enumerate(passes):
-            yield from self._gather(order, self.columns)
+            if not self.is_kept:
+                yield from self._gather(order, self.columns)
             for first in range(second * order, second * order + n_passes * window, window):
                 numbers = N, K, first, window, int(self.is_apart)
                 yield Launch(
                     scores, min(window, most), *numbers, call.D_pad, call.window, s.push_scale,
                 ), of_scores  # fmt: skip
                 yield Launch(products, n_programs, *numbers), of_products
-        gradient = bind(
-            wide.conr_wide_gradient_kernel, {"num_warps": 4}, **of_all, D=call.D, ROWS=GATHER_ROWS,
-            CHUNK=64,
-        )  # fmt: skip
-        numbers = N, K, call.D_pad, int(self.is_apart), self.kappa
-        launch = Launch(gradient, padded(N) // GATHER_ROWS, *numbers)
-        yield launch, self._pick(f"layout coef_i inverse_i x {G} gradient")
+        yield self._gradient_wide(wide.conr_wide_gradient_kernel, of_all, G)
+
+    def _gradient_wide(self, kernel: Any, constants: dict[str, Any], G: str) -> Step:
+        call, upstream, kappa = self.call, "nothing", self.kappa
+        if self.is_kept:
+            upstream, kappa = "upstream", kappa * self.factor
+        chunk = min(1 << (call.D - 1).bit_length(), GRADIENT_TILE)
+        n_rows = min(GRADIENT_TILE // chunk, ROW_PAD)
+        gradient = bind(kernel, {"num_warps": 4}, **constants, D=call.D, ROWS=n_rows, CHUNK=chunk)
+        numbers = call.N, call.K, call.D_pad, int(self.is_apart), kappa
+        launch = Launch(gradient, padded(call.N) // n_rows, *numbers)
+        return launch, self._pick(f"layout coef_i inverse_i x {G} {upstream} gradient")
 
     def _windows(self, chosen: Config) -> tuple[int, tuple[int, int], int]:
         """Pairs of tiles in a window of the list; how many windows suffice for any bands, before
@@ -396,4 +412,5 @@ def _even(n: int, most: int) -> int:
 
 def limits() -> tuple[Any, ...]:
     """What plans depend on beside the form of call."""
-    return PROGRAMS, WIDE_FEATURES, WORKSPACE, BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES
+    sizes = WIDE_FEATURES, WORKSPACE, PIECE_KEYS, WIDE_BOTH_ORDERS
+    return PROGRAMS, BOTH_ORDERS, PARTS_BYTES, *sizes
