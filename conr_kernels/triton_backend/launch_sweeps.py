@@ -9,23 +9,16 @@ from typing import Any
 import torch
 
 from ..variants import Settings
-from .call import ROW_PAD, WIDE_PAD, Call, Form, padded, tiles
-from .configs import Config
+from .call import ROW_PAD, WIDE_PAD, Call, Form, limits_of_windows, padded, tiles
 from .launch import OWN_KEYS, Launch, Parts, Steps, bind
 
 #: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
 #: most that share a forward pass's tile of anchors.
 PROGRAMS = 1056
 SLOTS = 8
-#: Of H_ij, bytes that are kept at a time: as many as the features', times WIDE_FEATURES, but from
-#: the first to the second of these, and for larger features half as many as theirs; and the most
-#: programs that take turns: four for each multiprocessor of an A100, H200 or B200.
-WIDE_FEATURES = 4
-WORKSPACE = 2**27, 2**29
+#: Of wide features, programs that take turns at most: four for each multiprocessor of an A100,
+#: H200 or B200.
 WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
-#: Keys of a tile of anchors that are visited before the next tile's: so many that a window has many
-#: tiles of anchors, however long the bands are, and that L2 keeps the keys for all of them.
-PIECE_KEYS = 8192
 #: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
 #: loss finds them kept; above, the negatives' copies replace the positives'. Of wide features,
 #: whose negatives then need a list of their own.
@@ -324,11 +317,9 @@ class Plan:
         columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
         tile = {"BLOCK_I": chosen.BLOCK_I, "BLOCK_J": chosen.BLOCK_J}
         n_tiles = tiles(N, chosen.BLOCK_I)
-        window, passes, second = self._windows(chosen)
-        piece = max(PIECE_KEYS // chosen.BLOCK_J, 1)
-        n_pieces = tiles(padded(K) // chosen.BLOCK_J, min(window, piece))
+        window, passes, second, piece, of_list = call.windows(chosen, self.is_apart)
         parts, G, H = self.work_of_gradient, "G nothing", "H nothing"
-        parts.add("list", 8 + 2 * ((7 + n_pieces) * n_tiles + 1), torch.int64)
+        parts.add("list", of_list, torch.int64)
         parts.add("windows", sum(passes) + 1, torch.int32)
         parts.add("H", window * chosen.BLOCK_I * chosen.BLOCK_J, call.form.dtype)
         if call.is_rescaled:
@@ -339,7 +330,7 @@ class Plan:
             G = "G G_rest"
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
         of_pairs = {"RESCALE": call.is_rescaled, "PIECE": piece, "BLOCK_K": product.BLOCK_J}
-        of_list = bind(
+        pairs = bind(
             wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, PIECE=piece,
             BLOCK=1024,
         )  # fmt: skip
@@ -357,7 +348,7 @@ class Plan:
         of_products = self._pick(f"layout list windows q_j {H} {G}")
         most = WIDE_PROGRAMS[call.form.architecture]
         n_programs = min(n_tiles * (call.D_pad // columns), most)
-        yield Launch(of_list, 1, N, K, window, second), "layout list windows"
+        yield Launch(pairs, 1, N, K, window, second), "layout list windows"
         for order, n_passes in enumerate(passes):
             if not self.is_kept:
                 yield from self._gather(order, self.columns)
@@ -380,37 +371,7 @@ class Plan:
         launch = Launch(gradient, padded(call.N) // n_rows, *numbers)
         return launch, self._pick(f"layout coef_i inverse_i x {G} {upstream} gradient")
 
-    def _windows(self, chosen: Config) -> tuple[int, tuple[int, int], int]:
-        """Pairs of tiles in a window of the list; how many windows suffice for any bands, before
-        the negatives' copies replace the positives' and after; where negatives begin at the
-        earliest.
-        """
-        call, itemsize = self.call, self.call.form.dtype.itemsize
-        n, n_j = tiles(call.N, chosen.BLOCK_I), padded(call.K) // chosen.BLOCK_J
-        features = max(call.N, call.K) * call.D * itemsize
-        least, most = WORKSPACE
-        kept = max(least, min(WIDE_FEATURES * features, max(most, features // 2)))
-        window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
-        each = tiles(n * n_j, window)
-        if call.is_confused and not self.is_apart:
-            return window, (each, each), each * window
-        both = 2 * each
-        if call.L == 1:
-            # The negatives' keys are no more than those outside the label bands, so that both have
-            # every key once, and twice those at the borders of a tile of anchors: bands' ends grow
-            # from one tile to the next, and all the borders together have 2 K keys. The choice is
-            # made for ROW_PAD anchors; each of four ends adds less than a tile.
-            per_choice = ROW_PAD // chosen.BLOCK_I
-            both = min(both, tiles(n * (n_j + 4) + 3 * per_choice * n_j, window) + 1)
-        return window, (both, 0), 0
-
-
-def _even(n: int, most: int) -> int:
-    """The size of equal parts of n, of ``most`` at most."""
-    return tiles(n, tiles(n, max(most, 1)))
-
 
 def limits() -> tuple[Any, ...]:
     """What plans depend on beside the form of call."""
-    sizes = WIDE_FEATURES, WORKSPACE, PIECE_KEYS, WIDE_BOTH_ORDERS
-    return PROGRAMS, BOTH_ORDERS, PARTS_BYTES, *sizes
+    return PROGRAMS, BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES, *limits_of_windows()
