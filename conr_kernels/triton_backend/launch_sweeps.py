@@ -16,8 +16,8 @@ from .launch import OWN_KEYS, Launch, Parts, Steps, bind
 #: most that share a forward pass's tile of anchors.
 PROGRAMS = 1056
 SLOTS = 8
-#: Of wide features, programs that take turns at most: four for each multiprocessor of an A100,
-#: H200 or B200.
+#: Of wide features, programs of four warps that take turns at most: four for each multiprocessor of
+#: an A100, H200 or B200; of eight warps half as many.
 WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
 #: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
 #: loss finds them kept; above, the negatives' copies replace the positives'. Of wide features,
@@ -346,8 +346,12 @@ class Plan:
         )  # fmt: skip
         of_scores = self._pick(f"layout list windows q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
         of_products = self._pick(f"layout list windows q_j {H} {G}")
-        most = WIDE_PROGRAMS[call.form.architecture]
-        n_programs = min(n_tiles * (call.D_pad // columns), most)
+        most = [
+            max(4 * WIDE_PROGRAMS[call.form.architecture] // config.num_warps, 1)
+            for config in (chosen, product)
+        ]
+        n_scores = min(window, most[0])
+        n_products = min(n_tiles * (call.D_pad // columns), most[1])
         yield Launch(pairs, 1, N, K, window, second), "layout list windows"
         for order, n_passes in enumerate(passes):
             if not self.is_kept:
@@ -355,9 +359,9 @@ class Plan:
             for first in range(second * order, second * order + n_passes * window, window):
                 numbers = N, K, first, window, int(self.is_apart)
                 yield Launch(
-                    scores, min(window, most), *numbers, call.D_pad, call.window, s.push_scale,
+                    scores, n_scores, *numbers, call.D_pad, call.window, s.push_scale
                 ), of_scores  # fmt: skip
-                yield Launch(products, n_programs, *numbers), of_products
+                yield Launch(products, n_products, *numbers), of_products
         yield self._gradient_wide(wide.conr_wide_gradient_kernel, of_all, G)
 
     def _gradient_wide(self, kernel: Any, constants: dict[str, Any], G: str) -> Step:

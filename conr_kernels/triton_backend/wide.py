@@ -175,14 +175,15 @@ def _is_full(tile_j, tile, list_ptr, n_tiles):
 @triton.jit
 def _store_gradients(
     s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys, H_ptr,
-    H_scale_ptr, NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr,
+    H_scale_ptr, slot, NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, RESCALE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``H_ij`` of a tile, to [BLOCK_J / BLOCK_K, BLOCK_I, BLOCK_K]."""
+    """``H_ij`` of a tile, to its slot of H."""
     # Of all columns at once, what the pairs need would spill.
     PARTS: tl.constexpr = 4 if s_ij.shape[1] > 64 else 1
     WIDTH: tl.constexpr = s_ij.shape[1] // PARTS
+    H_ptr += slot * (s_ij.shape[0] * s_ij.shape[1])
     of_anchors = coefficients_of(coef_ptrs, n_padded, NEGATIVES, SHIFTED, INSIDE)
     parts = in_parts(s_ij, PARTS)
     done, largest = (), tl.zeros((s_ij.shape[0],), s_ij.dtype)
@@ -200,7 +201,7 @@ def _store_gradients(
             tl.debug_barrier()
     if RESCALE:
         scale = tl.where(largest > 1e-30, largest, 1.0)
-        tl.store(H_scale_ptr + tl.arange(0, s_ij.shape[0]), scale)
+        tl.store(H_scale_ptr + slot * s_ij.shape[0] + tl.arange(0, s_ij.shape[0]), scale)
         for c in tl.static_range(PARTS):
             _store_part(H_ptr, done[c] * (1.0 / scale)[:, None], c * WIDTH, BLOCK_K)
             if PARTS > 1:
@@ -269,26 +270,23 @@ def conr_wide_scores_kernel(
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         coef_ptrs = coef_i_ptr + tile * BLOCK_I + rows
-        H_tile_ptr = H_ptr + (number - first) * (BLOCK_I * BLOCK_J)
-        scale_ptr = None
-        if RESCALE:
-            scale_ptr = H_scale_ptr + (number - first) * BLOCK_I
+        slot = number - first
         if negatives:
             _store_gradients(
                 s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                H_tile_ptr, scale_ptr, True, True, CONFUSED, L, RMSE, SHIFTED, False, PUSHING,
+                H_ptr, H_scale_ptr, slot, True, True, CONFUSED, L, RMSE, SHIFTED, False, PUSHING,
                 RESCALE, BLOCK_K,
             )  # fmt: skip
         elif is_full:
             _store_gradients(
                 s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                H_tile_ptr, scale_ptr, False, False, False, L, RMSE, SHIFTED, INSIDE, "none",
+                H_ptr, H_scale_ptr, slot, False, False, False, L, RMSE, SHIFTED, INSIDE, "none",
                 RESCALE, BLOCK_K,
             )  # fmt: skip
         else:
             _store_gradients(
                 s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                H_tile_ptr, scale_ptr, False, True, False, L, RMSE, SHIFTED, INSIDE, "none",
+                H_ptr, H_scale_ptr, slot, False, True, False, L, RMSE, SHIFTED, INSIDE, "none",
                 RESCALE, BLOCK_K,
             )  # fmt: skip
 
@@ -330,7 +328,8 @@ def conr_wide_product_kernel(
         # All entries of a tile of anchors are one program's.
         n_items = tl.minimum(last_entry - first_entry + 1, n_tiles) * N_BLOCKS
         for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-            own, k = first_entry + item // N_BLOCKS, item % N_BLOCKS * BLOCK_D
+            own = first_entry + item // N_BLOCKS
+            k = item % N_BLOCKS * tl.full((), BLOCK_D, tl.int64)
             tile = own % n_tiles
             n_a, a, b = _runs_of(tile, list_ptr, n_tiles)
             G, n_pairs = tl.zeros((BLOCK_I, BLOCK_D), dtype), tl.zeros((), tl.int64)
