@@ -62,7 +62,7 @@ def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
         of_all = len(counts["positives"]) * -(-given["n_keys"] // given["BLOCK_J"])
         start = -(-of_all // window) * window
     sweep, at = ("negatives", start) if first >= start else ("positives", 0)
-    piece = min(given["PIECE"], window)
+    piece = given["piece"]
     ends = itertools.accumulate(
         (
             min(max(n - before, 0), piece)

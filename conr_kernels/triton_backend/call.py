@@ -23,15 +23,19 @@ ROW_PAD = 128
 #: theirs.
 WIDE_FEATURES = 4
 WORKSPACE = 2**27, 2**29
-#: Keys that a tile of anchors visits before the next tile takes its turn: few enough that a window
-#: has many tiles of anchors, however long bands are, and that L2 keeps the keys for all of them.
+#: Tiles of anchors that a window has however long bands are, and keys that each visits at least
+#: before the next tile takes its turn: few enough that L2 keeps the keys for all of them.
+PIECES = 128
 PIECE_KEYS = 8192
+#: The largest list in 32 bits.
+LIST_NUMBERS = 2**31 - 1
 
 
 class Windows(NamedTuple):
     """Of the list of wide features' pairs of tiles: how many are a window; how many windows suffice
     for any bands, before the negatives' copies replace the positives' and after; the number where
-    negatives begin at the earliest; tiles of keys of a piece; numbers of the list itself.
+    negatives begin at the earliest; tiles of keys of a piece; numbers of the list itself and their
+    dtype.
     """
 
     pairs: int
@@ -39,6 +43,7 @@ class Windows(NamedTuple):
     second: int
     piece: int
     of_list: int
+    dtype: torch.dtype
 
 
 class Form(NamedTuple):
@@ -101,16 +106,18 @@ class Call:
         self.fusion = {"enable_fp_fusion": False} if self.pair_flags["RMSE"] else {}
 
     def windows(self, chosen: Config, is_apart: bool) -> Windows:
-        itemsize, piece = self.form.dtype.itemsize, max(PIECE_KEYS // chosen.BLOCK_J, 1)
+        itemsize = self.form.dtype.itemsize
         n, n_j = tiles(self.N, chosen.BLOCK_I), padded(self.K) // chosen.BLOCK_J
         features = max(self.N, self.K) * self.D * itemsize
         least, most = WORKSPACE
         kept = max(least, min(WIDE_FEATURES * features, max(most, features // 2)))
         window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
-        of_list = 8 + 2 * ((7 + tiles(n_j, min(piece, window))) * n + 1)
+        piece = min(max(PIECE_KEYS // chosen.BLOCK_J, window // PIECES, 1), window)
+        of_list = 8 + 2 * ((7 + tiles(n_j, piece)) * n + 1)
+        dtype = torch.int32 if 2 * n * n_j + 3 * window <= LIST_NUMBERS else torch.int64
         each = tiles(n * n_j, window)
         if self.is_confused and not is_apart:
-            return Windows(window, (each, each), each * window, piece, of_list)
+            return Windows(window, (each, each), each * window, piece, of_list, dtype)
         both = 2 * each
         if self.L == 1:
             # The negatives' keys are no more than those outside the label bands, so that both have
@@ -119,7 +126,7 @@ class Call:
             # made for ROW_PAD anchors; each of four ends adds less than a tile.
             per_choice = ROW_PAD // chosen.BLOCK_I
             both = min(both, tiles(n * (n_j + 4) + 3 * per_choice * n_j, window) + 1)
-        return Windows(window, (both, 0), 0, piece, of_list)
+        return Windows(window, (both, 0), 0, piece, of_list, dtype)
 
     def config(self, kind: str) -> Config:
         rows, key = [], (kind, self.form.architecture, self.D_bucket)
@@ -193,7 +200,7 @@ def _even(n: int, most: int) -> int:
 
 
 def limits_of_windows() -> tuple[Any, ...]:
-    return WIDE_FEATURES, WORKSPACE, PIECE_KEYS
+    return WIDE_FEATURES, WORKSPACE, PIECES, PIECE_KEYS, LIST_NUMBERS
 
 
 def padded(n: int) -> int:

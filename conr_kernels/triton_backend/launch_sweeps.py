@@ -317,9 +317,9 @@ class Plan:
         columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
         tile = {"BLOCK_I": chosen.BLOCK_I, "BLOCK_J": chosen.BLOCK_J}
         n_tiles = tiles(N, chosen.BLOCK_I)
-        window, passes, second, piece, of_list = call.windows(chosen, self.is_apart)
+        window, passes, second, piece, of_list, dtype = call.windows(chosen, self.is_apart)
         parts, G, H = self.work_of_gradient, "G nothing", "H nothing"
-        parts.add("list", of_list, torch.int64)
+        parts.add("list", of_list, dtype)
         parts.add("windows", sum(passes) + 1, torch.int32)
         parts.add("H", window * chosen.BLOCK_I * chosen.BLOCK_J, call.form.dtype)
         if call.is_rescaled:
@@ -329,11 +329,10 @@ class Plan:
             parts.add("G_rest", N * call.D, torch.int16)
             G = "G G_rest"
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
-        of_pairs = {"RESCALE": call.is_rescaled, "PIECE": piece, "BLOCK_K": product.BLOCK_J}
+        of_pairs = {"RESCALE": call.is_rescaled, "BLOCK_K": product.BLOCK_J}
         pairs = bind(
-            wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, PIECE=piece,
-            BLOCK=1024,
-        )  # fmt: skip
+            wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, BLOCK=1024
+        )
         scores = bind(
             wide.conr_wide_scores_kernel, chosen.launch | call.fusion, **of_all, D_PAD=call.D_pad,
             INSIDE=call.is_inside, PUSHING=s.variant.pushing, **of_pairs, **call.pair_flags,
@@ -352,12 +351,12 @@ class Plan:
         ]
         n_scores = min(window, most[0])
         n_products = min(n_tiles * (call.D_pad // columns), most[1])
-        yield Launch(pairs, 1, N, K, window, second), "layout list windows"
+        yield Launch(pairs, 1, N, K, window, piece, second), "layout list windows"
         for order, n_passes in enumerate(passes):
             if not self.is_kept:
                 yield from self._gather(order, self.columns)
             for first in range(second * order, second * order + n_passes * window, window):
-                numbers = N, K, first, window, int(self.is_apart)
+                numbers = N, K, first, window, piece, int(self.is_apart)
                 yield Launch(
                     scores, n_scores, *numbers, call.D_pad, call.window, s.push_scale
                 ), of_scores  # fmt: skip

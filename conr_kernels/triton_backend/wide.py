@@ -31,21 +31,16 @@ PER_TILE = tl.constexpr(7)
 
 
 @triton.jit
-def _pieces_of(
-    n_anchors, n_keys, window,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """How many tiles of anchors there are, how many of their key tiles an entry has at most, and
-    the length of a sweep's part of the list.
-    """
-    n_tiles, piece = tl.cdiv(n_anchors, BLOCK_I), tl.minimum(window, PIECE)
+def _sizes_of(n_anchors, n_keys, piece, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """How many tiles of anchors there are, and the length of a sweep's part of the list."""
+    n_tiles = tl.cdiv(n_anchors, BLOCK_I)
     n_pieces = tl.cdiv(padded(n_keys) // BLOCK_J, piece)
-    return n_tiles, piece, (PER_TILE + n_pieces) * n_tiles + 1
+    return n_tiles, (PER_TILE + n_pieces) * n_tiles + 1
 
 
 @triton.jit
 def _list_sweep(
-    list_ptr, windows_ptr, start, n_tiles, piece, layout_ptr, n_anchors, n_keys, window,
+    list_ptr, windows_ptr, start, n_tiles, layout_ptr, n_anchors, n_keys, window, piece,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,26 +77,26 @@ def _list_sweep(
     return start, n_entries
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "window", "second"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "window", "piece", "second"])
 def conr_wide_list_kernel(
-    layout_ptr, list_ptr, windows_ptr, n_anchors, n_keys, window, second,
+    layout_ptr, list_ptr, windows_ptr, n_anchors, n_keys, window, piece, second,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The list: a head (the number of the negatives' first pair; those behind each sweep's last
     pair; both sweeps' numbers of entries), and each sweep's part: of each tile of anchors how many
     tiles of keys its first run has, where that begins, and where the second would if it counted
     from the first's begin, and the two runs of full tiles; of each entry the number of its first
-    pair. Entries are the first PIECE (or, if fewer, window) tiles of keys of every tile of anchors,
-    then the next ones of every tile, …
+    pair. Entries are the first ``piece`` tiles of keys, no more than a window, of every tile of
+    anchors, then the next ones of every tile, …
 
     The negatives' numbers begin with a window, not before ``second``. Windows: the entry that each
     begins in. One program.
     """
-    n_tiles, piece, size = _pieces_of(n_anchors, n_keys, window, BLOCK_I, BLOCK_J, PIECE)
+    n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
     end, n_entries = _list_sweep(
-        list_ptr + HEAD, windows_ptr, tl.zeros((), tl.int64), n_tiles, piece,
-        layout_ptr, n_anchors, n_keys, window,
+        list_ptr + HEAD, windows_ptr, tl.zeros((), tl.int64), n_tiles,
+        layout_ptr, n_anchors, n_keys, window, piece,
         False, CONFUSED, SAME, L, BLOCK_I, BLOCK_J, BLOCK,
     )  # fmt: skip
     start = tl.maximum(tl.cdiv(end, window) * window, second)
@@ -109,8 +104,8 @@ def conr_wide_list_kernel(
     tl.store(list_ptr + 1, end)
     tl.store(list_ptr + 3, n_entries)
     end, n_entries = _list_sweep(
-        list_ptr + HEAD + size, windows_ptr, start, n_tiles, piece,
-        layout_ptr, n_anchors, n_keys, window,
+        list_ptr + HEAD + size, windows_ptr, start, n_tiles,
+        layout_ptr, n_anchors, n_keys, window, piece,
         True, CONFUSED, SAME, L, BLOCK_I, BLOCK_J, BLOCK,
     )  # fmt: skip
     tl.store(list_ptr + 2, end)
@@ -127,7 +122,7 @@ def _window(layout_ptr, list_ptr, windows_ptr, first, window, size):
     entry, following = tl.load(windows_ptr), tl.load(windows_ptr + 1)
     n_positives, n_negatives = tl.load(list_ptr + 3), tl.load(list_ptr + 4)
     negatives = first >= tl.load(list_ptr)
-    end = tl.where(negatives, tl.load(list_ptr + 2), tl.load(list_ptr + 1))
+    end = tl.where(negatives, tl.load(list_ptr + 2), tl.load(list_ptr + 1)).to(tl.int64)
     is_other = negatives & (tl.load(layout_ptr) == 0)
     n_entries = tl.where(negatives, n_negatives, n_positives).to(tl.int32)
     first = first.to(tl.int64)
@@ -157,8 +152,9 @@ def _entry_of(number, entry, starts_ptr, n_entries):
     n = tl.full((), BLOCK, tl.int32)
     while n == BLOCK:
         later = entry + 1 + tl.arange(0, BLOCK)
-        starts = tl.load(starts_ptr + later, mask=later < n_entries, other=2**62)
-        n = tl.sum((starts <= number).to(tl.int32), axis=0)
+        is_entry = later < n_entries
+        starts = tl.load(starts_ptr + later, mask=is_entry, other=0)
+        n = tl.sum((is_entry & (starts <= number)).to(tl.int32), axis=0)
         entry += n
     return entry
 
@@ -216,13 +212,13 @@ def _store_part(H_ptr, H_ij, first, BLOCK_K: tl.constexpr):
     tl.store(H_ptrs, H_ij.to(H_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "apart"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "piece", "apart"])
 def conr_wide_scores_kernel(
     layout_ptr, list_ptr, windows_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr, y_j_ptr,
-    p_j_ptr, coef_j_ptr, H_ptr, H_scale_ptr, n_anchors, n_keys, first, window, apart, width,
+    p_j_ptr, coef_j_ptr, H_ptr, H_scale_ptr, n_anchors, n_keys, first, window, piece, apart, width,
     h: tl.float64, push_scale: tl.float64,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
-    INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr, PIECE: tl.constexpr,
+    INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -236,7 +232,7 @@ def conr_wide_scores_kernel(
     """
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n_tiles, piece, size = _pieces_of(n_anchors, n_keys, window, BLOCK_I, BLOCK_J, PIECE)
+    n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
     negatives, is_other, list_ptr, first, n_here, entry, _, n_entries = _window(
         layout_ptr, list_ptr, windows_ptr, first, window, size
     )
@@ -298,12 +294,12 @@ def _runs_of(tile, list_ptr, n_tiles):
     return tl.load(ptr), tl.load(ptr + n_tiles), tl.load(ptr + 2 * n_tiles)
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "apart"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "piece", "apart"])
 def conr_wide_product_kernel(
     layout_ptr, list_ptr, windows_ptr, q_j_ptr, H_ptr, H_scale_ptr, G_ptr, G_rest_ptr,
-    n_anchors, n_keys, first, window, apart,
+    n_anchors, n_keys, first, window, piece, apart,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    RESCALE: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``Σ H_ij q_j`` over those pairs, added to what windows before have left in G [N, D], in the
@@ -315,7 +311,7 @@ def conr_wide_product_kernel(
     PARTS: tl.constexpr = 4 if BLOCK_D > 64 else 1
     WIDTH: tl.constexpr = BLOCK_D // PARTS
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n_tiles, piece, size = _pieces_of(n_anchors, n_keys, window, BLOCK_I, BLOCK_J, PIECE)
+    n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
     negatives, is_other, list_ptr, first, n_here, first_entry, last_entry, _ = _window(
         layout_ptr, list_ptr, windows_ptr, first, window, size
     )
@@ -334,7 +330,7 @@ def conr_wide_product_kernel(
             n_a, a, b = _runs_of(tile, list_ptr, n_tiles)
             G, n_pairs = tl.zeros((BLOCK_I, BLOCK_D), dtype), tl.zeros((), tl.int64)
             for entry in range(own, last_entry + 1, n_tiles):
-                start = tl.load(starts_ptr + entry)
+                start = tl.load(starts_ptr + entry).to(tl.int64)
                 begin = tl.maximum(start, first)
                 n = tl.minimum(tl.load(starts_ptr + entry + 1), first + n_here) - begin
                 key, slot = begin - start + entry // n_tiles * piece, begin - first

@@ -94,7 +94,8 @@ def guarded_allocations():
 def forced(regime: str):
     """The kernels of the regime at any size, with guarded buffers.
 
-    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time;
+    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time, and
+    a list of their pairs in 64 bits;
     "in turn": sweeps that add up the gradient one after the other;
     "windows": of three tiles of float32, and copies of both orders;
     "pieces": a window has every tile of anchors, one tile of keys at a time.
@@ -110,6 +111,8 @@ def forced(regime: str):
         mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
         mock.patch.object(call, "WIDE_FEATURES", 0),
         mock.patch.object(call, "PIECE_KEYS", 1 if regime == "pieces" else 8192),
+        mock.patch.object(call, "PIECES", 2**31),
+        mock.patch.object(call, "LIST_NUMBERS", 0 if regime == "parts" else 2**31 - 1),
         mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
@@ -376,6 +379,7 @@ def gradient_of(case: Case, given: dict, size: int, keys: int = 8192) -> Tensor:
         forced(case.regime),
         mock.patch.object(call, "WORKSPACE", (size, size)),
         mock.patch.object(call, "PIECE_KEYS", keys),
+        mock.patch.object(call, "PIECES", 2**31),
     ):
         return case.run("triton", case.dtype, given)[1]
 
@@ -417,6 +421,7 @@ def test_windows_suffice_for_any_bands(labels: str, predictions: str | None) -> 
         with (
             mock.patch.object(call, "WORKSPACE", (size, size)),
             mock.patch.object(call, "PIECE_KEYS", keys),
+            mock.patch.object(call, "PIECES", 2**31),
         ):
             plan = launch_sweeps.Plan(call.form_of(x, y, None, 0, "none"), s)
         launches = [(step.kernel.function.__name__, step) for step, _ in plan.backward.steps]
