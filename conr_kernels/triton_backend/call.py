@@ -207,5 +207,14 @@ def padded(n: int) -> int:
     return math.ceil(n / ROW_PAD) * ROW_PAD
 
 
+def layout_size(n_anchors: int, n_keys: int, has_keys: bool, is_confused: bool) -> int:
+    """Of the sweeps: a head (the choice of sweep); the anchors' places among further keys; for each
+    order the keys, the bands and, with further keys, the anchors.
+    """
+    anchors = padded(n_anchors)
+    order = padded(n_keys) + (3 if has_keys else 2) * anchors
+    return ROW_PAD + has_keys * anchors + (1 + is_confused) * order
+
+
 def tiles(n: int, block: int) -> int:
     return -(-n // block)

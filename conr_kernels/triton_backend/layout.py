@@ -13,17 +13,21 @@ def padded(n):
 
 
 @triton.jit
-def parts_of(layout_ptr, n_anchors, n_keys):
-    """Behind a head of 128 numbers, whose first is the choice of sweep (1: negatives outside the
-    label bands), for the order of the labels
-    and that of the predictions: the orders of keys and of anchors, the anchors' places among the
-    keys (once), the first keys of their bands and the first beyond.
+def parts_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
+    """Behind a head of 128 numbers, each the choice of sweep (1: negatives outside the label bands;
+    2: there, and all predictions within one window): the anchors' places among the keys, unless
+    they are the keys (SAME). Then for the order of the labels, and ``step`` further on for that of
+    the predictions: the order of the keys, the first keys of the anchors' bands, the first beyond
+    and, unless SAME, the order of the anchors.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    order_i_ptr = layout_ptr + 128 + 2 * keys
-    self_ptr = order_i_ptr + 2 * anchors
-    lo_ptr = self_ptr + anchors
-    return layout_ptr + 128, order_i_ptr, self_ptr, lo_ptr, lo_ptr + 2 * anchors
+    self_ptr = layout_ptr + 128
+    order_j_ptr = self_ptr if SAME else self_ptr + anchors
+    lo_ptr = order_j_ptr + keys
+    hi_ptr = lo_ptr + anchors
+    order_i_ptr = order_j_ptr if SAME else hi_ptr + anchors
+    step = keys + (2 if SAME else 3) * anchors
+    return order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step
 
 
 @triton.jit
@@ -45,15 +49,14 @@ def sweep_of(
     """Whether the negatives are visited outside the label bands, and what the layout says of the
     sweep's anchors: their order, their places among the keys, their bands.
     """
-    order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
-    order_ptr = order_j_ptr if SAME else order_i_ptr
+    _, order_ptr, self_ptr, lo_ptr, hi_ptr, step = parts_of(layout_ptr, n_anchors, n_keys, SAME)
     is_outside = False
     if NEGATIVES and CONFUSED:
         is_outside = tl.load(layout_ptr) != 0
-        anchors = tl.where(is_outside, 0, padded(n_anchors))
-        order_ptr += tl.where(is_outside, 0, padded(n_keys)) if SAME else anchors
-        lo_ptr += anchors
-        hi_ptr += anchors
+        behind = tl.where(is_outside, 0, step)
+        order_ptr += behind
+        lo_ptr += behind
+        hi_ptr += behind
     return is_outside, order_ptr, self_ptr, lo_ptr, hi_ptr
 
 
@@ -90,11 +93,19 @@ def key_tiles(
     else:
         end = tl.cdiv(n_keys, BLOCK_J)
         if CONFUSED:
-            # Outside: all but the tiles that hold positives alone, and no predictions are known.
+            # Outside: all but the tiles that hold positives alone. No predictions are known there,
+            # unless all are near each other.
+            is_near = tl.load(layout_ptr) == 2
             lo, hi = tl.where(is_outside, 0, lo), tl.where(is_outside, end, hi)
-            g0 = tl.where(is_outside, f1, f0)
             every = _union(lo, tl.where(is_outside, f0, f1), f1, hi)
-            full, edges = _union(g0, f1, f1, f1), _union(lo, f0, f1, hi)
+            inside = tl.where(is_outside, f1, f0)
+            full = _union(
+                tl.where(is_near, lo, inside), tl.where(is_near, f0, f1), f1,
+                tl.where(is_near, hi, f1),
+            )  # fmt: skip
+            edges = _union(
+                tl.where(is_near, hi, lo), tl.where(is_near, hi, f0), tl.where(is_near, hi, f1), hi
+            )
         else:
             every = _union(0, f0, f1, end)
             full, edges = every, _union(end, end, end, end)

@@ -117,8 +117,9 @@ def _bands(
     HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The bands of ROWS sorted anchors in both orders."""
-    keys, anchors = padded(n_keys), padded(n_anchors)
-    order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr = parts_of(layout_ptr, n_anchors, n_keys)
+    order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step = parts_of(
+        layout_ptr, n_anchors, n_keys, not HAS_KEYS
+    )
     _band_tile(
         pid, key_values_ptr, key_order_ptr, values_ptr, order_ptr,
         order_j_ptr, order_i_ptr, lo_ptr, hi_ptr, self_ptr, rank_ptr,
@@ -129,14 +130,14 @@ def _bands(
         order_ptr += n_anchors
         _band_tile(
             pid, key_values_ptr + n_keys, key_order_ptr + n_keys, values_ptr + n_anchors, order_ptr,
-            order_j_ptr + keys, order_i_ptr + anchors, lo_ptr + anchors, hi_ptr + anchors,
-            self_ptr, None if rank_ptr is None else rank_ptr + keys,
+            order_j_ptr + step, order_i_ptr + step, lo_ptr + step, hi_ptr + step,
+            self_ptr, None if rank_ptr is None else rank_ptr + padded(n_keys),
             n_anchors, n_keys, self_offset, n_steps, reach, False, ROWS,
         )  # fmt: skip
         if HAS_KEYS:
             rows = pid * ROWS + tl.arange(0, ROWS)
             order = tl.load(order_ptr + rows, mask=rows < n_anchors, other=n_anchors)
-            tl.store(order_i_ptr + anchors + rows, order.to(tl.int32), mask=rows < anchors)
+            tl.store(order_i_ptr + step + rows, order.to(tl.int32), mask=rows < padded(n_anchors))
 
 
 @triton.jit
@@ -145,7 +146,8 @@ def _choose(
     EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes down whether the negatives of all tiles of ROWS anchors visit fewer keys outside the
-    bands of the labels than in those of the predictions.
+    bands of the labels than in those of the predictions (1), and there no prediction is known to be
+    out of the window of another (2).
     """
     BLOCK: tl.constexpr = 512
     is_lo = tl.arange(0, 2)[:, None] == 0
@@ -166,7 +168,14 @@ def _choose(
             ends = _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach)
             here += tl.maximum(tl.sum(sign * ends, axis=0), 0)
         excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)
-    tl.store(layout_ptr, (tl.sum(excess, axis=0) >= 0).to(tl.int32))
+    choice = (tl.sum(excess, axis=0) >= 0).to(tl.int32)
+    if EXACT:
+        p_i, p_j = values_ptr + n_anchors, key_values_ptr + n_keys
+        reach = tl.full((), reach, p_i.dtype.element_ty)
+        is_near = tl.load(p_i + n_anchors - 1) - tl.load(p_j) <= reach
+        is_near = is_near & (tl.load(p_j + n_keys - 1) - tl.load(p_i) <= reach)
+        choice += choice & is_near.to(tl.int32)
+    tl.store(layout_ptr + tl.arange(0, 128), choice)
 
 
 @triton.jit
@@ -289,13 +298,17 @@ def conr_order_kernel(
                     key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, n_steps, reach,
                     EXACT, BAND_ROWS,
                 )  # fmt: skip
+            else:
+                tl.store(layout_ptr + tl.arange(0, 128), 0)
     else:
         pid -= n_bands
         which = pid // n_programs
         pid = pid % n_programs
         if key_values_ptr is None:
-            order_j_ptr, order_i_ptr, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys)
-            step_j, step_i, is_chosen = keys, anchors, which == 1
+            order_j_ptr, order_i_ptr, _, _, _, step = parts_of(
+                layout_ptr, n_anchors, n_keys, not HAS_KEYS
+            )
+            step_j, step_i, is_chosen = step, step, which == 1
         else:
             order_j_ptr, order_i_ptr = key_order_ptr, order_ptr
             step_j, step_i, is_chosen = n_keys, n_anchors, (which == 1) & (apart == 0)

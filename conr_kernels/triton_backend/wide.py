@@ -22,7 +22,7 @@ from .gradient import (
     store_sum,
     unit_columns,
 )
-from .layout import count_of, key_tiles, padded, sweep_of
+from .layout import count_of, key_tiles, padded, parts_of, sweep_of
 from .sweeps import anchors_of
 
 #: Numbers of the list's head, and of each tile of anchors.
@@ -137,9 +137,9 @@ def _anchors_order(
     layout_ptr, n_anchors, n_keys, is_other, CONFUSED: tl.constexpr, SAME: tl.constexpr
 ):  # fmt: skip
     """The order of the anchors' labels, or that of their predictions."""
-    _, order_ptr, _, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, CONFUSED, SAME)
+    _, order_ptr, _, _, _, step = parts_of(layout_ptr, n_anchors, n_keys, SAME)
     if CONFUSED:
-        order_ptr += tl.where(is_other, padded(n_keys) if SAME else padded(n_anchors), 0)
+        order_ptr += tl.where(is_other, step, 0)
     return order_ptr
 
 

@@ -198,28 +198,33 @@ def verdict(text: str, rows: list[dict[str, object]]) -> tuple[str, str]:
 
 
 def test_verdicts_of_ratios():
-    claim = "N=16384 D=128: speed of careful eager"
-    assert verdict(claim, []) == ("", "not run")
-    assert verdict(claim, [time_row("triton", 1e-3)]) == ("", "not run")
-    rows = [time_row("triton", 1e-3), time_row("eager", 0.2)]
-    assert verdict(claim, rows) == ("200×", "met")
-    assert verdict(claim, [time_row("triton", 1e-3), time_row("eager", 0.09)]) == ("90×", "missed")
-    other_run = [time_row("triton", 1e-3), time_row("eager", 0.2, stage="grid")]
+    claim = "N=16384: speed of careful eager, both as graphs"
+    with_host = "N=16384: speed of careful eager, with the host"
+    steps = [time_row("triton", 1e-3), time_row("eager", 0.0163)]
+    graphs = [row | {"mode": claims.GRAPH} for row in steps]
+    assert verdict(claim, []) == verdict(claim, steps) == verdict(claim, graphs[:1])
+    assert verdict(claim, steps) == ("", "not run")
+    assert verdict(with_host, steps) == ("16×", "met")
+    assert verdict(with_host, graphs) == ("", "not run")
+    assert verdict(claim, steps + graphs) == ("16×", "missed")
+    graphs[0]["value"] = 1e-4
+    assert verdict(claim, steps + graphs) == ("163×", "met")
+    other_run = [row | {"stage": "grid"} for row in graphs]
     assert verdict(claim, other_run) == ("", "not run")
-    graphs = [time_row(p, t, N=256, mode="cuda graph") for p, t in (("triton", 1), ("eager", 5))]
-    assert verdict("N=256: time over careful eager, both", graphs) == ("0.200", "met")
-    assert claims.decided(claims.Rows(rows), True)[6]["verdict"] == "rehearsed"
+    few = [time_row(p, t, N=256, mode="cuda graph") for p, t in (("triton", 1), ("eager", 5))]
+    assert verdict("N=256: time over careful eager, both", few) == ("0.200", "met")
+    assert claims.decided(claims.Rows(graphs), True)[6]["verdict"] == "rehearsed"
 
 
 def test_verdicts_of_rates_and_memory():
     t = 6 * 65_536**2 * 128 / 400e12
-    collapsed = time_row("triton", t, N=65_536, regime=claims.COLLAPSED)
+    collapsed = time_row("triton", t, N=65_536, regime=claims.COLLAPSED, mode=claims.GRAPH)
     assert verdict("collapsed, N=65536 D=128: 6", [collapsed]) == ("400 TFLOP/s", "met")
     wide = dict(stage="speed", metric="visited pairs", D=2048, value=1e8)
     rows = [
         wide | {"mode": "forward"},
         wide | {"mode": "backward"},
-        time_row("triton", 2 * 2048 * 3e8 / 400e12, D=2048),
+        time_row("triton", 2 * 2048 * 3e8 / 400e12, D=2048, mode=claims.GRAPH),
         dict(stage="speed", metric="TFLOP/s", value=800.0),
     ]
     assert verdict("N=16384 D=2048", rows) == ("0.500", "missed")

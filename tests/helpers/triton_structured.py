@@ -6,17 +6,21 @@ Collected by test_triton.py alone, as triton_interpreted.py is.
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 
-from conr_kernels import conr_loss, triton_backend
+from conr_kernels import conr_loss, ops, triton_backend
+from conr_kernels.core.labels import accumulation_dtype
 from conr_kernels.triton_backend import launch_dense
 from conr_kernels.triton_backend.call import arithmetic
 from conr_kernels.triton_backend.configs import bucket, config
+from conr_kernels.variants import Settings, resolve_variant
 
 from .cases import EMPTY_KINDS, KINDS, VARIANTS, cover, structured_cases, tie_cases
+from .memory import fresh_tensors_full_of
 from .oracle import assert_as_good_as_eager
 from .triton_interpreted import BF16, F16, F64, Case, forced
 
@@ -34,6 +38,42 @@ def test_float32_is_as_good_as_eager_on_structured_cases(variant: str) -> None:
     for number, case in enumerate(cases):
         with forced(("sweeps", "dense")[number % 2]):
             assert_as_good_as_eager(triton_backend, case)
+
+
+#: Few rows with s_ij, without, and too wide for those; sweeps, wide ones, and none by predictions;
+#: further keys; several components; five statistics of a row; float64.
+RETURNED = [
+    *(Case(N, 7, regime="dense") for N in (1, 17, 32, 37)),
+    Case(30, 70, "released-age", K=9, regime="dense-split", temperature=0.02),
+    *(Case(37, 20, "released-depth", L=3, K=K, regime="dense-recomputed") for K in (0, 12)),
+    *(Case(37, D, dtype=F64, regime="dense-recomputed") for D in (20, 70)),
+    *(Case(37, 7, v, K=K) for v in ("paper", "contrastive") for K in (0, 12)),
+    Case(129, 9, "released-age", F64, L=2, distance="rmse", K=3),
+    Case(37, 300, K=100, regime="windows"),
+    Case(0, 7, regime="dense", K=5),
+    Case(0, 7, K=5),
+]
+
+
+@pytest.mark.parametrize("case", RETURNED, ids=str)
+def test_every_number_that_the_forward_operator_returns_is_written(case: Case) -> None:
+    """Two calls return the same bits, whatever their memory held before, in the announced form."""
+    given, N = case.inputs(), case.N
+    rows = [given[name] for name in ("x", "y", "p")]
+    keys = rows if case.K else (None,) * 3
+    settings = Settings(
+        case.window, case.temperature, case.push_scale, resolve_variant(case.variant), case.distance
+    )
+    w = given["w"].to(accumulation_dtype(given["x"]))
+    operands = (*(t[:N] for t in rows), w, *keys, None, 0, *settings.scalars, "triton")
+    found = []
+    for byte in (0x3F, 0x5A):
+        with forced(case.regime, partial(fresh_tensors_full_of, byte)):
+            found.append(torch.ops.conr_kernels.forward(*operands))
+            announced = ops._forward_fake(*operands)
+    for first, second, expected in zip(*found, announced, strict=True):
+        assert first.shape == expected.shape and first.dtype == expected.dtype
+        assert torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 
 @pytest.mark.parametrize(("n_components", "distance"), [(3, "mae"), (2, "rmse")])
