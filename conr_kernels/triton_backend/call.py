@@ -209,10 +209,10 @@ def padded(n: int) -> int:
 
 def layout_size(n_anchors: int, n_keys: int, has_keys: bool, is_confused: bool) -> int:
     """Of the sweeps: a head (the choice of sweep); the anchors' places among further keys; for each
-    order the keys, the bands and, with further keys, the anchors.
+    order the keys, the bands, the keys' ranks and, with further keys, the anchors and their ranks.
     """
     anchors = padded(n_anchors)
-    order = padded(n_keys) + (3 if has_keys else 2) * anchors
+    order = 2 * padded(n_keys) + (4 if has_keys else 2) * anchors
     return ROW_PAD + has_keys * anchors + (1 + is_confused) * order
 
 
