@@ -168,7 +168,7 @@ class Plan:
             ordering.conr_order_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
             HAS_P=call.is_confused, EXACT=call.L == 1, BAND_ROWS=ROW_PAD, D=call.D,
             D_PAD=call.D_pad, L=call.L, COLUMNS=columns, ROWS=GATHER_ROWS,
-            CHUNK=min(call.D_pad, 128) if call.D_bucket else 64,
+            CHUNK=min(call.D_pad, 128) if call.D_bucket else 64, IN_HALVES=call.is_in_halves,
         )  # fmt: skip
         n_bands = 1 + padded(max(call.N, call.K)) // ROW_PAD
         n_programs = self.gather_programs * (1 + self.is_apart)
@@ -215,7 +215,7 @@ class Plan:
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I) * n_slots,
-                call.N, call.K, n_slots, call.D_pad, int(self.is_apart), call.window,
+                call.N, call.K, n_slots, call.D_pad, int(self.is_apart), call.unit, call.window,
                 s.push_scale,
             )  # fmt: skip
             yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
@@ -270,7 +270,7 @@ class Plan:
         )  # fmt: skip
         launch = Launch(
             of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
-            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
+            call.N, call.K, n_slots, call.D_pad, call.unit, call.window, s.push_scale,
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
         of_rows = bind(
@@ -304,7 +304,7 @@ class Plan:
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
-                call.N, call.K, call.D_pad, int(apart), call.window, s.push_scale, kappa,
+                call.N, call.K, call.D_pad, int(apart), call.unit, call.window, s.push_scale, kappa,
             )  # fmt: skip
             yield launch, self._pick(
                 "layout q_i y_i p_i coef_i inverse_i q_j y_j p_j coef_j "

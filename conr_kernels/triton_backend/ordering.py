@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import to_base_2
+from .arithmetic import halves_of, to_base_2, to_halves
 from .layout import padded, parts_of
 
 
@@ -176,11 +176,22 @@ def _load_rows(x_ptr, rows, is_row, columns, D: tl.constexpr, dtype: tl.constexp
 
 
 @triton.jit
+def _store_unit(q, row_ptrs, columns, D_PAD: tl.constexpr, IN_HALVES: tl.constexpr):
+    """Stores columns of unit features times the scale in rows of D_PAD numbers."""
+    if IN_HALVES:
+        large, small = to_halves(q)
+        tl.store(halves_of(row_ptrs) + columns, large)
+        tl.store(halves_of(row_ptrs) + D_PAD + columns, small)
+    else:
+        tl.store(row_ptrs + columns, q.to(row_ptrs.dtype.element_ty))
+
+
+@triton.jit
 def _gather_tile(
     pid, which, apart, order_ptr, given, w_ptr, coef_ptr, copies, sorted_coef_ptr, poison_ptr,
     n_rows, width, g, scale,
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr,
 ):  # fmt: skip
     x_ptr, y_ptr, p_ptr = given
     q_ptr, inverse_ptr, sorted_y_ptr, sorted_p_ptr = copies
@@ -214,13 +225,13 @@ def _gather_tile(
     inverse = tl.where(is_zero, 0.0, 1.0 / norm)
     tl.store(inverse_ptr + here, inverse.to(dtype))
     factor = (inverse * scale).to(dtype)
-    q_ptrs = q_ptr + here[:, None] * D_PAD + columns[None, :]
+    q_ptr += here[:, None] * D_PAD
     if D_PAD == CHUNK:
-        tl.store(q_ptrs, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
+        _store_unit(x * factor[:, None], q_ptr, columns[None, :], D_PAD, IN_HALVES)
     else:
         for k in range(0, width, CHUNK):
             x = _load_rows(x_ptr, rows, is_row, k + columns, D, dtype)
-            tl.store(q_ptrs + k, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
+            _store_unit(x * factor[:, None], q_ptr, k + columns[None, :], D_PAD, IN_HALVES)
 
     for c in range(L):
         y = tl.load(y_ptr + rows * L + c, mask=is_row, other=float("nan"))
@@ -260,7 +271,7 @@ def conr_order_kernel(
     reach: tl.float64, factor: tl.float64, scale: tl.float64,
     HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, EXACT: tl.constexpr, BAND_ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr,
 ):  # fmt: skip
     """From the ``first`` program on: one for the choice of sweep; one per BAND_ROWS rows for the
     bands; one per ROWS rows for the copies in the order of the labels, then in that of the
@@ -314,7 +325,7 @@ def conr_order_kernel(
                     pid, which, apart, order_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),
                     None if HAS_KEYS else w_ptr, key_coef_ptr,
                     (q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr), coef_j_ptr, poison_ptr,
-                    n_keys, width, g, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    n_keys, width, g, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK, IN_HALVES,
                 )  # fmt: skip
             elif HAS_KEYS:
                 _gather_tile(
@@ -322,4 +333,5 @@ def conr_order_kernel(
                     w_ptr, coef_ptr, (q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr), coef_i_ptr,
                     None if poison_ptr is None else poison_ptr + n_keys,
                     n_anchors, width, g, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    IN_HALVES,
                 )  # fmt: skip

@@ -170,7 +170,7 @@ def conr_wide_scores_kernel(
         )
         s_ij = similarity(
             0, q_i_ptr + (behind_i + tile.to(tl.int64) * BLOCK_I) * D_PAD,
-            0, q_j_ptr + (behind_j + j0) * D_PAD, width,
+            0, q_j_ptr + (behind_j + j0) * D_PAD, width, 1.0,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         coef_ptrs = coef_i_ptr + tile * BLOCK_I + rows
@@ -248,7 +248,7 @@ def conr_wide_product_kernel(
                 t, key = v // STEPS, v % STEPS * BLOCK_K
                 j0 = _key_at(t0 + t, pieces, BLOCK_J) + key
                 H_ij = tl.load(H_ptr + (slot + t) * (BLOCK_I * BLOCK_J) + key + H_offsets)
-                q_j = load_tile(q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_D, UPCAST)
+                q_j = load_tile(q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_D, PRECISION, UPCAST)
                 if UPCAST:
                     H_ij = H_ij.to(tl.float32)
                 if RESCALE:
