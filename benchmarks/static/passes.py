@@ -15,6 +15,8 @@ def sweep_of(launch: Launch) -> str | None:
     """``"positives"``, ``"negatives"`` or ``"both"`` for the kernels of the banded sweeps."""
     if "backward_parts" in launch.name:
         return "both"
+    if "SWEEPS" in launch.arguments:
+        return launch.arguments["SWEEPS"]
     if "negatives" in launch.name or launch.arguments.get("NEGATIVES") is True:
         return "negatives" if "gather" not in launch.name else None
     is_first = "positives" in launch.name or launch.arguments.get("NEGATIVES") is False

@@ -49,8 +49,8 @@ def to_halves(tile):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``a·b + acc``, accumulated in float32, or in float64 for float64. Of factors in halves all products
-    but the smallest, the largest last.
+    """``a·b + acc``, accumulated in float32, or in float64 for float64. Of factors in halves: all
+    products but the smallest, the largest last.
     """
     if PRECISION == "fp16x3":
         acc = tl.dot(a[0], b[1], acc, input_precision="ieee")

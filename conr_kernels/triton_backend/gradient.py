@@ -254,16 +254,16 @@ def conr_backward_parts_kernel(
     tile, slot = here // n_slots, here % n_slots
     if which == 0:
         G, row, _ = _sum_of_sweep(
-            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h,
-            push_scale, False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, PRECISION, UPCAST,
+            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr,
+            y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h, push_scale,
+            False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     else:
         G, row, _ = _sum_of_sweep(
-            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h,
-            push_scale, True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, RESCALE, PRECISION,
+            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr,
+            y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h, push_scale,
+            True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, RESCALE, PRECISION,
             UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     G_ptr += (which * n_slots + slot).to(tl.int64) * n_anchors * D_PAD

@@ -63,6 +63,8 @@ class Plan:
         is_wide, is_reduced = call.D_bucket == 0, form.reduction != "none"
         both_orders = WIDE_BOTH_ORDERS if is_wide else BOTH_ORDERS
         self.is_apart = call.is_confused and size <= both_orders
+        #: No sweep's copies take the place of the other's: one launch serves both.
+        self.stand_apart = self.is_apart or not call.is_confused
         self.is_kept = is_reduced and size <= BOTH_ORDERS and not is_wide
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
@@ -206,17 +208,21 @@ class Plan:
 
         call, s, variant = self.call, self.call.settings, self.call.settings.variant
         chosen, n_slots = call.config("forward"), self.n_slots
-        for order in (0, 1):
+        sweeps_of = {0: "both"} if self.stand_apart else {0: "positives", 1: "negatives"}
+        for order, which in sweeps_of.items():
             yield from self._gather(order, 0)
+            has_negatives = which != "positives"
             kernel = bind(
-                sweeps.conr_forward_kernel, chosen.launch | call.fusion,
-                TINY=call.is_tiny and order == 1, **self._flags(order), **call.pair_flags,
-                **chosen.tiles,
+                sweeps.conr_forward_kernel, chosen.launch | call.fusion, SWEEPS=which,
+                CONFUSED=call.is_confused and has_negatives, SAME=not call.has_keys,
+                D_PAD=call.D_pad, INSIDE=call.is_inside and which != "negatives",
+                PUSHING=variant.pushing if has_negatives else "none",
+                TINY=call.is_tiny and has_negatives, **call.pair_flags, **chosen.tiles,
             )  # fmt: skip
+            n_programs = tiles(call.N, chosen.BLOCK_I) * n_slots * (1 + (which == "both"))
             launch = Launch(
-                kernel, tiles(call.N, chosen.BLOCK_I) * n_slots,
-                call.N, call.K, n_slots, call.D_pad, int(self.is_apart), call.unit, call.window,
-                s.push_scale,
+                kernel, n_programs, call.N, call.K, n_slots, call.D_pad, int(self.is_apart),
+                call.unit, call.window, s.push_scale,
             )  # fmt: skip
             yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
         finish = bind(
@@ -244,10 +250,9 @@ class Plan:
         tiles_i = tiles(call.N, call.config("backward").BLOCK_I)
         n_slots = min(tiles(PARTS_PROGRAMS[call.form.dtype.itemsize], 2 * tiles_i), SLOTS)
         size = 2 * n_slots * call.N * call.D_pad
-        stand_apart = self.is_apart or not call.is_confused
         # Two exponentials a pair in the loops of both sweeps would spill.
         would_spill = call.form.arithmetic == "float32" and call.pair_flags["SHIFTED"]
-        if stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not would_spill:
+        if self.stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not would_spill:
             self.work_of_gradient.add("G_parts", size, call.dtype)
             return self._backward_at_once(n_slots)
         return self._backward_in_turn()

@@ -15,9 +15,9 @@ def padded(n):
 @triton.jit
 def parts_of(layout_ptr, n_anchors, n_keys):
     """Behind a head of 128 numbers, whose first is the choice of sweep (1: negatives outside the
-    label bands), for the order of the labels
-    and that of the predictions: the orders of keys and of anchors, the anchors' places among the
-    keys (once), the first keys of their bands and the first beyond.
+    label bands; 2: there, and all predictions within one window), for the order of the labels and
+    that of the predictions: the orders of keys and of anchors, the anchors' places among the keys
+    (once), the first keys of their bands and the first beyond.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
     order_i_ptr = layout_ptr + 128 + 2 * keys
@@ -90,11 +90,19 @@ def key_tiles(
     else:
         end = tl.cdiv(n_keys, BLOCK_J)
         if CONFUSED:
-            # Outside: all but the tiles that hold positives alone, and no predictions are known.
+            # Outside: all but the tiles that hold positives alone. No predictions are known there,
+            # unless all are near each other.
+            is_near = tl.load(layout_ptr) == 2
             lo, hi = tl.where(is_outside, 0, lo), tl.where(is_outside, end, hi)
-            g0 = tl.where(is_outside, f1, f0)
             every = _union(lo, tl.where(is_outside, f0, f1), f1, hi)
-            full, edges = _union(g0, f1, f1, f1), _union(lo, f0, f1, hi)
+            inside = tl.where(is_outside, f1, f0)
+            full = _union(
+                tl.where(is_near, lo, inside), tl.where(is_near, f0, f1), f1,
+                tl.where(is_near, hi, f1),
+            )  # fmt: skip
+            edges = _union(
+                tl.where(is_near, hi, lo), tl.where(is_near, hi, f0), tl.where(is_near, hi, f1), hi
+            )
         else:
             every = _union(0, f0, f1, end)
             full, edges = every, _union(end, end, end, end)

@@ -145,7 +145,8 @@ def _choose(
     EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes down whether the negatives of all tiles of ROWS anchors visit fewer keys outside the
-    bands of the labels than in those of the predictions.
+    bands of the labels than in those of the predictions (1), and there no prediction is known to be
+    out of the window of another (2).
     """
     BLOCK: tl.constexpr = 512
     is_lo = tl.arange(0, 2)[:, None] == 0
@@ -166,7 +167,14 @@ def _choose(
             ends = _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach)
             here += tl.maximum(tl.sum(sign * ends, axis=0), 0)
         excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)
-    tl.store(layout_ptr, (tl.sum(excess, axis=0) >= 0).to(tl.int32))
+    choice = (tl.sum(excess, axis=0) >= 0).to(tl.int32)
+    if EXACT:
+        p_i, p_j = values_ptr + n_anchors, key_values_ptr + n_keys
+        reach = tl.full((), reach, p_i.dtype.element_ty)
+        is_near = tl.load(p_i + n_anchors - 1) - tl.load(p_j) <= reach
+        is_near = is_near & (tl.load(p_j + n_keys - 1) - tl.load(p_i) <= reach)
+        choice += choice & is_near.to(tl.int32)
+    tl.store(layout_ptr, choice)
 
 
 @triton.jit

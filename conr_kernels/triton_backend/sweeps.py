@@ -126,26 +126,17 @@ def _add_tile(
     return total, top, extra, n
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots", "apart"])
-def conr_forward_kernel(
-    layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
-    n_anchors, n_keys, n_slots, width, apart, unit: tl.float64, h: tl.float64,
-    push_scale: tl.float64,
+@triton.jit
+def _sums_of_sweep(
+    here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
+    n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Parts of a row's sums in the caller's order: of the n_slots programs that share a tile of
-    anchors, each takes an equal part of its key tiles.
-
-    sums [2 sweeps, 3, n_slots, N]: ``Σ_P exp(s_ij)`` or ``Σ_M φ_ij exp(s_ij)``, where exponents are
-    large divided by ``exp2(top)``; ``top``; ``Σ_P s_ij/log 2`` (INSIDE) or the number of negatives
-    (TINY: φ·exp(s) may underflow, so that a sum of 0 is no proof that there is none). n [n_slots,
-    N]: positives.
-    """
-    pid = tl.program_id(0)
-    tile, slot = pid // n_slots, pid % n_slots
+    """One sweep's part of the sums, of the tile of anchors and the slot of program ``here``."""
+    tile, slot = here // n_slots, here % n_slots
     is_outside, order_ptr, self_ptr, lo_ptr, hi_ptr = sweep_of(
         layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME
     )
@@ -173,14 +164,14 @@ def conr_forward_kernel(
     for t in range(n_full * slot // n_slots, n_full * (slot + 1) // n_slots):
         total, top, extra, n = _add_tile(
             (total, top, extra, n), tile_at(t, full), anchors, q_i, q_i_ptr, q_j_ptr,
-            y_j_ptr, p_j_ptr, n_keys, width, unit, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
-            INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            y_j_ptr, p_j_ptr, n_keys, width, unit, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE,
+            SHIFTED, INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     for t in range(n_edges * slot // n_slots, n_edges * (slot + 1) // n_slots):
         total, top, extra, n = _add_tile(
             (total, top, extra, n), tile_at(t, edges), anchors, q_i, q_i_ptr, q_j_ptr,
-            y_j_ptr, p_j_ptr, n_keys, width, unit, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
-            INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            y_j_ptr, p_j_ptr, n_keys, width, unit, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE,
+            SHIFTED, INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
 
     rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -203,6 +194,47 @@ def conr_forward_kernel(
         else:
             n_here = tl.sum(n, axis=1)
         tl.store(n_ptr + parts, n_here, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots", "apart"])
+def conr_forward_kernel(
+    layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
+    n_anchors, n_keys, n_slots, width, apart, unit: tl.float64, h: tl.float64,
+    push_scale: tl.float64,
+    SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Parts of a row's sums in the caller's order: of the n_slots programs that share a tile of
+    anchors, each takes an equal part of its key tiles. SWEEPS: ``"positives"``, ``"negatives"``, or
+    ``"both"``, the negatives' programs behind the positives'.
+
+    sums [2 sweeps, 3, n_slots, N]: ``Σ_P exp(s_ij)`` or ``Σ_M φ_ij exp(s_ij)``, where exponents are
+    large divided by ``exp2(top)``; ``top``; ``Σ_P s_ij/log 2`` (INSIDE) or the number of negatives
+    (TINY: φ·exp(s) may underflow, so that a sum of 0 is no proof that there is none). n [n_slots,
+    N]: positives.
+    """
+    here, n_programs = tl.program_id(0), tl.num_programs(0)
+    negatives = SWEEPS == "negatives"
+    if SWEEPS == "both":
+        n_programs = n_programs // 2
+        negatives = here >= n_programs
+        here = here % n_programs
+    if negatives:
+        _sums_of_sweep(
+            here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
+            n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
+            True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, TINY, PRECISION, UPCAST,
+            BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _sums_of_sweep(
+            here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
+            n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
+            False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", False, PRECISION, UPCAST,
+            BLOCK_I, BLOCK_J, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conr_kernels import Variant, conr_loss, triton_backend
+from conr_kernels import Variant, conr_loss, reference, triton_backend
 from conr_kernels.core.inputs import Inputs
 from conr_kernels.triton_backend import call, launch, launch_dense, launch_sweeps, run_sweeps
 from conr_kernels.variants import PRESETS, Settings
@@ -466,19 +466,30 @@ def test_an_empty_batch_has_no_rows(regime: str) -> None:
     assert loss == 0 and x.grad.shape == (0, 5)
 
 
-@pytest.mark.parametrize("collapsed", [False, True])
-def test_the_choice_of_sweep_is_made_from_the_bands(collapsed: bool) -> None:
-    """Constant predictions: outside the label bands; predictions as good as labels: in their
-    bands.
+@pytest.mark.parametrize(
+    "predictions, choice", [("good", 0), ("anchor far", 1), ("key far", 1), ("constant", 2)]
+)
+def test_the_choice_of_sweep_is_made_from_the_bands(predictions: str, choice: int) -> None:
+    """Constant predictions: outside the label bands, and without a look at them where none is far
+    from another; predictions as good as labels: in their bands.
     """
-    case = Case(300, 16, labels="rare", window=100.0)
-    given = case.inputs()
-    given["p"] = torch.zeros_like(given["y"]) if collapsed else given["y"] + 50
+    x, w = torch.randn(300, 16), torch.rand(300)
+    y = torch.arange(300.0).remainder(10).floor_divide(9).mul(150)  # 0, and of every tenth row 150
+    p = torch.zeros(300)
+    if predictions == "good":
+        y = torch.arange(300.0) * 10
+        p = y + 50
+    key_p = p.clone()
+    for side, of in (("anchor far", p), ("key far", key_p)):
+        of[7] += 101 * (predictions == side)
+    x, y, p, key_p, w = x.double(), y[:, None], p[:, None], key_p[:, None], w.double()
     settings = Settings(100.0, 0.2, 0.01, PRESETS["paper"])
     with (
         mock.patch.object(launch_dense, "DENSE_PAIRS", -1),
         mock.patch.object(launch_sweeps, "PROGRAMS", 1),
     ):
-        inputs = Inputs(given["x"], given["y"], given["p"], given["w"], None, 0, settings)
-        _, _, layout = triton_backend.forward(inputs)
-    assert layout[0] == collapsed
+        inputs = Inputs(x, y, p, w, (x, y, key_p), 0, settings)
+        losses, _, layout = triton_backend.forward(inputs)
+    expected = reference.row_losses(x, y, p, w, (x, y, key_p), 0, settings)
+    assert layout[0] == choice
+    torch.testing.assert_close(losses, expected)
