@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.inputs import Keys
 from ..variants import Settings
 from .availability import interpreted
-from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
+from .configs import HALVES_HEAVY, HEAVY, SHIFTED, Config, bucket, config, entry
 
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
@@ -89,9 +89,11 @@ class Call:
 
     def config(self, kind: str) -> Config:
         rows, key = [], (kind, self.form.architecture, self.D_bucket)
+        is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
         if self.form.dtype.itemsize == 2:
-            is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
             rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]
+        elif self.is_in_halves:
+            rows = [HALVES_HEAVY] * is_heavy
         row = next((row for row in rows if entry(*key, row)), self.form.arithmetic)
         return self.form.config(*key, row)
 
