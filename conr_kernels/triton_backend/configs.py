@@ -90,10 +90,14 @@ _FLOAT32 = {
     "product": [(90, None, (128, 32, 256, 8, 3)), (None, None, (64, 32, 64, 4, 3))],
 }
 _FLOAT32_HIGHEST = {
-    "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "forward": [
+        (None, 0, (64, 64, 32, 4, 2)),
+        (100, 128, (64, 32, None, 4, 2)),
+        (None, None, (64, 64, None, 4, 2)),
+    ],
     "backward": [
         (90, None, (64, 64, None, 4, 2)),
-        (80, None, (32, 64, None, 4, 2)),
+        (80, 128, (32, 64, None, 4, 2)),
         (None, None, (64, 32, None, 4, 2)),
     ],
     "wide": [(90, None, (64, 128, 32, 4, 2)), (None, None, (64, 32, 32, 4, 2))],
