@@ -132,7 +132,7 @@ class Plan(Ordering):
             n_programs = tiles(call.N, chosen.BLOCK_I) * n_slots * (1 + (which == "both"))
             launch = Launch(
                 kernel, n_programs, call.N, call.K, n_slots, call.D_pad, int(self.is_apart),
-                call.window, s.push_scale,
+                call.unit, call.window, s.push_scale,
             )  # fmt: skip
             yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
         finish = bind(
@@ -162,7 +162,7 @@ class Plan(Ordering):
         n_slots = min(tiles(PARTS_PROGRAMS[call.form.dtype.itemsize], 2 * tiles_i), SLOTS)
         size = 2 * n_slots * call.N * call.D_pad
         # Two exponentials a pair in the loops of both sweeps would spill.
-        would_spill = call.form.arithmetic == "float32" and call.pair_flags["SHIFTED"]
+        would_spill = call.form.dtype == torch.float32 and call.pair_flags["SHIFTED"]
         if self.stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not would_spill:
             self.work_of_gradient.add("G_parts", size, call.dtype)
             return self._backward_at_once(n_slots)
@@ -186,7 +186,7 @@ class Plan(Ordering):
         )  # fmt: skip
         launch = Launch(
             of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
-            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
+            call.N, call.K, n_slots, call.D_pad, call.unit, call.window, s.push_scale,
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
         of_rows = bind(
@@ -220,7 +220,7 @@ class Plan(Ordering):
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
-                call.N, call.K, call.D_pad, int(apart), call.window, s.push_scale, kappa,
+                call.N, call.K, call.D_pad, int(apart), call.unit, call.window, s.push_scale, kappa,
             )  # fmt: skip
             yield launch, self._pick(
                 "layout q_i y_i p_i coef_i inverse_i q_j y_j p_j coef_j "
