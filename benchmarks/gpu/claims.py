@@ -159,11 +159,11 @@ CLAIMS = [
             speed_up("eager", 16_384), ".0f"),
     *(limited(f"N=65536 D={d}: time over q @ q.T, graphs", "≤", 0.5, "",
               share("q @ q.T", 65_536, d, mode=GRAPH)) for d in (128, 512)),
-    *(limited(f"collapsed, N=65536 D={d}: 6·N²·D over time", "≥", limit, " TFLOP/s",
+    *(limited(f"collapsed, N=65536 D={d}: 6·N²·D over graph's time", "≥", limit, " TFLOP/s",
               dense_rate(d), ".0f") for d, limit in ((128, 350), (512, 450))),
     limited("collapsed, D=128: time over a dense pass, graphs", "≤", 1.15, "",
             share("dense fused", 65_536, regime=COLLAPSED, mode=GRAPH)),
-    limited("N=16384 D=2048: rate on visited pairs over mm's", "≥", 0.6, "", wide_share),
+    limited("N=16384 D=2048: graph's rate on visited pairs / mm", "≥", 0.6, "", wide_share),
     limited("N=1048576 D=128: one step", "≤", 1, " s", time("triton", 2**20)),
     limited("N=1048576 D=128: extra memory over the features", "≤", 4, "", memory_share, ".2f"),
     *(limited(f"N={n}: time over careful eager{name}", "≤", 0.25, "", share("eager", n, mode=mode))

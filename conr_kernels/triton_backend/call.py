@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,37 @@ from torch import Tensor
 from ..core.inputs import Keys
 from ..variants import Settings
 from .availability import interpreted
-from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
+from .configs import HALVES_HEAVY, HEAVY, SHIFTED, Config, bucket, config, entry
 
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
 ROW_PAD = 128
+#: Of wide features' H_ij, bytes that are kept at a time: as many as the features', times
+#: WIDE_FEATURES, but from the first to the second of these, and for larger features half as many as
+#: theirs.
+WIDE_FEATURES = 4
+WORKSPACE = 2**27, 2**29
+#: Tiles of anchors that a window has however long bands are, and keys that each visits at least
+#: before the next tile takes its turn: few enough that L2 keeps the keys for all of them.
+PIECES = 128
+PIECE_KEYS = 8192
+#: The largest list in 32 bits.
+LIST_NUMBERS = 2**31 - 1
+
+
+class Windows(NamedTuple):
+    """Of the list of wide features' pairs of tiles: how many are a window; how many windows suffice
+    for any bands, before the negatives' copies replace the positives' and after; the number where
+    negatives begin at the earliest; tiles of keys of a piece; numbers of the list itself and their
+    dtype.
+    """
+
+    pairs: int
+    passes: tuple[int, int]
+    second: int
+    piece: int
+    of_list: int
+    dtype: torch.dtype
 
 
 class Form(NamedTuple):
@@ -61,8 +87,16 @@ class Call:
         self.dtype = torch.float64 if form.dtype == torch.float64 else torch.float32
         self.D_bucket = form.bucket(self.D, form.arithmetic)
         self.D_pad = self.D_bucket or WIDE_PAD * math.ceil(self.D / WIDE_PAD)
-        #: √(log₂e/τ), the factor of every unit feature.
-        self.scale = math.sqrt(math.log2(math.e) / s.temperature)
+        of_products = precision(form.arithmetic)
+        #: Whether the copies hold float32 numbers as sums of two of float16.
+        self.is_in_halves = form.arithmetic == "float32 highest" and self.D_bucket > 0
+        #: √(log₂e/τ), the factor of every unit feature; and what products of copies are times it.
+        self.scale, self.unit = math.sqrt(math.log2(math.e) / s.temperature), 1.0
+        if self.is_in_halves:
+            of_products = "fp16x3"
+            # In the upper part of float16's range: what is lost below it counts for nothing.
+            power = 13 - math.frexp(self.scale)[1]
+            self.scale, self.unit = math.ldexp(self.scale, power), math.ldexp(1.0, -2 * power)
         self.window = largest_total(s.window, self.L, s.distance, str(form.labels)[6:])
         self.is_confused = s.variant.negatives == "confused"
         self.is_tiny = s.scales_by_distance and s.window < s.SMALLEST_WINDOW
@@ -72,18 +106,43 @@ class Call:
             L=self.L,
             RMSE=s.distance == "rmse" and self.L > 1,
             SHIFTED=not s.exponent_is_small,
-            PRECISION=precision(form.arithmetic),
+            PRECISION=of_products,
             # The interpreter multiplies 16-bit tiles wrongly.
-            UPCAST=interpreted() and is_half,
+            UPCAST=interpreted() and (is_half or self.is_in_halves),
         )
         #: Squares of differences must not be fused into the sum that follows.
         self.fusion = {"enable_fp_fusion": False} if self.pair_flags["RMSE"] else {}
 
+    def windows(self, chosen: Config, is_apart: bool) -> Windows:
+        itemsize = self.form.dtype.itemsize
+        n, n_j = tiles(self.N, chosen.BLOCK_I), padded(self.K) // chosen.BLOCK_J
+        features = max(self.N, self.K) * self.D * itemsize
+        least, most = WORKSPACE
+        kept = max(least, min(WIDE_FEATURES * features, max(most, features // 2)))
+        window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
+        piece = min(max(PIECE_KEYS // chosen.BLOCK_J, window // PIECES, 1), window)
+        of_list = 8 + 2 * ((7 + tiles(n_j, piece)) * n + 1)
+        dtype = torch.int32 if 2 * n * n_j + 3 * window <= LIST_NUMBERS else torch.int64
+        each = tiles(n * n_j, window)
+        if self.is_confused and not is_apart:
+            return Windows(window, (each, each), each * window, piece, of_list, dtype)
+        both = 2 * each
+        if self.L == 1:
+            # The negatives' keys are no more than those outside the label bands, so that both have
+            # every key once, and twice those at the borders of a tile of anchors: bands' ends grow
+            # from one tile to the next, and all the borders together have 2 K keys. The choice is
+            # made for ROW_PAD anchors; each of four ends adds less than a tile.
+            per_choice = ROW_PAD // chosen.BLOCK_I
+            both = min(both, tiles(n * (n_j + 4) + 3 * per_choice * n_j, window) + 1)
+        return Windows(window, (both, 0), 0, piece, of_list, dtype)
+
     def config(self, kind: str) -> Config:
         rows, key = [], (kind, self.form.architecture, self.D_bucket)
+        is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
         if self.form.dtype.itemsize == 2:
-            is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
             rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]
+        elif self.is_in_halves:
+            rows = [HALVES_HEAVY] * is_heavy
         row = next((row for row in rows if entry(*key, row)), self.form.arithmetic)
         return self.form.config(*key, row)
 
@@ -143,6 +202,15 @@ def architecture(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 100 if major >= 10 else 90 if major == 9 else 80
+
+
+def _even(n: int, most: int) -> int:
+    """The size of equal parts of n, of ``most`` at most."""
+    return tiles(n, tiles(n, max(most, 1)))
+
+
+def limits_of_windows() -> tuple[Any, ...]:
+    return WIDE_FEATURES, WORKSPACE, PIECES, PIECE_KEYS, LIST_NUMBERS
 
 
 def padded(n: int) -> int:

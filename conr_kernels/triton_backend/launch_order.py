@@ -132,7 +132,7 @@ class Ordering:
             ordering.conr_order_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
             HAS_P=call.is_confused, EXACT=call.L == 1, BAND_ROWS=ROW_PAD,
             ORDERS=1 + self.is_apart, D=call.D, D_PAD=call.D_pad, L=call.L, COLUMNS=columns,
-            ROWS=rows, CHUNK=chunk,
+            ROWS=rows, CHUNK=chunk, IN_HALVES=call.is_in_halves,
         )  # fmt: skip
         n_bands = 1 + (1 + call.is_confused) * padded(call.N) // ROW_PAD
         n_programs = (padded(call.K) + padded(call.N) * call.has_keys) // rows

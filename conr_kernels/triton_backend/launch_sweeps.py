@@ -12,20 +12,26 @@ from torch import Tensor
 
 from ..core.inputs import Keys
 from ..variants import Settings
-from .call import ROW_PAD, WIDE_PAD, Call, Form, form_of, layout_size, padded, tiles
-from .configs import Config
+from .call import (
+    ROW_PAD,
+    WIDE_PAD,
+    Call,
+    Form,
+    form_of,
+    layout_size,
+    limits_of_windows,
+    padded,
+    tiles,
+)
 from .launch import OWN_KEYS, Launch, Place, Steps, bind, place_of
 from .launch_order import Ordering, Step
 
-#: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
-#: most that share a forward pass's tile of anchors.
-PROGRAMS = 1056
+#: Programs of one sweep at least, about: two for each multiprocessor of an H200, so that those of
+#: both sweeps fill it; and the most that share a forward pass's tile of anchors.
+PROGRAMS = 264
 SLOTS = 8
-#: Of H_ij, bytes that are kept at a time: as many as the features', times WIDE_FEATURES, but from
-#: the first to the second of these, and for larger features half as many as theirs; and the most
-#: programs that take turns: four for each multiprocessor of an A100, H200 or B200.
-WIDE_FEATURES = 4
-WORKSPACE = 2**27, 2**29
+#: Of wide features, programs of four warps that take turns at most: four for each multiprocessor of
+#: an A100, H200 or B200; of eight warps half as many.
 WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
 #: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
 #: loss finds them kept; above, the negatives' copies replace the positives'. Of wide features,
@@ -40,6 +46,8 @@ PARTS_PROGRAMS = {2: 256, 4: 512, 8: 512}
 GATHER_ROWS = 32
 FINISH_ROWS = 64
 PROJECTED_ROWS = 16
+#: Numbers of a program for wide gradients: rows, or columns of one row at a time.
+GRADIENT_TILE = 4096
 
 #: By the identity of their settings, which an entry keeps alive, and the form.
 _plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
@@ -61,7 +69,7 @@ class Plan(Ordering):
         self.columns = columns
         #: No sweep's copies take the place of the other's: one launch serves both.
         self.stand_apart = is_apart or not call.is_confused
-        self.is_kept = is_reduced and size <= BOTH_ORDERS and not is_wide
+        self.is_kept = is_reduced and size <= BOTH_ORDERS
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
@@ -124,7 +132,7 @@ class Plan(Ordering):
             n_programs = tiles(call.N, chosen.BLOCK_I) * n_slots * (1 + (which == "both"))
             launch = Launch(
                 kernel, n_programs, call.N, call.K, n_slots, call.D_pad, int(self.is_apart),
-                call.window, s.push_scale,
+                call.unit, call.window, s.push_scale,
             )  # fmt: skip
             yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
         finish = bind(
@@ -154,7 +162,7 @@ class Plan(Ordering):
         n_slots = min(tiles(PARTS_PROGRAMS[call.form.dtype.itemsize], 2 * tiles_i), SLOTS)
         size = 2 * n_slots * call.N * call.D_pad
         # Two exponentials a pair in the loops of both sweeps would spill.
-        would_spill = call.form.arithmetic == "float32" and call.pair_flags["SHIFTED"]
+        would_spill = call.form.dtype == torch.float32 and call.pair_flags["SHIFTED"]
         if self.stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not would_spill:
             self.work_of_gradient.add("G_parts", size, call.dtype)
             return self._backward_at_once(n_slots)
@@ -178,7 +186,7 @@ class Plan(Ordering):
         )  # fmt: skip
         launch = Launch(
             of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
-            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
+            call.N, call.K, n_slots, call.D_pad, call.unit, call.window, s.push_scale,
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
         of_rows = bind(
@@ -212,7 +220,7 @@ class Plan(Ordering):
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
-                call.N, call.K, call.D_pad, int(apart), call.window, s.push_scale, kappa,
+                call.N, call.K, call.D_pad, int(apart), call.unit, call.window, s.push_scale, kappa,
             )  # fmt: skip
             yield launch, self._pick(
                 "layout q_i y_i p_i coef_i inverse_i q_j y_j p_j coef_j "
@@ -227,9 +235,10 @@ class Plan(Ordering):
         columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
         tile = {"BLOCK_I": chosen.BLOCK_I, "BLOCK_J": chosen.BLOCK_J}
         n_tiles = tiles(N, chosen.BLOCK_I)
-        window, passes, second = self._windows(chosen)
+        window, passes, second, piece, of_list, dtype = call.windows(chosen, self.is_apart)
         parts, G, H = self.work_of_gradient, "G nothing", "H nothing"
-        parts.add("list", 8 * (n_tiles + 1), torch.int64)
+        parts.add("list", of_list, dtype)
+        parts.add("windows", sum(passes) + 1, torch.int32)
         parts.add("H", window * chosen.BLOCK_I * chosen.BLOCK_J, call.form.dtype)
         if call.is_rescaled:
             parts.add("H_scale", window * chosen.BLOCK_I, call.dtype)
@@ -238,73 +247,55 @@ class Plan(Ordering):
             parts.add("G_rest", N * call.D, torch.int16)
             G = "G G_rest"
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
-        of_list = bind(
+        of_pairs = {"RESCALE": call.is_rescaled, "BLOCK_K": product.BLOCK_J}
+        pairs = bind(
             wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, BLOCK=1024
         )
         scores = bind(
             wide.conr_wide_scores_kernel, chosen.launch | call.fusion, **of_all, D_PAD=call.D_pad,
-            INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
-            **call.pair_flags, **chosen.tiles,
+            INSIDE=call.is_inside, PUSHING=s.variant.pushing, **of_pairs, **call.pair_flags,
+            **chosen.tiles,
         )  # fmt: skip
         products = bind(
             wide.conr_wide_product_kernel, product.launch, **of_all, D=call.D, D_PAD=call.D_pad,
-            RESCALE=call.is_rescaled, PRECISION=call.pair_flags["PRECISION"],
-            UPCAST=call.pair_flags["UPCAST"], **tile, BLOCK_D=columns, BLOCK_K=product.BLOCK_J,
+            PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"], **of_pairs,
+            **tile, BLOCK_D=columns,
         )  # fmt: skip
-        of_scores = self._pick(f"layout list q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
-        of_products = self._pick(f"layout list q_j {H} {G}")
-        most = WIDE_PROGRAMS[call.form.architecture]
-        n_programs = min(n_tiles * (call.D_pad // columns), most)
-        yield Launch(of_list, 1, N, K, window, second), "layout list"
+        of_scores = self._pick(f"layout list windows q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
+        of_products = self._pick(f"layout list windows q_j {H} {G}")
+        most = [
+            max(4 * WIDE_PROGRAMS[call.form.architecture] // config.num_warps, 1)
+            for config in (chosen, product)
+        ]
+        n_scores = min(window, most[0])
+        n_products = min(n_tiles * (call.D_pad // columns), most[1])
+        yield Launch(pairs, 1, N, K, window, piece, second), "layout list windows"
         for order, n_passes in enumerate(passes):
-            yield from self._copies(order, self.columns)
+            if not self.is_kept:
+                yield from self._copies(order, self.columns)
             for first in range(second * order, second * order + n_passes * window, window):
-                numbers = N, K, first, window, int(self.is_apart)
+                numbers = N, K, first, window, piece, int(self.is_apart)
                 yield Launch(
-                    scores, min(window, most), *numbers, call.D_pad, call.window, s.push_scale,
+                    scores, n_scores, *numbers, call.D_pad, call.window, s.push_scale
                 ), of_scores  # fmt: skip
-                yield Launch(products, n_programs, *numbers), of_products
-        gradient = bind(
-            wide.conr_wide_gradient_kernel, {"num_warps": 4}, **of_all, D=call.D, ROWS=GATHER_ROWS,
-            CHUNK=64,
-        )  # fmt: skip
-        numbers = N, K, call.D_pad, int(self.is_apart), self.kappa
-        launch = Launch(gradient, padded(N) // GATHER_ROWS, *numbers)
-        yield launch, self._pick(f"layout coef_i inverse_i x {G} gradient")
+                yield Launch(products, n_products, *numbers), of_products
+        yield self._gradient_wide(wide.conr_wide_gradient_kernel, of_all, G)
 
-    def _windows(self, chosen: Config) -> tuple[int, tuple[int, int], int]:
-        """Pairs of tiles in a window of the list; how many windows suffice for any bands, before
-        the negatives' copies replace the positives' and after; where negatives begin at the
-        earliest.
-        """
-        call, itemsize = self.call, self.call.form.dtype.itemsize
-        n, n_j = tiles(call.N, chosen.BLOCK_I), padded(call.K) // chosen.BLOCK_J
-        features = max(call.N, call.K) * call.D * itemsize
-        least, most = WORKSPACE
-        kept = max(least, min(WIDE_FEATURES * features, max(most, features // 2)))
-        window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
-        each = tiles(n * n_j, window)
-        if call.is_confused and not self.is_apart:
-            return window, (each, each), each * window
-        both = 2 * each
-        if call.L == 1:
-            # The negatives' keys are no more than those outside the label bands, so that both have
-            # every key once, and twice those at the borders of a tile of anchors: bands' ends grow
-            # from one tile to the next, and all the borders together have 2 K keys. The choice is
-            # made for ROW_PAD anchors; each of four ends adds less than a tile.
-            per_choice = ROW_PAD // chosen.BLOCK_I
-            both = min(both, tiles(n * (n_j + 4) + 3 * per_choice * n_j, window) + 1)
-        return window, (both, 0), 0
-
-
-def _even(n: int, most: int) -> int:
-    """The size of equal parts of n, of ``most`` at most."""
-    return tiles(n, tiles(n, max(most, 1)))
+    def _gradient_wide(self, kernel: Any, constants: dict[str, Any], G: str) -> Step:
+        call, upstream, kappa = self.call, "nothing", self.kappa
+        if self.is_kept:
+            upstream, kappa = "upstream", kappa * self.factor
+        chunk = min(1 << (call.D - 1).bit_length(), GRADIENT_TILE)
+        n_rows = min(GRADIENT_TILE // chunk, ROW_PAD)
+        gradient = bind(kernel, {"num_warps": 4}, **constants, D=call.D, ROWS=n_rows, CHUNK=chunk)
+        numbers = call.N, call.K, call.D_pad, int(self.is_apart), kappa
+        launch = Launch(gradient, padded(call.N) // n_rows, *numbers)
+        return launch, self._pick(f"layout coef_i inverse_i x {G} {upstream} gradient")
 
 
 def limits() -> tuple[Any, ...]:
     """What plans depend on beside the form of call."""
-    return PROGRAMS, WIDE_FEATURES, WORKSPACE, BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES
+    return PROGRAMS, BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES, *limits_of_windows()
 
 
 def plan_of(

@@ -5,7 +5,7 @@ sweep and sorted copies.
 import triton
 import triton.language as tl
 
-from .arithmetic import to_base_2
+from .arithmetic import halves_of, to_base_2, to_halves
 from .layout import choose_sweep, find_bands, padded, parts_of, ranks_of
 
 
@@ -212,13 +212,18 @@ def _load_rows(x_ptr, rows, is_row, columns, D: tl.constexpr, dtype: tl.constexp
 
 
 @triton.jit
-def _store_rows(q_ptr, places, columns, q, D_PAD: tl.constexpr, CHUNK: tl.constexpr):
-    q_ptrs = q_ptr + places[:, None] * D_PAD + columns[None, :]
-    q = q.to(q_ptr.dtype.element_ty)
-    if D_PAD % CHUNK == 0:
-        tl.store(q_ptrs, q)
+def _store_rows(
+    q_ptr, places, columns, q, D_PAD: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr
+):  # fmt: skip
+    """Columns of unit features times the scale, in rows of D_PAD numbers."""
+    q_ptr += places[:, None] * D_PAD
+    mask = (columns < D_PAD)[None, :] if D_PAD % CHUNK else None
+    if IN_HALVES:
+        large, small = to_halves(q)
+        tl.store(halves_of(q_ptr) + columns[None, :], large, mask=mask)
+        tl.store(halves_of(q_ptr) + D_PAD + columns[None, :], small, mask=mask)
     else:
-        tl.store(q_ptrs, q, mask=(columns < D_PAD)[None, :])
+        tl.store(q_ptr + columns[None, :], q.to(q_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -226,7 +231,7 @@ def _copy_tile(
     pid, order, second, rank_ptr, given, w_ptr, coef_ptr, copies, sorted_coef_ptr, poison_ptr,
     n_rows, width, g, scale,
     ORDERS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr,
 ):  # fmt: skip
     x_ptr, y_ptr, p_ptr = given
     q_ptr, inverse_ptr, sorted_y_ptr, sorted_p_ptr = copies
@@ -260,13 +265,13 @@ def _copy_tile(
         place = places[copy] + copy * n_padded
         tl.store(inverse_ptr + place, inverse.to(dtype))
         if D_PAD <= CHUNK:
-            _store_rows(q_ptr, place, columns, x * factor[:, None], D_PAD, CHUNK)
+            _store_rows(q_ptr, place, columns, x * factor[:, None], D_PAD, CHUNK, IN_HALVES)
     if D_PAD > CHUNK:
         for k in range(0, width, CHUNK):
             q = _load_rows(x_ptr, rows, is_row, k + columns, D, dtype) * factor[:, None]
             for copy in tl.static_range(ORDERS):
                 place = places[copy] + copy * n_padded
-                _store_rows(q_ptr, place, k + columns, q, D_PAD, CHUNK)
+                _store_rows(q_ptr, place, k + columns, q, D_PAD, CHUNK, IN_HALVES)
 
     for c in range(L):
         y = tl.load(y_ptr + rows * L + c, mask=is_row, other=float("nan"))
@@ -309,7 +314,7 @@ def conr_order_kernel(
     reach: tl.float64, factor: tl.float64, scale: tl.float64,
     HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, EXACT: tl.constexpr, BAND_ROWS: tl.constexpr,
     ORDERS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr,
 ):  # fmt: skip
     """From the ``first`` program on: one for the choice of sweep; one per BAND_ROWS rows for the
     bands; one per ROWS rows for their copies: unit features times the scale, labels and
@@ -352,13 +357,13 @@ def conr_order_kernel(
                 _copy_tile(
                     pid, order, second, rank_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),
                     None if HAS_KEYS else w_ptr, key_coef_ptr,
-                    (q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr), coef_j_ptr,
-                    poison_ptr, n_keys, width, g, scale, ORDERS, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    (q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr), coef_j_ptr, poison_ptr,
+                    n_keys, width, g, scale, ORDERS, D, D_PAD, L, COLUMNS, ROWS, CHUNK, IN_HALVES,
                 )  # fmt: skip
             elif HAS_KEYS:
                 _copy_tile(
                     pid - keys // ROWS, order, second, rank_i_ptr, (x_ptr, y_ptr, p_ptr),
                     w_ptr, coef_ptr, (q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr), coef_i_ptr,
                     None if poison_ptr is None else poison_ptr + n_keys, n_anchors,
-                    width, g, scale, ORDERS, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    width, g, scale, ORDERS, D, D_PAD, L, COLUMNS, ROWS, CHUNK, IN_HALVES,
                 )  # fmt: skip

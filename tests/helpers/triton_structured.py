@@ -140,6 +140,9 @@ REDUCED = [
     Case(40, 20, "released-depth", L=2, temperature=0.005),
     Case(70, 20, "contrastive", weights="none"),
     Case(40, 150),
+    Case(140, 150, "released-age", labels="ages", regime="pieces"),
+    Case(40, 150, regime="parts"),
+    *(Case(40, 300, "released-age", dtype) for dtype in (F16, BF16)),
     *(Case(45, 40, regime=regime) for regime in ("dense", "dense-split", "dense-recomputed")),
 ]  # fmt: skip
 
