@@ -115,12 +115,11 @@ def choose_sweep(
         # From where the first row's band of predictions begins to where the last one's ends; all
         # anchors' label bands contain what lies between the other ends.
         row = tl.where(is_lo == is_p, first, last)
-        ends = sign * _ends(
-            tl.load(value_ptrs + row), is_lo, key_value_ptrs, n_keys, n_steps, reach
-        )
-        here = tl.sum(tl.where(is_p, ends, 0), axis=0) - n_keys
+        values = tl.load(value_ptrs + row)
+        ends = _ends(values, is_lo, key_value_ptrs, n_keys, n_steps, reach)
+        here = tl.sum(tl.where(is_p, sign * ends, 0), axis=0) - n_keys
         if EXACT:
-            here += tl.maximum(tl.sum(tl.where(is_p, 0, ends), axis=0), 0)
+            here += tl.maximum(tl.sum(tl.where(is_p, 0, sign * ends), axis=0), 0)
         excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)
     choice = (tl.sum(excess, axis=0) >= 0).to(tl.int32)
     if EXACT:
