@@ -153,7 +153,7 @@ CLAIMS = [
             "test_non_finite", "test_row_strides", "test_memory"),
     }.items()),
     sanitizer("triton"),
-    limited("N=16384: speed of careful eager, both as graphs", "≥", 80, "×",
+    limited("N=16384: speed of careful eager, both as graphs", "≥", 100, "×",
             speed_up("eager", 16_384, mode=GRAPH), ".0f"),
     limited("N=16384: speed of careful eager, with the host", "≥", 10, "×",
             speed_up("eager", 16_384), ".0f"),
