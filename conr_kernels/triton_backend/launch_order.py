@@ -10,10 +10,10 @@ import torch
 from .call import ROW_PAD, Call, padded, tiles
 from .launch import Launch, Parts, bind
 
-#: Rows that are sorted by counting the smaller ones, and of a program; runs that are merged by one
-#: launch, and that a program searches at a time, for so many rows.
+#: Rows that are sorted by counting those before them, and of a program; runs that one launch merges
+#: at most, or a few; searches of a program at a time.
 SORT_BLOCK, SORT_ROWS = 512, 64
-MERGE_FAN, MERGE_RUNS, MERGE_ROWS = 32, 16, 64
+MERGE_FAN, MERGE_FEW, SEARCHES = 32, 8, 1024
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 #: Bytes of rows, as they are computed with, and rows that one program copies at most.
 COPIED_BYTES, COPIED_ROWS = 2**14, 32
@@ -94,14 +94,15 @@ class Ordering:
         yield launch, self._sides(f"{columns} {here}")
         size, is_last = SORT_BLOCK, False
         while not is_last:
-            is_last = tiles(max(N, K), size) <= MERGE_FAN
+            n_runs = tiles(max(N, K), size)
+            is_last = n_runs <= MERGE_FAN
+            runs = MERGE_FEW if n_runs <= MERGE_FEW else MERGE_FAN
+            rows = SEARCHES // runs
             merge = bind(
                 ordering.conr_merge_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, LAST=is_last,
-                BLOCK=SORT_BLOCK, ROWS=MERGE_ROWS, RUNS=MERGE_RUNS, FAN=MERGE_FAN,
+                BLOCK=SORT_BLOCK, ROWS=rows, RUNS=runs,
             )  # fmt: skip
-            launch = Launch(
-                merge, n_orders * n_rows // MERGE_ROWS, N, K, size, size.bit_length()
-            )  # fmt: skip
+            launch = Launch(merge, n_orders * n_rows // rows, N, K, size, size.bit_length())
             yield launch, self._sides(f"{here} {other} values_j values_i layout")
             size, here, other = size * MERGE_FAN, other, here
 

@@ -127,7 +127,6 @@ def conr_sort_kernel(
 def _merge_tile(
     pid, which, given, merged, values_ptr, layout_order_ptr, rank_ptr, step, n_rows, size, n_steps,
     LAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
-    FAN: tl.constexpr,
 ):  # fmt: skip
     images_ptr, order_ptr = given
     total = tl.cdiv(n_rows, BLOCK) * BLOCK
@@ -137,22 +136,19 @@ def _merge_tile(
     image = tl.load(images_ptr + here)
     row = tl.load(order_ptr + behind + here)
     own = pid * ROWS // size
-    first = own // FAN * FAN
-    place = tl.zeros((ROWS,), tl.int32) + first * size
-    end_run = tl.minimum(first + FAN, tl.cdiv(n_rows, size))
-    for run in range(first, tl.where(pid * ROWS < n_rows, end_run, first), RUNS):
-        runs = run + tl.arange(0, RUNS)[:, None]
-        begin = tl.broadcast_to(runs * size, (RUNS, ROWS))
-        end = tl.minimum(begin + size, total)
-        # Of equal values those of an earlier run come first.
-        reach = image[None, :] + (runs < own)
-        found = begin
-        for k in range(n_steps):
-            next = found + (size >> k)
-            others = tl.load(images_ptr + tl.minimum(next, total) - 1)
-            found = tl.where((next <= end) & (others < reach), next, found)
-        place += tl.sum(tl.where(runs == own, here[None, :] - begin, found - begin), axis=0)
-    place = tl.where(row < n_rows, place, row)
+    first = own // RUNS * RUNS
+    runs = first + tl.arange(0, RUNS)[:, None]
+    begin = tl.broadcast_to(tl.minimum(runs * size, total), (RUNS, ROWS))
+    end = tl.minimum(begin + size, total)
+    # Of equal values those of an earlier run come first.
+    reach = image[None, :] + (runs < own)
+    found = begin
+    for k in range(tl.where(pid * ROWS < n_rows, n_steps, 0)):
+        next = found + (size >> k)
+        others = tl.load(images_ptr + tl.minimum(next, total) - 1)
+        found = tl.where((next <= end) & (others < reach), next, found)
+    is_before = tl.where(runs == own, here[None, :] - begin, found - begin)
+    place = tl.where(row < n_rows, first * size + tl.sum(is_before, axis=0), row)
     if LAST:
         values = _flipped(image, image.dtype == tl.int64)
         values = values.to(values_ptr.dtype.element_ty, bitcast=True)
@@ -173,10 +169,10 @@ def conr_merge_kernel(
     merged_images_j_ptr, merged_j_ptr, merged_images_i_ptr, merged_i_ptr,
     key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, size, n_steps,
     HAS_KEYS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    RUNS: tl.constexpr, FAN: tl.constexpr,
+    RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Merges each FAN sorted runs of so many (``size``) images: an image's place is the number of
-    those before it in all of them, by binary search in RUNS at a time.
+    """Merges each RUNS sorted runs of so many (``size``) images, ROWS of them a program: an image's
+    place is the number of those before it in all of them, by binary search in each.
 
     The LAST merge, of all runs, leaves sorted values, and the layout's orders and ranks; of rows
     behind the last, each stands in its own place.
@@ -196,7 +192,7 @@ def conr_merge_kernel(
     _merge_tile(
         pid, which, (images_j_ptr, sorted_j_ptr), (merged_images_j_ptr, merged_j_ptr),
         key_values_ptr, order_j_ptr, rank_j_ptr, step, n_keys, size, n_steps,
-        LAST, BLOCK, ROWS, RUNS, FAN,
+        LAST, BLOCK, ROWS, RUNS,
     )  # fmt: skip
 
 
