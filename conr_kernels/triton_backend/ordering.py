@@ -326,14 +326,14 @@ def conr_order_kernel(
     has bands and choice, and the second copies are in the order that was chosen.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    n_bands = 1 + anchors // BAND_ROWS
+    n_bands = 1 + (2 if HAS_P else 1) * anchors // BAND_ROWS
     pid = tl.program_id(0) + first
     if pid < n_bands:
         if values_ptr is not None:
             if pid > 0:
                 find_bands(
                     pid - 1, key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys,
-                    self_offset, n_steps, reach, HAS_KEYS, HAS_P, BAND_ROWS,
+                    self_offset, n_steps, reach, HAS_KEYS, BAND_ROWS,
                 )  # fmt: skip
             elif HAS_P:
                 choose_sweep(
