@@ -9,8 +9,10 @@ OUT ?= out/gpu
 STAGES ?=
 LIMIT ?= 390
 CONR_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
-# make abi: interpreters with other versions of PyTorch, which get the library built with this one.
+# make abi: interpreters with other versions of PyTorch, which get the library built with this one;
+# and folders torch/include of others, with which the operators are compiled.
 PYTHONS ?=
+HEADERS ?=
 
 # make fuzz: so many new batches of each property (tests/properties); make golden: tests/golden.
 EXAMPLES ?= 5000
@@ -58,7 +60,7 @@ static: $(READY)
 	$(PYTHON) -m benchmarks.static
 
 abi: $(READY)
-	CONR_OTHER_PYTHONS="$(PYTHONS)" $(PYTHON) -m pytest tests/cuda_backend/test_cuda_build.py -v -s -k "other_versions or 2_10"
+	CONR_OTHER_PYTHONS="$(PYTHONS)" CONR_OTHER_HEADERS="$(HEADERS)" $(PYTHON) -m pytest tests/cuda_backend/test_cuda_build.py -v -s -k "other_versions or 2_10"
 
 gpu:
 	CONR_COMMIT=$(CONR_COMMIT) python3 -m benchmarks.gpu --out $(OUT) --limit $(LIMIT) --stages $(STAGES)

@@ -4,8 +4,8 @@
 once to a backend module. Every backend module provides
 
 - ``unavailable(device, dtype) -> str | None``: why it cannot run there and what to do;
-- ``layout_size(n_anchors, n_keys, dtype, settings) -> int``: length of the int32 layout that it
-  keeps for backward; dtype is the accumulation dtype;
+- ``layout_size(inputs) -> int``: length of the int32 layout that it keeps for backward, of which
+  it writes every number;
 - ``forward(inputs) -> (loss [N], stats [N, 3 or 5], layout)``;
 - ``backward(inputs, coef_i, coef_j, layout) -> gradient of x``; ``coef`` is stats times the
   upstream gradient, coef_j None where the anchors are the keys;
@@ -126,7 +126,7 @@ def _backward(coef_i, coef_j, layout, x, y, p, key_x, key_y, key_p, *scalars):
 def _forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, backend = _inputs(*operands)
     N, dtype = inputs.x.shape[0], inputs.dtype
-    size = backend_module(backend).layout_size(N, inputs.n_keys, dtype, inputs.settings)
+    size = backend_module(backend).layout_size(inputs)
     return (
         inputs.x.new_empty((N,), dtype=dtype),
         inputs.x.new_empty((N, inputs.columns), dtype=dtype),

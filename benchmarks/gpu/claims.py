@@ -1,6 +1,8 @@
 """What is claimed of the GPU backends, and what a run of ``make gpu`` says of each claim.
 
-A claim without its numbers is "not run", never met.
+A claim without its numbers is "not run", never met. Beyond 4,096 rows a speed is the device's, of
+steps as CUDA graphs: steps in a row wait for their host there, whatever the kernels do. What a user
+then gets of it in eager mode is a claim of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MET, MISSED, NOT_RUN = "met", "missed", "not run"
-OFF, COLLAPSED, BOTH = "7 years off", "collapsed", "forward+backward"
+OFF, COLLAPSED, BOTH, GRAPH = "7 years off", "collapsed", "forward+backward", "cuda graph"
 BF16, F32 = "bfloat16", "float32"
 Verdict = tuple[str, str]
 Row = dict[str, object]
@@ -84,14 +86,16 @@ def share(other: str, N: int, D: int = 128, **where: object) -> Value:
 
 def dense_rate(D: int) -> Value:
     """TFLOP/s of a step that visits every pair, of one product forward and two backward."""
-    return ratio(lambda rows: 6 * 65_536**2 * D / 1e12, time("triton", 65_536, D, regime=COLLAPSED))
+    step = time("triton", 65_536, D, regime=COLLAPSED, mode=GRAPH)
+    return ratio(lambda rows: 6 * 65_536**2 * D / 1e12, step)
 
 
 def wide_share(rows: Rows) -> float:
     """FLOP of the visited pairs, one product forward and two backward, over the product's rate."""
     where = dict(stage="speed", metric="visited pairs", D=2048)
     forward, backward = (rows.value(mode=mode, **where) for mode in ("forward", "backward"))
-    rate = 2 * 2048 * (forward + 2 * backward) / rows.time("triton", 16_384, 2048) / 1e12
+    seconds = rows.time("triton", 16_384, 2048, mode=GRAPH)
+    rate = 2 * 2048 * (forward + 2 * backward) / seconds / 1e12
     return rate / max(rows.value(metric="TFLOP/s"), 1e-12)
 
 
@@ -149,27 +153,30 @@ CLAIMS = [
             "test_non_finite", "test_row_strides", "test_memory"),
     }.items()),
     sanitizer("triton"),
-    limited("N=16384 D=128: speed of careful eager", "≥", 100, "×", speed_up("eager", 16_384),
-            ".0f"),
-    *(limited(f"N=65536 D={d}: time over one q @ q.T", "≤", 0.5, "", share("q @ q.T", 65_536, d))
-      for d in (128, 512)),
-    *(limited(f"collapsed, N=65536 D={d}: 6·N²·D over time", "≥", limit, " TFLOP/s",
+    limited("N=16384: speed of careful eager, both as graphs", "≥", 100, "×",
+            speed_up("eager", 16_384, mode=GRAPH), ".0f"),
+    limited("N=16384: speed of careful eager, with the host", "≥", 10, "×",
+            speed_up("eager", 16_384), ".0f"),
+    *(limited(f"N=65536 D={d}: time over q @ q.T, graphs", "≤", 0.5, "",
+              share("q @ q.T", 65_536, d, mode=GRAPH)) for d in (128, 512)),
+    *(limited(f"collapsed, N=65536 D={d}: 6·N²·D over graph's time", "≥", limit, " TFLOP/s",
               dense_rate(d), ".0f") for d, limit in ((128, 350), (512, 450))),
-    limited("collapsed, D=128: time over a dense pass", "≤", 1.15, "",
-            share("dense fused", 65_536, regime=COLLAPSED)),
-    limited("N=16384 D=2048: rate on visited pairs over mm's", "≥", 0.6, "", wide_share),
+    limited("collapsed, D=128: time over a dense pass, graphs", "≤", 1.15, "",
+            share("dense fused", 65_536, regime=COLLAPSED, mode=GRAPH)),
+    limited("N=16384 D=2048: graph's rate on visited pairs / mm", "≥", 0.6, "", wide_share),
     limited("N=1048576 D=128: one step", "≤", 1, " s", time("triton", 2**20)),
     limited("N=1048576 D=128: extra memory over the features", "≤", 4, "", memory_share, ".2f"),
     *(limited(f"N={n}: time over careful eager{name}", "≤", 0.25, "", share("eager", n, mode=mode))
-      for mode, name in ((BOTH, ""), ("cuda graph", ", both as graphs")) for n in (128, 256, 512)),
-    *(limited(f"N={n} D=128: speed of {name}", "≥", 5, "×", speed_up(name, n, stage="compare"),
-              ".1f")
+      for mode, name in ((BOTH, ""), (GRAPH, ", both as graphs")) for n in (128, 256, 512)),
+    *(limited(f"N={n}: speed of {name}, both as graphs", "≥", 5, "×",
+              speed_up(name, n, stage="compare", mode=GRAPH), ".1f")
       for name in ("dense fused", "memeff", "siglip-kernel") for n in (16_384, 65_536)),
     Claim("cuda", "csrc/ is built by nvcc there", "built", built),
     tests("cuda", "its tests: values, bits, no sync, graphs", "cuda-tests"),
     sanitizer("cuda"),
-    *(limited(f"N=16384 D=128 {dtype}: time over Triton's", "≤", limit, "",
-              ratio(*(time(p, 16_384, stage="cuda", dtype=dtype) for p in ("cuda", "triton"))),
+    *(limited(f"N=16384 {dtype}: time over Triton's, graphs", "≤", limit, "",
+              ratio(*(time(p, 16_384, stage="cuda", dtype=dtype, mode=GRAPH)
+                      for p in ("cuda", "triton"))),
               ".2f", "cuda") for dtype, limit in ((BF16, 3), (F32, 2))),
     *(tests("pytorch", text, "integration", *names) for text, names in {
         "opcheck of both operators": ("test_opcheck",),

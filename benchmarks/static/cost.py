@@ -49,6 +49,7 @@ from .machine import MachineCode, is_tensor_core, opcode, product_flop
 from .passes import (
     anchor_tiles,
     is_of_few_rows,
+    is_product,
     phases_of,
     programs_per_tile,
     sweep_of,
@@ -151,7 +152,7 @@ class Model:
         """Full and edge tiles; of a product for wide features, of one tile of anchors."""
         if sweep_of(self.launch) == "both":
             return (TYPICAL,) * 4
-        return (1 if "BLOCK_K" in self.launch.arguments else TYPICAL), TYPICAL
+        return (1 if is_product(self.launch) else TYPICAL), TYPICAL
 
     def l2_share(self, n_programs: int) -> float:
         return min(L2_BANDWIDTH / CLOCK / min(n_programs, SMS), L2_PORT)

@@ -27,7 +27,7 @@ def programs_per_tile(launch: Launch) -> int:
     """Programs that share a tile of anchors: its key tiles, or the columns of its product."""
     if "list_ptr" in launch.arguments:
         _, here, _ = window_of(launch)
-        return columns_of(launch) if "BLOCK_K" in launch.arguments else -(-sum(here) // len(here))
+        return columns_of(launch) if is_product(launch) else -(-sum(here) // len(here))
     return launch.arguments.get("n_slots", 1)
 
 
@@ -41,14 +41,19 @@ def _visits(launch: Launch, sweep: str | None) -> tuple[tuple[int, int], ...]:
     )  # fmt: skip
 
 
+def is_product(launch: Launch) -> bool:
+    """The second phase of wide features."""
+    return "BLOCK_K" in launch.arguments and "q_i_ptr" not in launch.arguments
+
+
 def columns_of(launch: Launch) -> int:
     """Programs that share the columns of a product for wide features."""
     return launch.arguments["D_PAD"] // launch.arguments["BLOCK_D"]
 
 
 def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
-    """Of a window of the list for wide features: its sweep, the tiles of keys of each tile of
-    anchors that has some in it, and their share of the sweep's.
+    """Of a window of the list for wide features: its sweep, the tiles of keys of each entry that
+    has some in it, and their share of the sweep's.
     """
     given = launch.arguments
     first, window = given["first"], given["window"]
@@ -59,7 +64,15 @@ def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
         of_all = len(counts["positives"]) * -(-given["n_keys"] // given["BLOCK_J"])
         start = -(-of_all // window) * window
     sweep, at = ("negatives", start) if first >= start else ("positives", 0)
-    ends = itertools.accumulate(counts[sweep], initial=at)
+    piece = given["piece"]
+    ends = itertools.accumulate(
+        (
+            min(max(n - before, 0), piece)
+            for before in range(0, max(counts[sweep]), piece)
+            for n in counts[sweep]
+        ),
+        initial=at,
+    )
     here = itertools.pairwise(min(max(end - first, 0), window) for end in ends)
     here = tuple(b - a for a, b in here if b > a)
     return sweep, here, sum(here) / max(sum(counts[sweep]), 1)
@@ -108,10 +121,10 @@ def _shares(launch: Launch, sweep: str) -> tuple[tuple[int, int], ...]:
 
 def _turns(launch: Launch) -> tuple[tuple[int, int], ...]:
     """Of each program of a launch for wide features: none and the tiles of pairs of its scores; the
-    tiles of anchors of its products, once for each of their columns, and their tiles of pairs.
+    entries of its products, once for each of their columns, and their tiles of pairs.
     """
     n_programs, (_, here, _) = launch.grid[0], window_of(launch)
-    if "BLOCK_K" not in launch.arguments:
+    if not is_product(launch):
         return tuple((0, len(range(p, sum(here), n_programs))) for p in range(n_programs))
     items = [n for n in here for _ in range(columns_of(launch))]
     return tuple(
@@ -139,7 +152,7 @@ def phases_of(
     if tree.nest.exponentials and has_pairs:
         yield "edge", list(_subtree(tree, given, 1.0)), 1.0
         return
-    if "BLOCK_K" in given:
+    if is_product(launch):
         (loop,) = (m for m in tree.loops if m.nest.has_product)
         yield "product", list(_products(loop, given, full, edge)), edge
         search = [m for m in tree.loops if m is not loop and edge]  # an empty window ends at once
@@ -171,8 +184,9 @@ def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
     features: of ``times`` tiles of anchors, in steps of a tile's keys.
     """
     if "BLOCK_K" in given:
-        yield loop, times
-        yield from ((child, n * (given["BLOCK_J"] // given["BLOCK_K"])) for child in loop.loops)
+        (entries,) = loop.loops
+        steps = n * (given["BLOCK_J"] // given["BLOCK_K"])
+        yield from ((loop, times), (entries, times), *((child, steps) for child in entries.loops))
         return
     known = _trips(loop.nest, given)
     if known is None:  # a part of D: so many columns, or chunks

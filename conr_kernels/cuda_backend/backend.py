@@ -101,11 +101,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     )
 
 
-def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
+def layout_size(inputs: Inputs) -> int:
     """What each sweep serves; then for each the keys' order, the anchors' key ids, the bands."""
-    if settings.variant.negatives == "all" or n_anchors * n_keys <= DENSE_PAIRS:
+    N, K = inputs.x.shape[0], inputs.n_keys
+    if inputs.settings.variant.negatives == "all" or N * K <= DENSE_PAIRS:
         return 0
-    return 2 + 2 * (n_keys + 3 * n_anchors)
+    return 2 + 2 * (K + 3 * N)
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,8 +158,7 @@ def _forward(
     x, _, _, w, _, self_offset, settings, n_absent = inputs
     N, dtype = x.shape[0], inputs.dtype
     stats = x.new_empty((N, inputs.columns), dtype=dtype)
-    size = layout_size(N, inputs.n_keys, dtype, settings)
-    layout = x.new_empty(size, dtype=torch.int32)
+    layout = x.new_empty(layout_size(inputs), dtype=torch.int32)
     w = None if w is None else w.to(dtype).contiguous()
     n_absent = None if n_absent is None else n_absent.long()
     _operators().forward(

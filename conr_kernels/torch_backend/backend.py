@@ -29,11 +29,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
+def layout_size(inputs: Inputs) -> int:
     """int32 words kept for backward: the weighted pairs of both masks, for small batches only."""
-    if n_keys != n_anchors or n_anchors > small.KEPT_ROWS:
+    N = inputs.x.shape[0]
+    if inputs.n_keys != N or N > small.KEPT_ROWS:
         return 0
-    return 2 * n_anchors * n_keys * dtype.itemsize // 4
+    return 2 * N * N * inputs.dtype.itemsize // 4
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..core.inputs import Inputs, Keys
 from ..variants import Settings
 from . import launch_dense as few
-from . import run_sweeps as many
+from . import launch_sweeps as many
 from .availability import unavailable
+from .call import layout_size as sweeps_layout_size
 from .launch import on_device, place_of
-from .launch_sweeps import layout_size as sweeps_layout_size
 
 __all__ = [
     "backward", "forward", "layout_size", "reduced", "reduced_gradient", "reduces",
@@ -27,13 +27,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def layout_size(n_anchors: int, n_keys: int, dtype: torch.dtype, settings: Settings) -> int:
-    """What ``few.kept_size`` or ``sweeps_layout_size`` says; between them D decides which it is."""
-    of_sweeps = sweeps_layout_size(n_anchors, n_keys)
-    if n_anchors * n_keys > few.DENSE_PAIRS:
-        return of_sweeps
-    of_dense = few.kept_size(n_anchors, n_keys) * (2 if dtype == torch.float64 else 1)
-    return of_dense if n_anchors * n_keys <= few.KEPT_PAIRS else max(of_dense, of_sweeps)
+def layout_size(inputs: Inputs) -> int:
+    """Of what the kernels for these rows write, all of which they do."""
+    N, K, keys, variant = inputs.x.shape[0], inputs.n_keys, inputs.keys, inputs.settings.variant
+    if N == 0:
+        return 0
+    if _are_few(inputs):
+        return few.kept_size(N, K) * (2 if inputs.dtype == torch.float64 else 1)
+    return sweeps_layout_size(N, K, keys is not None, variant.negatives == "confused")
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +44,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     N, x, dtype = inputs.x.shape[0], inputs.x, inputs.dtype
     loss = x.new_empty(N, dtype=dtype)
     stats = x.new_empty((N, inputs.columns), dtype=dtype)
-    size = layout_size(N, inputs.n_keys, dtype, inputs.settings)
-    layout = x.new_empty(size, dtype=torch.int32)
+    layout = x.new_empty(layout_size(inputs), dtype=torch.int32)
     if N > 0:
         on_device(_forward, x, inputs, (loss, stats, layout))
     return loss, stats, layout

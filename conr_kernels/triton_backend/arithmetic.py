@@ -70,6 +70,16 @@ def transposed(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sum_of_products(a, b):
+    """``Σ_k a_ik b_ik`` [rows], the same bits in every thread that holds a row's.
+
+    A plain product that a thread has one of is fused, unrounded, into the sum with another
+    thread's rounded one, and the other thread's the other way round: the two sums differ.
+    """
+    return tl.sum(tl.fma(a, b, 0.0), axis=1)
+
+
+@triton.jit
 def similarity(
     q_i, q_i_ptr, q_j, q_j_ptr, width, unit, D_PAD: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,

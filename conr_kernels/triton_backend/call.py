@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,32 @@ from .configs import HALVES_HEAVY, HEAVY, SHIFTED, Config, bucket, config, entry
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
 ROW_PAD = 128
+#: Of wide features' H_ij, bytes that are kept at a time: as many as the features', times
+#: WIDE_FEATURES, but from the first to the second of these, and for larger features half as many as
+#: theirs.
+WIDE_FEATURES = 4
+WORKSPACE = 2**27, 2**29
+#: Tiles of anchors that a window has however long bands are, and keys that each visits at least
+#: before the next tile takes its turn: few enough that L2 keeps the keys for all of them.
+PIECES = 128
+PIECE_KEYS = 8192
+#: The largest list in 32 bits.
+LIST_NUMBERS = 2**31 - 1
+
+
+class Windows(NamedTuple):
+    """Of the list of wide features' pairs of tiles: how many are a window; how many windows suffice
+    for any bands, before the negatives' copies replace the positives' and after; the number where
+    negatives begin at the earliest; tiles of keys of a piece; numbers of the list itself and their
+    dtype.
+    """
+
+    pairs: int
+    passes: tuple[int, int]
+    second: int
+    piece: int
+    of_list: int
+    dtype: torch.dtype
 
 
 class Form(NamedTuple):
@@ -87,6 +113,29 @@ class Call:
         #: Squares of differences must not be fused into the sum that follows.
         self.fusion = {"enable_fp_fusion": False} if self.pair_flags["RMSE"] else {}
 
+    def windows(self, chosen: Config, is_apart: bool) -> Windows:
+        itemsize = self.form.dtype.itemsize
+        n, n_j = tiles(self.N, chosen.BLOCK_I), padded(self.K) // chosen.BLOCK_J
+        features = max(self.N, self.K) * self.D * itemsize
+        least, most = WORKSPACE
+        kept = max(least, min(WIDE_FEATURES * features, max(most, features // 2)))
+        window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
+        piece = min(max(PIECE_KEYS // chosen.BLOCK_J, window // PIECES, 1), window)
+        of_list = 8 + 2 * ((7 + tiles(n_j, piece)) * n + 1)
+        dtype = torch.int32 if 2 * n * n_j + 3 * window <= LIST_NUMBERS else torch.int64
+        each = tiles(n * n_j, window)
+        if self.is_confused and not is_apart:
+            return Windows(window, (each, each), each * window, piece, of_list, dtype)
+        both = 2 * each
+        if self.L == 1:
+            # The negatives' keys are no more than those outside the label bands, so that both have
+            # every key once, and twice those at the borders of a tile of anchors: bands' ends grow
+            # from one tile to the next, and all the borders together have 2 K keys. The choice is
+            # made for ROW_PAD anchors; each of four ends adds less than a tile.
+            per_choice = ROW_PAD // chosen.BLOCK_I
+            both = min(both, tiles(n * (n_j + 4) + 3 * per_choice * n_j, window) + 1)
+        return Windows(window, (both, 0), 0, piece, of_list, dtype)
+
     def config(self, kind: str) -> Config:
         rows, key = [], (kind, self.form.architecture, self.D_bucket)
         is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
@@ -155,8 +204,26 @@ def architecture(device: torch.device) -> int:
     return 100 if major >= 10 else 90 if major == 9 else 80
 
 
+def _even(n: int, most: int) -> int:
+    """The size of equal parts of n, of ``most`` at most."""
+    return tiles(n, tiles(n, max(most, 1)))
+
+
+def limits_of_windows() -> tuple[Any, ...]:
+    return WIDE_FEATURES, WORKSPACE, PIECES, PIECE_KEYS, LIST_NUMBERS
+
+
 def padded(n: int) -> int:
     return math.ceil(n / ROW_PAD) * ROW_PAD
+
+
+def layout_size(n_anchors: int, n_keys: int, has_keys: bool, is_confused: bool) -> int:
+    """Of the sweeps: a head (the choice of sweep); the anchors' places among further keys; for each
+    order the keys, the bands, the keys' ranks and, with further keys, the anchors and their ranks.
+    """
+    anchors = padded(n_anchors)
+    order = 2 * padded(n_keys) + (4 if has_keys else 2) * anchors
+    return ROW_PAD + has_keys * anchors + (1 + is_confused) * order
 
 
 def tiles(n: int, block: int) -> int:

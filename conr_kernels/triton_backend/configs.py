@@ -12,13 +12,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of BLOCK_I anchors × BLOCK_J keys, chunk of BLOCK_D columns, and how it is launched."""
+    """Tile of BLOCK_I anchors × BLOCK_J keys, chunk of BLOCK_D columns, and how it is launched; the
+    most registers of a thread, where the compiler would take more than it needs.
+    """
 
     BLOCK_I: int
     BLOCK_J: int
     BLOCK_D: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @property
     def tiles(self) -> dict[str, int]:
@@ -26,7 +29,8 @@ class Config:
 
     @property
     def launch(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
 #: Largest D whose gradient tile stays in the registers.
@@ -60,7 +64,7 @@ _HALVES = {
         (None, 0, (128, 128, 64, 8, 3)),
         (80, None, (128, 64, None, 8, 2)),
         (None, 256, (64, 64, None, 4, 2)),
-        (90, 128, (64, 64, None, 4, 3)),
+        (90, 128, (64, 64, None, 4, 2)),
         (90, None, (64, 64, None, 4, 4)),
         (None, None, (128, 128, None, 8, 2)),
     ],
@@ -73,8 +77,8 @@ _HALVES = {
         (80, None, (64, 64, None, 8, 2)),
         (None, None, (128, 64, None, 8, 2)),
     ],
-    "wide": [(90, None, (128, 128, 64, 4, 3)), (None, None, (128, 64, 64, 8, 3))],
-    "product": [(90, None, (128, 64, 256, 8, 3)), (None, None, (128, 64, 128, 8, 3))],
+    "wide": [(90, None, (128, 128, 64, 8, 3, 128)), (None, None, (128, 64, 64, 8, 3))],
+    "product": [(90, None, (128, 64, 128, 8, 3, 128)), (None, None, (128, 64, 128, 8, 3))],
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
@@ -116,6 +120,7 @@ _FLOAT16 = {
         (None, 256, (64, 64, None, 8, 2)),
         *(row for row in _HALVES["backward"] if row[1] != 256),
     ],
+    "wide": [(90, None, (128, 128, 64, 4, 3)), *_HALVES["wide"]],
     "product": [(None, None, (128, 64, 128, 8, 3))],
 }
 #: 16-bit features with vector labels or a window near 0, whose pairs take more registers.
@@ -132,7 +137,10 @@ _HEAVY = {
 }
 #: 16-bit features with large exponents: two exponentials a pair.
 SHIFTED = "16-bit shifted"
-_SHIFTED = {"backward": [(90, 128, (64, 64, None, 4, 3))]}
+_SHIFTED = {
+    "backward": [(90, 128, (64, 64, None, 4, 3))],
+    "wide": [(90, None, (128, 128, 64, 4, 3))],
+}
 #: The same of float32 in halves.
 HALVES_HEAVY = "float32 highest heavy"
 _HALVES_HEAVY = {
@@ -151,7 +159,7 @@ TABLE = {
 }
 
 
-Entry = tuple[int, int, int | None, int, int]
+Entry = tuple[int | None, ...]
 
 
 @functools.cache
@@ -171,5 +179,5 @@ def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Conf
     found = entry(kind, architecture, D_bucket, arithmetic)
     if found is None:
         raise KeyError((kind, architecture, D_bucket, arithmetic))
-    block_i, block_j, block_d, num_warps, num_stages = found
-    return Config(block_i, block_j, block_d or D_bucket, num_warps, num_stages)
+    block_i, block_j, block_d, *launch = found
+    return Config(block_i, block_j, block_d or D_bucket, *launch)

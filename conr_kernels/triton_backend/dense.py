@@ -16,6 +16,7 @@ from .arithmetic import (
     finish_rows,
     rounded_statistics,
     store_columns,
+    sum_of_products,
 )
 
 #: Sections of ``kept`` and of the row sums start at multiples of this.
@@ -60,7 +61,10 @@ def _gram_tile(
 @triton.jit
 def _squares(x, dtype: tl.constexpr):
     wide = x.to(dtype)
-    return tl.sum(wide * wide, axis=1)
+    if x.dtype.primitive_bitwidth < 32:
+        return tl.sum(wide * wide, axis=1)  # the products are exact
+    else:
+        return sum_of_products(wide, wide)
 
 
 @triton.jit
@@ -233,7 +237,6 @@ def conr_dense_sums_kernel(
     first = part * per_part
     for tile_j in range(first, tl.minimum(first + per_part, n_tiles_j)):
         columns = tile_j * BLOCK_J + tl.arange(0, BLOCK_J)
-        is_key = columns < n_keys
         if IS_ONE_CHUNK:
             x_j = load_chunk(key_x_ptr, columns, n_keys, 0, D, BLOCK_D, UPCAST)
             gram = dot(x_i, tl.trans(x_j), None, PRECISION)
@@ -252,10 +255,10 @@ def conr_dense_sums_kernel(
         factor_i = (inverse_i.to(tl.float64) * scale).to(dtype)
         s_ij = (gram * factor_i[:, None]) * inverse_j[None, :]
         if tile_j == 0:
-            tl.store(kept_ptr + rows, inverse_i, mask=is_row)
-            tl.store(factor_ptr + rows, factor_i, mask=is_row)
+            tl.store(kept_ptr + rows, inverse_i, mask=rows < n_padded)
+            tl.store(factor_ptr + rows, factor_i, mask=rows < n_padded)
         if tile_i == 0:
-            tl.store(inverse_j_ptr + columns, inverse_j, mask=is_key)
+            tl.store(inverse_j_ptr + columns, inverse_j, mask=columns < padded(n_keys))
         if KEPT:
             offsets = rows.to(tl.int64)[:, None] * padded(n_keys) + columns[None, :]
             mask = is_row[:, None] & (columns < padded(n_keys))[None, :]

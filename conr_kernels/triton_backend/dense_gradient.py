@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import LN2, LOG2E, dot, scale_pair, to_base_2
+from .arithmetic import LN2, LOG2E, dot, scale_pair, sum_of_products, to_base_2
 from .dense import load_chunk, load_labels, padded, pairs_of_tile, store_total
 
 
@@ -144,7 +144,7 @@ def conr_dense_finish_kernel(
     inverse = tl.load(kept_ptr + rows, mask=is_row, other=0.0)
     q_i = load_chunk(x_ptr, rows, n_anchors, k, D, BLOCK_D, False).to(dtype) * inverse[:, None]
     if N_CHUNKS == 1:
-        radial = tl.sum(q_i * G, axis=1)
+        radial = sum_of_products(q_i, G)
     else:
         radial = tl.zeros((ROWS,), dtype)
         for _ in range(n_parts):

@@ -291,7 +291,7 @@ def conr_gradient_kernel(
     for _ in range(n_parts):
         G += tl.load(G_ptrs, mask=mask, other=0.0)
         G_ptrs += n_anchors.to(tl.int64) * D_PAD
-    G *= _factor(kappa, upstream_ptr).to(dtype)
+    G *= factor_of(kappa, upstream_ptr).to(dtype)
     q_i = unit_columns(x_ptr, inverse, row, 0, n_anchors, D, D_PAD)
     poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
     radial = tl.sum(q_i * G, axis=1)
@@ -299,7 +299,8 @@ def conr_gradient_kernel(
 
 
 @triton.jit
-def _factor(kappa, upstream_ptr):
+def factor_of(kappa, upstream_ptr):
+    """kappa, times the upstream gradient if there is one, in float64."""
     factor = tl.full((), kappa, tl.float64)
     if upstream_ptr is not None:
         factor *= tl.load(upstream_ptr).to(tl.float64)
@@ -343,7 +344,7 @@ def conr_backward_kernel(
         coef_i_ptr += behind * (5 if SHIFTED else 3)
         poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
         radial = tl.zeros((BLOCK_I,), dtype)
-        factor = _factor(kappa, upstream_ptr)
+        factor = factor_of(kappa, upstream_ptr)
         done = ()
         for c in tl.static_range(PARTS):
             part = parts[c] + load_sum(row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)

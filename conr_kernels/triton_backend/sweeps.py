@@ -28,6 +28,7 @@ from .layout import (
     count_of,
     key_tiles,
     padded,
+    ranks_of,
     sweep_of,
     tile_at,
 )
@@ -256,7 +257,7 @@ def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.c
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
 def conr_finish_kernel(
-    sums_ptr, n_ptr, poison_ptr, w_ptr, n_absent_ptr, rank_ptr, loss_ptr, stats_ptr,
+    sums_ptr, n_ptr, poison_ptr, w_ptr, n_absent_ptr, layout_ptr, loss_ptr, stats_ptr,
     n_anchors, n_keys, n_slots, push_scale: tl.float64,
     SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
     UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
@@ -264,8 +265,8 @@ def conr_finish_kernel(
 ):  # fmt: skip
     """Losses and statistics of ROWS rows from at most SLOTS parts of their sums; a program each.
 
-    Statistics [N, 3 or 5]; or, where the rows' ranks are given, as the gradient reads them: [3 or
-    5, N padded] for each of the ORDERS. What is not finite among further keys is shared out to all
+    Statistics [N, 3 or 5]; or, where the layout is given, as the gradient reads them: [3 or 5, N
+    padded] for each of the ORDERS. What is not finite among further keys is shared out to all
     rows.
     """
     pid = tl.program_id(0)
@@ -305,7 +306,7 @@ def conr_finish_kernel(
     tl.store(loss_ptr + rows, (loss + poison).to(dtype), mask=is_row)
     stats = rounded_statistics(alpha, beta, gamma, log_alpha, log_gamma, poison, dtype, SHIFTED)
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
-    if rank_ptr is None:
+    if layout_ptr is None:
         store_columns(stats_ptr + rows * COLUMNS, 1, is_row, stats, SHIFTED)
     else:
         alpha, beta, gamma, log_alpha, log_gamma = stats
@@ -313,10 +314,11 @@ def conr_finish_kernel(
             alpha, log_alpha = to_base_2(alpha, log_alpha)
             gamma, log_gamma = to_base_2(gamma, log_gamma)
         n_padded = padded(n_anchors).to(tl.int64)
+        rank_ptr, _, step = ranks_of(layout_ptr, n_anchors, n_keys, True)
         for _ in tl.static_range(ORDERS):
             # Rows behind the last have 0, in their own places.
             ptrs = stats_ptr + tl.load(rank_ptr + rows)
             columns = (alpha, beta, gamma, log_alpha, log_gamma)
             store_columns(ptrs, n_padded, rows < n_padded, columns, SHIFTED)
-            rank_ptr += n_padded
+            rank_ptr += step
             stats_ptr += COLUMNS * n_padded

@@ -2,7 +2,9 @@
 256): ``H_ij`` goes through memory, in phases over tiles that no program owns.
 
 The pairs of tiles that the sweeps visit stand in a list, the positives' before the negatives', and
-go through memory a window of the list at a time, which has pairs of one sweep only.
+go through memory a window of the list at a time, which has pairs of one sweep only. Where bands are
+long, a window has a piece of them, of many tiles of anchors: these share its keys, and their
+products are work for all multiprocessors.
 """
 
 import triton
@@ -11,6 +13,7 @@ import triton.language as tl
 from .arithmetic import dot, load_tile, similarity
 from .gradient import (
     coefficients_of,
+    factor_of,
     in_parts,
     load_sum,
     pair_gradients,
@@ -19,73 +22,114 @@ from .gradient import (
     store_sum,
     unit_columns,
 )
-from .layout import count_of, key_tiles, padded, sweep_of
+from .layout import count_of, key_tiles, padded, parts_of, sweep_of
 from .sweeps import anchors_of
+
+#: Numbers of the list's head, and of each tile of anchors.
+HEAD = tl.constexpr(8)
+PER_TILE = tl.constexpr(7)
+
+
+@triton.jit
+def _sizes_of(n_anchors, n_keys, piece, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """How many tiles of anchors there are, and the length of a sweep's part of the list."""
+    n_tiles = tl.cdiv(n_anchors, BLOCK_I)
+    n_pieces = tl.cdiv(padded(n_keys) // BLOCK_J, piece)
+    return n_tiles, (PER_TILE + n_pieces) * n_tiles + 1
 
 
 @triton.jit
 def _list_sweep(
-    list_ptr, start, layout_ptr, n_anchors, n_keys,
+    list_ptr, windows_ptr, start, n_tiles, layout_ptr, n_anchors, n_keys, window, piece,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n_tiles = tl.cdiv(n_anchors, BLOCK_I)
-    row = n_tiles + 1
-    for t in range(0, n_tiles, BLOCK):
-        tile = t + tl.arange(0, BLOCK)
-        is_tile = tile < n_tiles
-        every, _, _ = key_tiles(
-            tl.minimum(tile, n_tiles - 1), layout_ptr, n_anchors, n_keys,
-            NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J,
-        )  # fmt: skip
-        a0, a1, b0, _, _, _ = every
-        # Anchors that are no positives of themselves are not finite: NaN, whatever is left in G.
-        n = tl.where(is_tile, count_of(every), 0).to(tl.int64)
-        ptrs = list_ptr + tile
-        tl.store(ptrs, start + tl.cumsum(n, axis=0) - n, mask=is_tile)
-        tl.store(ptrs + row, a1 - a0, mask=is_tile)
-        tl.store(ptrs + 2 * row, a0, mask=is_tile)
-        tl.store(ptrs + 3 * row, b0 - (a1 - a0), mask=is_tile)
-        start += tl.sum(n, axis=0)
-    tl.store(list_ptr + n_tiles, start)
-    return start
+    """Writes a sweep's part; the number behind its last pair, and how many entries it has."""
+    n_entries, before = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    longest = before + 1
+    while before < longest:
+        for t in range(0, n_tiles, BLOCK):
+            tile = t + tl.arange(0, BLOCK)
+            is_tile = tile < n_tiles
+            every, full, _ = key_tiles(
+                tl.minimum(tile, n_tiles - 1), layout_ptr, n_anchors, n_keys,
+                NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J,
+            )  # fmt: skip
+            a0, a1, b0, _, _, _ = every
+            # Anchors that are no positives of themselves are not finite: NaN, whatever is in G.
+            n = tl.where(is_tile, count_of(every), 0)
+            longest = tl.maximum(longest, tl.max(n, axis=0))
+            if before == 0:
+                c0, c1, d0, d1, _, _ = full
+                numbers = (a1 - a0, a0, b0 - (a1 - a0), c0, c1, d0, d1)
+                for row in tl.static_range(PER_TILE):
+                    tl.store(list_ptr + row * n_tiles + tile, numbers[row], mask=is_tile)
+            n = tl.minimum(tl.maximum(n - before, 0), piece).to(tl.int64)
+            begin = start + tl.cumsum(n, axis=0) - n
+            entry = n_entries + tile
+            tl.store(list_ptr + PER_TILE * n_tiles + entry, begin, mask=is_tile)
+            at = tl.cdiv(begin, window)
+            tl.store(windows_ptr + at, entry, mask=is_tile & (at * window < begin + n))
+            start += tl.sum(n, axis=0)
+        n_entries += n_tiles
+        before += piece
+    tl.store(list_ptr + PER_TILE * n_tiles + n_entries, start)
+    return start, n_entries
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "window", "second"])
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "window", "piece", "second"])
 def conr_wide_list_kernel(
-    layout_ptr, list_ptr, n_anchors, n_keys, window, second,
+    layout_ptr, list_ptr, windows_ptr, n_anchors, n_keys, window, piece, second,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The list [2, 4, n_tiles + 1], of each tile of anchors and behind the last: the number of its
-    first pair; how many tiles of keys its first piece has, where that begins, and where the second
-    would if it counted from the first's begin. The negatives' numbers begin with a window, not
-    before ``second``. One program.
+    """The list: a head (the number of the negatives' first pair; those behind each sweep's last
+    pair; both sweeps' numbers of entries), and each sweep's part: of each tile of anchors how many
+    tiles of keys its first run has, where that begins, and where the second would if it counted
+    from the first's begin, and the two runs of full tiles; of each entry the number of its first
+    pair. Entries are the first ``piece`` tiles of keys, no more than a window, of every tile of
+    anchors, then the next ones of every tile, …
+
+    The negatives' numbers begin with a window, not before ``second``. Windows: the entry that each
+    begins in. One program.
     """
-    start = _list_sweep(
-        list_ptr, tl.zeros((), tl.int64), layout_ptr, n_anchors, n_keys,
+    n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
+    end, n_entries = _list_sweep(
+        list_ptr + HEAD, windows_ptr, tl.zeros((), tl.int64), n_tiles,
+        layout_ptr, n_anchors, n_keys, window, piece,
         False, CONFUSED, SAME, L, BLOCK_I, BLOCK_J, BLOCK,
     )  # fmt: skip
-    start = tl.maximum(tl.cdiv(start, window) * window, second)
-    list_ptr += 4 * (tl.cdiv(n_anchors, BLOCK_I) + 1)
-    _list_sweep(
-        list_ptr, start, layout_ptr, n_anchors, n_keys,
+    start = tl.maximum(tl.cdiv(end, window) * window, second)
+    tl.store(list_ptr, start)
+    tl.store(list_ptr + 1, end)
+    tl.store(list_ptr + 3, n_entries)
+    end, n_entries = _list_sweep(
+        list_ptr + HEAD + size, windows_ptr, start, n_tiles,
+        layout_ptr, n_anchors, n_keys, window, piece,
         True, CONFUSED, SAME, L, BLOCK_I, BLOCK_J, BLOCK,
     )  # fmt: skip
+    tl.store(list_ptr + 2, end)
+    tl.store(list_ptr + 4, n_entries)
 
 
 @triton.jit
-def _window(layout_ptr, list_ptr, n_tiles, first, window):
+def _window(layout_ptr, list_ptr, windows_ptr, first, window, size):
     """Of ``window`` pairs from the ``first`` on: whether they are negatives', and in the order of
-    the predictions; their sweep's part of the list, the first and how many there are.
+    the predictions; their sweep's part of the list; the first, how many there are, the entry that
+    they begin in and the last that may have some, and how many entries the sweep has.
     """
-    first = first.to(tl.int64)
-    sweep = 4 * (n_tiles + 1)
-    negatives = first >= tl.load(list_ptr + sweep)
-    list_ptr += tl.where(negatives, sweep, 0)
-    n = tl.load(list_ptr + n_tiles) - first
+    windows_ptr += first // window
+    entry, following = tl.load(windows_ptr), tl.load(windows_ptr + 1)
+    n_positives, n_negatives = tl.load(list_ptr + 3), tl.load(list_ptr + 4)
+    negatives = first >= tl.load(list_ptr)
+    end = tl.where(negatives, tl.load(list_ptr + 2), tl.load(list_ptr + 1)).to(tl.int64)
     is_other = negatives & (tl.load(layout_ptr) == 0)
-    return negatives, is_other, list_ptr, first, tl.minimum(tl.maximum(n, 0), window).to(tl.int32)
+    n_entries = tl.where(negatives, n_negatives, n_positives).to(tl.int32)
+    first = first.to(tl.int64)
+    n = tl.minimum(tl.maximum(end - first, 0), window).to(tl.int32)
+    last = tl.where(first + window < end, following, n_entries - 1)
+    list_ptr += HEAD + tl.where(negatives, size, 0)
+    return negatives, is_other, list_ptr, first, n, entry, last, n_entries
 
 
 @triton.jit
@@ -93,63 +137,106 @@ def _anchors_order(
     layout_ptr, n_anchors, n_keys, is_other, CONFUSED: tl.constexpr, SAME: tl.constexpr
 ):  # fmt: skip
     """The order of the anchors' labels, or that of their predictions."""
-    _, order_ptr, _, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, CONFUSED, SAME)
+    _, order_ptr, _, _, _, step = parts_of(layout_ptr, n_anchors, n_keys, SAME)
     if CONFUSED:
-        order_ptr += tl.where(is_other, padded(n_keys) if SAME else padded(n_anchors), 0)
+        order_ptr += tl.where(is_other, step, 0)
     return order_ptr
 
 
 @triton.jit
-def _tile_of(number, list_ptr, n_tiles):
-    """The tile of anchors of a pair of tiles: the last one that does not begin behind it."""
-    n = 0
-    for t in range(0, n_tiles, 1024):
-        tile = t + tl.arange(0, 1024)
-        starts = tl.load(list_ptr + tile, mask=tile < n_tiles, other=2**62)
-        n += tl.sum((starts <= number).to(tl.int32), axis=0)
-    return n - 1
+def _entry_of(number, entry, starts_ptr, n_entries):
+    """The entry of a pair of tiles: the last one that does not begin behind it; from one on that
+    does not.
+    """
+    BLOCK: tl.constexpr = 256
+    n = tl.full((), BLOCK, tl.int32)
+    while n == BLOCK:
+        later = entry + 1 + tl.arange(0, BLOCK)
+        is_entry = later < n_entries
+        starts = tl.load(starts_ptr + later, mask=is_entry, other=0)
+        n = tl.sum((is_entry & (starts <= number)).to(tl.int32), axis=0)
+        entry += n
+    return entry
 
 
 @triton.jit
-def _keys_of(tile, list_ptr, n_tiles):
-    """A tile of anchors' first pair, and what ``_key_at`` takes."""
-    ptr, row = list_ptr + tile, n_tiles + 1
-    return tl.load(ptr), (tl.load(ptr + row), tl.load(ptr + 2 * row), tl.load(ptr + 3 * row))
+def _is_full(tile_j, tile, list_ptr, n_tiles):
+    """Whether every pair of a tile lies in the anchors' bands, and none is an anchor's own."""
+    ptr = list_ptr + tile + 3 * n_tiles
+    c0, c1 = tl.load(ptr), tl.load(ptr + n_tiles)
+    d0, d1 = tl.load(ptr + 2 * n_tiles), tl.load(ptr + 3 * n_tiles)
+    return ((c0 <= tile_j) & (tile_j < c1)) | ((d0 <= tile_j) & (tile_j < d1))
 
 
 @triton.jit
-def _key_at(t, pieces, BLOCK_J: tl.constexpr):
-    """The first key of the t-th tile."""
-    n_a, a, b = pieces
-    return (t + tl.where(t < n_a, a, b)) * BLOCK_J
+def _store_gradients(
+    s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys, H_ptr,
+    H_scale_ptr, slot, NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, RESCALE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``H_ij`` of a tile, to its slot of H."""
+    # Of all columns at once, what the pairs need would spill.
+    PARTS: tl.constexpr = 4 if s_ij.shape[1] > 64 else 1
+    WIDTH: tl.constexpr = s_ij.shape[1] // PARTS
+    H_ptr += slot * (s_ij.shape[0] * s_ij.shape[1])
+    of_anchors = coefficients_of(coef_ptrs, n_padded, NEGATIVES, SHIFTED, INSIDE)
+    parts = in_parts(s_ij, PARTS)
+    done, largest = (), tl.zeros((s_ij.shape[0],), s_ij.dtype)
+    for c in tl.static_range(PARTS):
+        H_ij = pair_gradients(
+            parts[c], anchors, of_anchors, j0 + c * WIDTH, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
+            NEGATIVES, EDGE, CONFUSED, L, RMSE, SHIFTED, INSIDE, PUSHING, WIDTH,
+        )  # fmt: skip
+        if RESCALE:
+            largest = tl.maximum(largest, tl.max(tl.abs(H_ij), axis=1))
+            done = done + (H_ij,)
+        else:
+            _store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K)
+        if PARTS > 1:
+            tl.debug_barrier()
+    if RESCALE:
+        scale = tl.where(largest > 1e-30, largest, 1.0)
+        tl.store(H_scale_ptr + slot * s_ij.shape[0] + tl.arange(0, s_ij.shape[0]), scale)
+        for c in tl.static_range(PARTS):
+            _store_part(H_ptr, done[c] * (1.0 / scale)[:, None], c * WIDTH, BLOCK_K)
+            if PARTS > 1:
+                tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "apart"])
+@triton.jit
+def _store_part(H_ptr, H_ij, first, BLOCK_K: tl.constexpr):
+    rows, columns = tl.arange(0, H_ij.shape[0]), first + tl.arange(0, H_ij.shape[1])
+    offsets = columns // BLOCK_K * (H_ij.shape[0] * BLOCK_K) + columns % BLOCK_K
+    H_ptrs = H_ptr + rows[:, None] * BLOCK_K + offsets[None, :]
+    tl.store(H_ptrs, H_ij.to(H_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "piece", "apart"])
 def conr_wide_scores_kernel(
-    layout_ptr, list_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
-    coef_j_ptr, H_ptr, H_scale_ptr, n_anchors, n_keys, first, window, apart, width,
+    layout_ptr, list_ptr, windows_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr, y_j_ptr,
+    p_j_ptr, coef_j_ptr, H_ptr, H_scale_ptr, n_anchors, n_keys, first, window, piece, apart, width,
     h: tl.float64, push_scale: tl.float64,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
-    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``H_ij`` of the pairs of tiles from the ``first`` of the list on, H [window, BLOCK_I,
-    BLOCK_J]; programs take turns. The copies in the order of the predictions stand ``apart`` (1) or
-    in the place of the others (0).
+    """``H_ij`` of the pairs of tiles from the ``first`` of the list on, H [window, BLOCK_J /
+    BLOCK_K, BLOCK_I, BLOCK_K]; programs take turns. The copies in the order of the predictions
+    stand ``apart`` (1) or in the place of the others (0).
 
     In float16, H_ij is divided by its row's largest magnitude in the tile, which H_scale [window,
     BLOCK_I] keeps.
     """
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
-    # Of all columns at once, what the pairs need would spill.
-    PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
-    WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n_tiles = tl.cdiv(n_anchors, BLOCK_I)
-    negatives, is_other, list_ptr, first, n_here = _window(
-        layout_ptr, list_ptr, n_tiles, first, window
+    n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
+    negatives, is_other, list_ptr, first, n_here, entry, _, n_entries = _window(
+        layout_ptr, list_ptr, windows_ptr, first, window, size
     )
+    starts_ptr = list_ptr + PER_TILE * n_tiles
     _, _, self_ptr, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, CONFUSED, SAME)
     n_padded, behind = padded(n_anchors), tl.where(is_other, apart, 0).to(tl.int64)
     behind_i, behind_j = behind * n_padded, behind * padded(n_keys)
@@ -159,12 +246,17 @@ def conr_wide_scores_kernel(
     y_j_ptr += behind_j * L
     p_j_ptr += behind_j * L
     coef_j_ptr += behind_j * COLUMNS
-    rows, columns = tl.arange(0, BLOCK_I), tl.arange(0, WIDTH)
-    H_ptrs = H_ptr + rows[:, None] * BLOCK_J + columns[None, :]
+    rows = tl.arange(0, BLOCK_I)
     for number in range(first + tl.program_id(0), first + n_here, tl.num_programs(0)):
-        tile = _tile_of(number, list_ptr, n_tiles)
-        begin, pieces = _keys_of(tile, list_ptr, n_tiles)
-        j0 = _key_at(number - begin, pieces, BLOCK_J)
+        entry = _entry_of(number, entry, starts_ptr, n_entries)
+        tile = entry % n_tiles
+        t = number - tl.load(starts_ptr + entry) + entry // n_tiles * piece
+        n_a, a, b = _runs_of(tile, list_ptr, n_tiles)
+        tile_j = t + tl.where(t < n_a, a, b)
+        j0 = tile_j * BLOCK_J
+        is_full = False
+        if L == 1:
+            is_full = _is_full(tile_j, tile, list_ptr, n_tiles)
         anchors = anchors_of(
             tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
         )
@@ -174,44 +266,38 @@ def conr_wide_scores_kernel(
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         coef_ptrs = coef_i_ptr + tile * BLOCK_I + rows
-        parts = in_parts(s_ij, PARTS)
-        done, largest = (), tl.zeros((BLOCK_I,), dtype)
-        for c in tl.static_range(PARTS):
-            j = j0 + c * WIDTH
-            if negatives:
-                of_anchors = coefficients_of(coef_ptrs, n_padded, True, SHIFTED, False)
-                H_ij = pair_gradients(
-                    parts[c], anchors, of_anchors, j, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                    True, True, CONFUSED, L, RMSE, SHIFTED, False, PUSHING, WIDTH,
-                )  # fmt: skip
-            else:
-                of_anchors = coefficients_of(coef_ptrs, n_padded, False, SHIFTED, INSIDE)
-                H_ij = pair_gradients(
-                    parts[c], anchors, of_anchors, j, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                    False, True, False, L, RMSE, SHIFTED, INSIDE, "none", WIDTH,
-                )  # fmt: skip
-            if RESCALE:
-                largest = tl.maximum(largest, tl.max(tl.abs(H_ij), axis=1))
-            done = done + (H_ij,)
-            if PARTS > 1:
-                tl.debug_barrier()
-        if RESCALE:
-            scale = tl.where(largest > 1e-30, largest, 1.0)
-            tl.store(H_scale_ptr + (number - first) * BLOCK_I + rows, scale)
-        at = (number - first) * (BLOCK_I * BLOCK_J)
-        for c in tl.static_range(PARTS):
-            H_ij = done[c]
-            if RESCALE:
-                H_ij *= (1.0 / scale)[:, None]
-            tl.store(H_ptrs + at + c * WIDTH, H_ij.to(H_ptr.dtype.element_ty))
-            if PARTS > 1:
-                tl.debug_barrier()
+        slot = number - first
+        if negatives:
+            _store_gradients(
+                s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
+                H_ptr, H_scale_ptr, slot, True, True, CONFUSED, L, RMSE, SHIFTED, False, PUSHING,
+                RESCALE, BLOCK_K,
+            )  # fmt: skip
+        elif is_full:
+            _store_gradients(
+                s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
+                H_ptr, H_scale_ptr, slot, False, False, False, L, RMSE, SHIFTED, INSIDE, "none",
+                RESCALE, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _store_gradients(
+                s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
+                H_ptr, H_scale_ptr, slot, False, True, False, L, RMSE, SHIFTED, INSIDE, "none",
+                RESCALE, BLOCK_K,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "apart"])
+@triton.jit
+def _runs_of(tile, list_ptr, n_tiles):
+    """The runs of keys of a tile of anchors, as the list has them."""
+    ptr = list_ptr + tile
+    return tl.load(ptr), tl.load(ptr + n_tiles), tl.load(ptr + 2 * n_tiles)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "piece", "apart"])
 def conr_wide_product_kernel(
-    layout_ptr, list_ptr, q_j_ptr, H_ptr, H_scale_ptr, G_ptr, G_rest_ptr,
-    n_anchors, n_keys, first, window, apart,
+    layout_ptr, list_ptr, windows_ptr, q_j_ptr, H_ptr, H_scale_ptr, G_ptr, G_rest_ptr,
+    n_anchors, n_keys, first, window, piece, apart,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -222,60 +308,69 @@ def conr_wide_product_kernel(
     """
     N_BLOCKS: tl.constexpr = D_PAD // BLOCK_D
     STEPS: tl.constexpr = BLOCK_J // BLOCK_K
-    PARTS: tl.constexpr = 4 if BLOCK_D > 128 else 1
+    PARTS: tl.constexpr = 4 if BLOCK_D > 64 else 1
     WIDTH: tl.constexpr = BLOCK_D // PARTS
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n_tiles = tl.cdiv(n_anchors, BLOCK_I)
-    negatives, is_other, list_ptr, first, n_here = _window(
-        layout_ptr, list_ptr, n_tiles, first, window
+    n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
+    negatives, is_other, list_ptr, first, n_here, first_entry, last_entry, _ = _window(
+        layout_ptr, list_ptr, windows_ptr, first, window, size
     )
+    starts_ptr = list_ptr + PER_TILE * n_tiles
     order_ptr = _anchors_order(layout_ptr, n_anchors, n_keys, is_other, CONFUSED, SAME)
     q_j_ptr += tl.where(is_other, apart, 0).to(tl.int64) * padded(n_keys) * D_PAD
     rows = tl.arange(0, BLOCK_I)
-    H_offsets = rows[:, None] * BLOCK_J + tl.arange(0, BLOCK_K)[None, :]
+    H_offsets = rows[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     if n_here > 0:
-        first_tile = _tile_of(first, list_ptr, n_tiles)
-        last_tile = _tile_of(first + n_here - 1, list_ptr, n_tiles)
-        n_items = (last_tile - first_tile + 1).to(tl.int64) * N_BLOCKS
+        # All entries of a tile of anchors are one program's.
+        n_items = tl.minimum(last_entry - first_entry + 1, n_tiles) * N_BLOCKS
         for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-            tile, k = first_tile + item // N_BLOCKS, item % N_BLOCKS * BLOCK_D
-            begin, pieces = _keys_of(tile, list_ptr, n_tiles)
-            t0 = tl.maximum(first - begin, 0)
-            n = tl.minimum(tl.load(list_ptr + tile + 1), first + n_here) - begin - t0
-            slot = begin + t0 - first
-            G = tl.zeros((BLOCK_I, BLOCK_D), dtype)
-            for v in range((n * STEPS).to(tl.int32)):
-                t, key = v // STEPS, v % STEPS * BLOCK_K
-                j0 = _key_at(t0 + t, pieces, BLOCK_J) + key
-                H_ij = tl.load(H_ptr + (slot + t) * (BLOCK_I * BLOCK_J) + key + H_offsets)
-                q_j = load_tile(q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_D, PRECISION, UPCAST)
-                if UPCAST:
-                    H_ij = H_ij.to(tl.float32)
-                if RESCALE:
-                    scale = tl.load(H_scale_ptr + (slot + t) * BLOCK_I + rows)
-                    G += dot(H_ij, q_j, None, PRECISION) * scale[:, None]
-                else:
-                    G = dot(H_ij, q_j, G, PRECISION)
-            row = tl.load(order_ptr + tile * BLOCK_I + rows)
-            is_first = (t0 == 0) & (negatives == 0)
-            parts = in_parts(G, PARTS)
-            for c in tl.static_range(PARTS):
-                part = parts[c]
-                if is_first == 0:
-                    part += load_sum(row, k + c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)
-                store_sum(part, row, k + c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
-                if PARTS > 1:
-                    tl.debug_barrier()
+            own = first_entry + item // N_BLOCKS
+            k = item % N_BLOCKS * tl.full((), BLOCK_D, tl.int64)
+            tile = own % n_tiles
+            n_a, a, b = _runs_of(tile, list_ptr, n_tiles)
+            G, n_pairs = tl.zeros((BLOCK_I, BLOCK_D), dtype), tl.zeros((), tl.int64)
+            for entry in range(own, last_entry + 1, n_tiles):
+                start = tl.load(starts_ptr + entry).to(tl.int64)
+                begin = tl.maximum(start, first)
+                n = tl.minimum(tl.load(starts_ptr + entry + 1), first + n_here) - begin
+                key, slot = begin - start + entry // n_tiles * piece, begin - first
+                for v in range((n * STEPS).to(tl.int32)):
+                    step = key * STEPS + v
+                    j0 = step * BLOCK_K + tl.where(step < n_a * STEPS, a, b) * BLOCK_J
+                    H_ij = tl.load(H_ptr + (slot * STEPS + v) * (BLOCK_I * BLOCK_K) + H_offsets)
+                    q_j = load_tile(
+                        q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_D, PRECISION, UPCAST
+                    )
+                    if UPCAST:
+                        H_ij = H_ij.to(tl.float32)
+                    if RESCALE:
+                        scale = tl.load(H_scale_ptr + (slot + v // STEPS) * BLOCK_I + rows)
+                        G += dot(H_ij, q_j, None, PRECISION) * scale[:, None]
+                    else:
+                        G = dot(H_ij, q_j, G, PRECISION)
+                n_pairs += n
+            if n_pairs > 0:
+                is_first = (negatives == 0) & (own < n_tiles) & (tl.load(starts_ptr + own) >= first)
+                row = tl.load(order_ptr + tile * BLOCK_I + rows)
+                parts = in_parts(G, PARTS)
+                for c in tl.static_range(PARTS):
+                    part = parts[c]
+                    if is_first == 0:
+                        part += load_sum(row, k + c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)
+                    store_sum(part, row, k + c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
+                    if PARTS > 1:
+                        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "apart"])
 def conr_wide_gradient_kernel(
-    layout_ptr, coef_i_ptr, inverse_i_ptr, x_ptr, G_ptr, G_rest_ptr, gradient_ptr,
+    layout_ptr, coef_i_ptr, inverse_i_ptr, x_ptr, G_ptr, G_rest_ptr, upstream_ptr, gradient_ptr,
     n_anchors, n_keys, width, apart, kappa: tl.float64,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of ROWS rows from G, whose memory it may share; a program each.
+    """The gradient of ROWS rows from G, whose memory it may share, times the upstream gradient
+    where the coefficients are without; a program each.
 
     The radial part is that of G, from H_ij as it was rounded: nearly parallel features leave little
     else.
@@ -286,15 +381,19 @@ def conr_wide_gradient_kernel(
     row, inverse = tl.load(order_ptr + rows), tl.load(inverse_i_ptr + rows)
     dtype: tl.constexpr = inverse.dtype
     poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
-    factor = tl.full((), kappa, dtype)
-    radial = tl.zeros((ROWS,), dtype)
-    for k in range(0, width, CHUNK):
-        G = load_sum(row, k, G_ptr, G_rest_ptr, n_anchors, D, CHUNK)
-        q_i = unit_columns(x_ptr, inverse, row, k, n_anchors, D, CHUNK)
-        radial += tl.sum(q_i * G, axis=1)
-    for k in range(0, width, CHUNK):
-        G = load_sum(row, k, G_ptr, G_rest_ptr, n_anchors, D, CHUNK)
-        q_i = unit_columns(x_ptr, inverse, row, k, n_anchors, D, CHUNK)
-        store_gradient(
-            G * factor, q_i, row, k, radial * factor, inverse, poison, gradient_ptr, n_anchors, D
-        )
+    factor = factor_of(kappa, upstream_ptr).to(dtype)
+    if D <= CHUNK:
+        G = load_sum(row, 0, G_ptr, G_rest_ptr, n_anchors, D, CHUNK) * factor
+        q_i = unit_columns(x_ptr, inverse, row, 0, n_anchors, D, CHUNK)
+        radial = tl.sum(q_i * G, axis=1)
+        store_gradient(G, q_i, row, 0, radial, inverse, poison, gradient_ptr, n_anchors, D)
+    else:
+        radial = tl.zeros((ROWS,), dtype)
+        for k in range(0, width, CHUNK):
+            G = load_sum(row, k, G_ptr, G_rest_ptr, n_anchors, D, CHUNK) * factor
+            q_i = unit_columns(x_ptr, inverse, row, k, n_anchors, D, CHUNK)
+            radial += tl.sum(q_i * G, axis=1)
+        for k in range(0, width, CHUNK):
+            G = load_sum(row, k, G_ptr, G_rest_ptr, n_anchors, D, CHUNK) * factor
+            q_i = unit_columns(x_ptr, inverse, row, k, n_anchors, D, CHUNK)
+            store_gradient(G, q_i, row, k, radial, inverse, poison, gradient_ptr, n_anchors, D)

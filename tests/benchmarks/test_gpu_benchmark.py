@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.gpu import __main__ as main
 from benchmarks.gpu import claims, plan, rows, steps
 from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
@@ -164,10 +165,13 @@ def test_a_run_says_what_it_plans_and_stops_at_its_limit(monkeypatch, record, ca
         now[0] += seconds
 
     monkeypatch.setattr(main, "run_together", take)
-    main.run_stages(["speed", "compare", "tune"], record, 70.0)
+    names = ["speed", "compare", "tune"]
+    of = {stage.name: stage.seconds for stage in plan.STAGES}
+    main.run_stages(names, record, 70.0)
     out = capsys.readouterr().out
-    assert now[0] <= 70.0 - plan.PICTURE and list(given) == ["speed", "compare", "tune"]
-    assert f"{60 * 80 / 155:6.0f} s  speed" in out
+    assert now[0] <= 70.0 - plan.PICTURE and list(given) == names
+    share = (70 - plan.PICTURE) / sum(of[name] for name in names)
+    assert f"{share * of['speed']:6.0f} s  speed" in out
     main.run_stages(["speed"], record, plan.PICTURE + plan.LEAST - 1)
     assert [row["note"] for row in record.rows if row["metric"] == "not run"] == ["no time left"]
 
@@ -198,28 +202,33 @@ def verdict(text: str, rows: list[dict[str, object]]) -> tuple[str, str]:
 
 
 def test_verdicts_of_ratios():
-    claim = "N=16384 D=128: speed of careful eager"
-    assert verdict(claim, []) == ("", "not run")
-    assert verdict(claim, [time_row("triton", 1e-3)]) == ("", "not run")
-    rows = [time_row("triton", 1e-3), time_row("eager", 0.2)]
-    assert verdict(claim, rows) == ("200×", "met")
-    assert verdict(claim, [time_row("triton", 1e-3), time_row("eager", 0.09)]) == ("90×", "missed")
-    other_run = [time_row("triton", 1e-3), time_row("eager", 0.2, stage="grid")]
+    claim = "N=16384: speed of careful eager, both as graphs"
+    with_host = "N=16384: speed of careful eager, with the host"
+    steps = [time_row("triton", 1e-3), time_row("eager", 0.0163)]
+    graphs = [row | {"mode": claims.GRAPH} for row in steps]
+    assert verdict(claim, []) == verdict(claim, steps) == verdict(claim, graphs[:1])
+    assert verdict(claim, steps) == ("", "not run")
+    assert verdict(with_host, steps) == ("16×", "met")
+    assert verdict(with_host, graphs) == ("", "not run")
+    assert verdict(claim, steps + graphs) == ("16×", "missed")
+    graphs[0]["value"] = 1e-4
+    assert verdict(claim, steps + graphs) == ("163×", "met")
+    other_run = [row | {"stage": "grid"} for row in graphs]
     assert verdict(claim, other_run) == ("", "not run")
-    graphs = [time_row(p, t, N=256, mode="cuda graph") for p, t in (("triton", 1), ("eager", 5))]
-    assert verdict("N=256: time over careful eager, both", graphs) == ("0.200", "met")
-    assert claims.decided(claims.Rows(rows), True)[6]["verdict"] == "rehearsed"
+    few = [time_row(p, t, N=256, mode="cuda graph") for p, t in (("triton", 1), ("eager", 5))]
+    assert verdict("N=256: time over careful eager, both", few) == ("0.200", "met")
+    assert claims.decided(claims.Rows(graphs), True)[6]["verdict"] == "rehearsed"
 
 
 def test_verdicts_of_rates_and_memory():
     t = 6 * 65_536**2 * 128 / 400e12
-    collapsed = time_row("triton", t, N=65_536, regime=claims.COLLAPSED)
+    collapsed = time_row("triton", t, N=65_536, regime=claims.COLLAPSED, mode=claims.GRAPH)
     assert verdict("collapsed, N=65536 D=128: 6", [collapsed]) == ("400 TFLOP/s", "met")
     wide = dict(stage="speed", metric="visited pairs", D=2048, value=1e8)
     rows = [
         wide | {"mode": "forward"},
         wide | {"mode": "backward"},
-        time_row("triton", 2 * 2048 * 3e8 / 400e12, D=2048),
+        time_row("triton", 2 * 2048 * 3e8 / 400e12, D=2048, mode=claims.GRAPH),
         dict(stage="speed", metric="TFLOP/s", value=800.0),
     ]
     assert verdict("N=16384 D=2048", rows) == ("0.500", "missed")
@@ -292,3 +301,17 @@ def test_the_steps_time_and_the_devices_stand_side_by_side():
     head, line = steps.table(claims.Rows(found)).splitlines()
     assert head.split()[-5:] == ["step,", "ms", "device,", "ms", "MiB"]
     assert line.split()[-3:] == ["2", "1", "4"]
+
+
+def test_the_readmes_table_has_ours_beside_eager_and_the_bare_product(tmp_path):
+    ours = time_row("triton", 2e-3)
+    found = [ours, ours | {"mode": steps.GRAPH, "value": 1e-3}, time_row("eager", 8e-3),
+             time_row("q @ q.T", 5e-4) | {"mode": steps.GRAPH},
+             ours | {"metric": "memory", "value": 2**22}]  # fmt: skip
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- GPU figures: how -->\nold\n<!-- end of GPU figures -->\nb\n")
+    report.write_figures(readme, "GPU figures", steps.markdown(claims.Rows(found)))
+    first, *_, line, _, end, last = readme.read_text().splitlines()
+    assert (first, end, last) == ("a", "<!-- end of GPU figures -->", "b")
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[3:] == ["2 ms", "**1 ms**", "4.0 MiB", "8 ms", "–", "–", "0.5 ms"]

@@ -39,7 +39,8 @@ BOOL = {True, False}
 CONSTANTS = {
     **dict.fromkeys(
         ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "UNIT_TERMS", "COUNT_SELF", "WEIGHTED_ROWS",
-         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT", "IN_HALVES"), BOOL,
+         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT",
+         "IN_HALVES"), BOOL,
     ),
     "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "fp16x3", "ieee"}, "L": {1, 3},
     # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.

@@ -25,8 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURES = ("75", "80", "90")
 
-#: Interpreters with other versions of PyTorch, of which CI has none: ``make abi PYTHONS="…"``.
+#: Interpreters with other versions of PyTorch, and folders ``torch/include`` of other versions, of
+#: which CI has none: ``make abi PYTHONS="…" HEADERS="…"``.
 OTHER_PYTHONS = os.environ.get("CONR_OTHER_PYTHONS", "").split()
+OTHER_HEADERS = os.environ.get("CONR_OTHER_HEADERS", "").split()
+#: PyTorch's macros that torch 2.10.0's headers define as every later version's do.
+MACROS_OF_2_10 = {
+    "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK",
+    "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK",
+}  # fmt: skip
+
+TARGET_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the extension is not built")
 needs_other_pythons = pytest.mark.skipif(
@@ -172,6 +181,31 @@ def test_only_the_stable_abi_of_torch_2_10_is_linked(build):
     assert not {s for s in symbols if s.startswith(("Py", "_Py"))}
 
 
+def compile_operators(headers: Path | str, output: Path, *options: str) -> None:
+    """``conr_ops.cpp`` for the host, with the headers of some PyTorch."""
+    command = ["g++", "-std=c++17", "-O0", "-c", "-DCONR_DISPATCH_KEY=CPU", *filter(None, options)]
+    command += [f"-I{folder}" for folder in (ROOT / "csrc", cuda_shim.SIMT)]
+    command += ["-isystem", str(headers), str(ROOT / "csrc/conr_ops.cpp"), "-o", str(output)]
+    subprocess.run(command, check=True)
+
+
+@pytest.mark.skipif(
+    not OTHER_HEADERS, reason="CONR_OTHER_HEADERS names no folder of another PyTorch's headers"
+)
+def test_the_operators_compile_with_the_headers_of_other_versions_of_pytorch(tmp_path):
+    for headers in OTHER_HEADERS:
+        output = tmp_path / "conr_ops.o"
+        compile_operators(headers, output, TARGET_2_10, "-Wall", "-Wextra", "-Werror")
+        assert not beyond_2_10(undefined_symbols(output))
+
+
+def test_only_macros_of_torch_2_10_are_used():
+    """Newer headers define more: STABLE_TORCH_ERROR_CODE_CHECK, which torch 2.11 does not know."""
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").iterdir())
+    used = set(re.findall(r"\b(?:STABLE|STD|TORCH|AOTI|C10)_[A-Z0-9_]+\b", sources))
+    assert used == MACROS_OF_2_10
+
+
 @pytest.mark.parametrize("targets_2_10", [True, False], ids=["2.10", "no target"])
 def test_the_target_version_keeps_out_what_torch_2_10_lacks(tmp_path, targets_2_10):
     """Without the target the same source asks for functions of the PyTorch it is compiled with."""
@@ -179,12 +213,9 @@ def test_the_target_version_keeps_out_what_torch_2_10_lacks(tmp_path, targets_2_
         pytest.skip(reason)
     if not targets_2_10 and torch.__version__.startswith("2.10."):
         pytest.skip("this PyTorch is 2.10: there is nothing newer to ask for")
-    package = ROOT / "csrc", cuda_shim.SIMT, Path(torch.__file__).parent / "include"
     output = tmp_path / "conr_ops.o"
-    target = ["-DTORCH_TARGET_VERSION=0x020a000000000000"] if targets_2_10 else []
-    command = ["g++", "-std=c++17", "-O0", "-c", "-DCONR_DISPATCH_KEY=CPU", *target]
-    command += [f"-I{folder}" for folder in package] + [str(ROOT / "csrc/conr_ops.cpp")]
-    subprocess.run([*command, "-o", str(output)], check=True)
+    target = TARGET_2_10 if targets_2_10 else ""
+    compile_operators(Path(torch.__file__).parent / "include", output, target)
     assert bool(beyond_2_10(undefined_symbols(output))) is not targets_2_10
 
 

@@ -6,6 +6,8 @@ that the tests themselves are tried (test_benchmarks.py).
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from benchmarks.gpu import device
 from conr_kernels import conr_loss
 from conr_kernels.backends import choose_backend
+from conr_kernels.triton_backend import launch_sweeps
 
 WHY_NOT = device.reason_against()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"not run: {WHY_NOT}")
@@ -49,10 +52,12 @@ def batch(N: int, D: int, dtype: torch.dtype, L: int = 1) -> tuple[Tensor, ...]:
     return tuple(t.to(device.DEVICE) for t in (x, y, p, w, upstream))
 
 
-def loss_and_gradient(rows: tuple[Tensor, ...], backend: str, wide: bool = False, **options):
+def loss_and_gradient(
+    rows: tuple[Tensor, ...], backend: str, wide: bool = False, reduction: str = "none", **options
+):
     x, y, p, w, upstream = rows
     x = (x.double() if wide else x).detach().requires_grad_()
-    loss = conr_loss(x, y, p, w, backend=backend, reduction="none", **options)
+    loss = conr_loss(x, y, p, w, backend=backend, reduction=reduction, **options)
     (loss * upstream).sum().backward()
     return loss.detach(), x.grad
 
@@ -160,13 +165,34 @@ def test_row_strides_beyond_two_to_the_31() -> None:
     assert torch.equal(near[0], spread[0]) and torch.equal(near[1], spread[1])
 
 
-def test_memory_grows_with_the_features_alone() -> None:
-    rows = batch(device.small(65_536), device.narrow(128), torch.bfloat16)
-    loss_and_gradient(rows, device.TRITON)
-    extra = device.extra_bytes(lambda: loss_and_gradient(rows, device.TRITON))
-    assert extra < 4 * rows[0].nbytes
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("N", "most", "parts"),
+    [
+        # The copies in both orders, the gradient, and its parts that one launch leaves.
+        (16_384, 3, launch_sweeps.PARTS_BYTES),
+        # Instead of the parts, the lower halves of 16-bit sums: as large as the features.
+        (65_536, 4, 0),
+        # Features beyond BOTH_ORDERS: one order's copy at a time.
+        (2**19, 3, 0),
+    ],
+)
+def test_memory_grows_with_the_features_alone(
+    N: int, most: int, parts: int, reduction: str
+) -> None:
+    """At most so many times the features, beside 256 bytes a row: labels and statistics in both
+    orders, bands, sums over keys.
+    """
+    rows = batch(device.small(N), device.narrow(128), torch.bfloat16)
+    run = functools.partial(loss_and_gradient, rows, device.TRITON, reduction=reduction)
+    run()
+    features = rows[0].nbytes
     if not device.REHEARSAL:
-        assert extra > rows[0].nbytes, "the gradient at least: or nothing was measured"
+        assert (features <= launch_sweeps.BOTH_ORDERS) == (N < 2**19)
+    extra = device.extra_bytes(run)
+    assert extra < most * features + parts + 256 * N
+    if not device.REHEARSAL:
+        assert extra > features, "the gradient at least: or nothing was measured"
 
 
 @pytest.mark.parametrize("name", range(4))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, reference, triton_backend
 from conr_kernels.core.inputs import Inputs
-from conr_kernels.triton_backend import call, launch, launch_dense, launch_sweeps, run_sweeps
+from conr_kernels.triton_backend import call, launch, launch_dense, launch_order, launch_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
@@ -74,7 +74,7 @@ def guarded_allocations():
         mock.patch.object(launch, "GUARD", GUARD),
         mock.patch.object(launch.Parts, "new", new),
         mock.patch.object(launch_dense, "_plans", {}),
-        mock.patch.object(run_sweeps, "_plans", {}),
+        mock.patch.object(launch_sweeps, "_plans", {}),
     ):
         yield
     assert buffers
@@ -91,12 +91,14 @@ def guarded_allocations():
 
 
 @contextlib.contextmanager
-def forced(regime: str):
+def forced(regime: str, allocations=guarded_allocations):
     """The kernels of the regime at any size, with guarded buffers.
 
-    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time;
+    "parts": sweeps that keep H_ij of one tile of pairs, and copies of one order, at a time, and
+    a list of their pairs in 64 bits;
     "in turn": sweeps that add up the gradient one after the other;
-    "windows": of three tiles of float32, and copies of both orders.
+    "windows": of three tiles of float32, and copies of both orders;
+    "pieces": a window has every tile of anchors, one tile of keys at a time.
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
     kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
@@ -107,14 +109,18 @@ def forced(regime: str):
         mock.patch.object(launch_dense, "KEPT_PAIRS", kept),
         mock.patch.object(launch_dense, "GRAM_CHUNKS", chunks),
         mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
-        mock.patch.object(launch_sweeps, "WIDE_FEATURES", 0),
-        mock.patch.object(launch_sweeps, "WORKSPACE", (workspace, workspace)),
+        mock.patch.object(call, "WIDE_FEATURES", 0),
+        mock.patch.object(call, "PIECE_KEYS", 1 if regime == "pieces" else 8192),
+        mock.patch.object(call, "PIECES", 2**31),
+        mock.patch.object(call, "LIST_NUMBERS", 0 if regime == "parts" else 2**31 - 1),
+        mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
+        mock.patch.multiple(launch_order, SORT_BLOCK=128, MERGE_FAN=2, MERGE_RUNS=2),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
         mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**25),
         mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
-        guarded_allocations(),
+        allocations(),
     ):
         yield
 
@@ -216,6 +222,8 @@ CASES = [
     Case(300, 130, "contrastive", labels="rare", regime="windows"),
     Case(130, 150, "released-depth", K=95, L=3, distance="rmse", regime="windows"),
     Case(150, 70, "released-age", F64, labels="ages", regime="windows"),
+    Case(200, 150, labels="ages", regime="pieces"),
+    Case(200, 130, "contrastive", labels="rare", regime="pieces"),
     Case(140, 16, labels="ages", regime="parts"),
     Case(70, 24, labels="decimal", window=0.2, regime="parts"),
     Case(130, 16, "released-age", K=20, labels="ages", regime="parts"),
@@ -250,7 +258,7 @@ HALVES = [
         ("sweeps", "dense", "dense-recomputed"))),
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
     *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
-    Case(140, 257, dtype=F16, regime="parts"),
+    *(Case(140, 257, dtype=F16, regime=regime) for regime in ("parts", "pieces")),
 ]  # fmt: skip
 
 
@@ -367,21 +375,27 @@ def test_repeats_and_other_strides_have_the_same_bits(case: Case) -> None:
     assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
 
 
-def gradient_of(case: Case, given: dict, size: int) -> Tensor:
-    with forced(case.regime), mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
+def gradient_of(case: Case, given: dict, size: int, keys: int = 8192) -> Tensor:
+    with (
+        forced(case.regime),
+        mock.patch.object(call, "WORKSPACE", (size, size)),
+        mock.patch.object(call, "PIECE_KEYS", keys),
+        mock.patch.object(call, "PIECES", 2**31),
+    ):
         return case.run("triton", case.dtype, given)[1]
 
 
 def test_windows_of_any_size_leave_the_same_gradient() -> None:
-    """Of the list of pairs of tiles: rows that span windows, windows with many rows, one for all;
-    the same bits from run to run.
+    """Of the list of pairs of tiles: rows that span windows, windows with many rows, one for all,
+    with the first keys of all rows before the next; the same bits from run to run.
     """
     case = Case(150, 130, "released-age", regime="windows", labels="ages")
     given, tile = case.inputs(), 64 * 64 * 4
-    whole, two, five, again = (gradient_of(case, given, n * tile) for n in (99, 2, 5, 5))
-    for gradient in (two, five):
+    sizes = [(99, 512), (2, 512), (99, 64), (5, 128), (5, 128)]
+    whole, *others = (gradient_of(case, given, n * tile, keys) for n, keys in sizes)
+    for gradient in others:
         assert (gradient - whole).abs().max() <= 1e-6 * whole.abs().max()
-    assert torch.equal(five, again)
+    assert torch.equal(*others[-2:])
 
 
 BANDS = {
@@ -403,19 +417,30 @@ def test_windows_suffice_for_any_bands(labels: str, predictions: str | None) -> 
     x = torch.randn(300, 130, generator=g)
     with forced("windows"):
         *_, layout = triton_backend.forward(Inputs(x[:, :1].contiguous(), y, p, None, None, 0, s))
-    for window in (1, 2, 7, 30):
+    for window, keys in itertools.product((1, 2, 7, 30), (64, 128, 8192)):
         size = window * 64 * 64 * 4
-        with mock.patch.object(launch_sweeps, "WORKSPACE", (size, size)):
+        with (
+            mock.patch.object(call, "WORKSPACE", (size, size)),
+            mock.patch.object(call, "PIECE_KEYS", keys),
+            mock.patch.object(call, "PIECES", 2**31),
+        ):
             plan = launch_sweeps.Plan(call.form_of(x, y, None, 0, "none"), s)
-        pairs = torch.full((2, 4, 6), -1)
         launches = [(step.kernel.function.__name__, step) for step, _ in plan.backward.steps]
         (of_list,) = (step for name, step in launches if "list" in name)
-        of_list(layout, pairs)
-        n_windows = sum("scores" in name for name, _ in launches)
-        window, starts = of_list.numbers[2], pairs[:, 0]
-        assert starts[0, 0] == 0 and starts[1, 0] % window == 0
-        assert starts[0, -1] <= starts[1, 0] and (starts.diff() >= 0).all()
-        assert starts[1, -1] <= n_windows * window
+        parts = plan.work_of_gradient
+        work = dict(zip(parts.parts, parts.tensors(parts.new(x).fill_(-1)), strict=True))
+        of_list(layout, work["list"], work["windows"])
+        n_windows, window = sum("scores" in name for name, _ in launches), of_list.numbers[2]
+        second, end, last, *n_entries = work["list"][:5].tolist()
+        assert end <= second <= last <= n_windows * window and second % window == 0
+        half = (len(work["list"]) - 8) // 2
+        for sweep, n in enumerate(n_entries):
+            starts = work["list"][8 + sweep * half + 7 * 5 :][: n + 1]
+            assert starts[[0, -1]].tolist() == [[0, end], [second, last]][sweep]
+            numbers = torch.arange(starts[0], starts[-1], window)
+            entries = work["windows"][numbers // window].long()
+            assert (starts[entries] <= numbers).all() and (numbers < starts[entries + 1]).all()
+            assert (starts.diff() >= 0).all() and (starts.diff() <= max(keys // 64, 1)).all()
 
 
 @pytest.mark.parametrize("N", [3, 5, 16, 17])

@@ -154,8 +154,9 @@ def test_the_layout_is_as_large_as_announced_where_the_keys_are_the_rows(n, dtyp
     settings = Settings(1.0, 0.2, 0.01, PRESETS["paper"], "mae")
     x, y = torch.randn(n, 4, dtype=dtype), torch.arange(float(n))[:, None] / 2
     for keys in (None, (x, y, y)):
-        loss, _, layout = torch_backend.forward(Inputs(x, y, y, None, keys, 0, settings))
-        assert len(layout) == torch_backend.layout_size(n, n, loss.dtype, settings)
+        inputs = Inputs(x, y, y, None, keys, 0, settings)
+        *_, layout = torch_backend.forward(inputs)
+        assert len(layout) == torch_backend.layout_size(inputs)
 
 
 def peak_bytes(run):

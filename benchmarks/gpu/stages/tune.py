@@ -90,7 +90,7 @@ def entry(kind: str, size: Size, how: str, config: Config) -> str:
     architecture, bucket, arithmetic = place(size, how)
     width = bucket or (0 if kind == "forward" else None)
     block_d = None if bucket == config.BLOCK_D else config.BLOCK_D
-    of = (config.BLOCK_I, config.BLOCK_J, block_d, config.num_warps, config.num_stages)
+    of = (config.BLOCK_I, config.BLOCK_J, block_d, *config.launch.values())
     return f"{arithmetic}, {kind}: ({architecture}, {width}, {of}),"
 
 
