@@ -161,9 +161,10 @@ class Plan(Ordering):
         tiles_i = tiles(call.N, call.config("backward").BLOCK_I)
         n_slots = min(tiles(PARTS_PROGRAMS[call.form.dtype.itemsize], 2 * tiles_i), SLOTS)
         size = 2 * n_slots * call.N * call.D_pad
-        # Two exponentials a pair in the loops of both sweeps would spill.
-        would_spill = call.form.dtype == torch.float32 and call.pair_flags["SHIFTED"]
-        if self.stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not would_spill:
+        # Two exponentials a pair in the loops of both sweeps would spill, or of halves need twice
+        # the shared memory.
+        is_too_much = call.form.dtype == torch.float32 and call.pair_flags["SHIFTED"]
+        if self.stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not is_too_much:
             self.work_of_gradient.add("G_parts", size, call.dtype)
             return self._backward_at_once(n_slots)
         return self._backward_in_turn()

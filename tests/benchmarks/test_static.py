@@ -39,9 +39,10 @@ BOOL = {True, False}
 CONSTANTS = {
     **dict.fromkeys(
         ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "UNIT_TERMS", "COUNT_SELF", "WEIGHTED_ROWS",
-         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT", "LAST"), BOOL,
+         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT",
+         "LAST", "IN_HALVES"), BOOL,
     ),
-    "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "ieee"}, "L": {1, 3},
+    "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "fp16x3", "ieee"}, "L": {1, 3},
     # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.
     "UPCAST": {False}, "WIDE": {False},
     "ORDERS": {1, 2}, "APART": {0, 1}, "SWEEPS": {"both", "positives", "negatives"},
