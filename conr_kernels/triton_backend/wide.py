@@ -259,9 +259,9 @@ def conr_wide_scores_kernel(
         n_a, a, b = _runs_of(tile, list_ptr, n_tiles)
         tile_j = t + tl.where(t < n_a, a, b)
         j0 = tile_j * BLOCK_J
-        is_full = False
+        is_edge = 1
         if L == 1:
-            is_full = _is_full(tile_j, tile, list_ptr, n_tiles)
+            is_edge = 1 - _is_full(tile_j, tile, list_ptr, n_tiles).to(tl.int32)
         anchors = anchors_of(
             tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
         )
@@ -272,21 +272,18 @@ def conr_wide_scores_kernel(
         )  # fmt: skip
         coef_i_ptrs, slot = coef_i_ptr + tile * BLOCK_I + rows, number - first
         pairs = s_ij, anchors, coef_i_ptrs, j0, y_j_ptr, p_j_ptr, coef_j_ptr
-        if negatives:
-            _store_gradients(
-                pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, True, True, CONFUSED, L, RMSE,
-                SHIFTED, False, PUSHING, RESCALE, BLOCK_K,
-            )  # fmt: skip
-        elif is_full:
-            _store_gradients(
-                pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, False, False, False, L, RMSE,
-                SHIFTED, INSIDE, "none", RESCALE, BLOCK_K,
-            )  # fmt: skip
-        else:
-            _store_gradients(
-                pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, False, True, False, L, RMSE,
-                SHIFTED, INSIDE, "none", RESCALE, BLOCK_K,
-            )  # fmt: skip
+        for EDGE in tl.static_range(2):
+            if is_edge == EDGE:
+                if negatives:
+                    _store_gradients(
+                        pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, True, EDGE == 1,
+                        CONFUSED, L, RMSE, SHIFTED, False, PUSHING, RESCALE, BLOCK_K,
+                    )  # fmt: skip
+                else:
+                    _store_gradients(
+                        pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, False, EDGE == 1,
+                        False, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, BLOCK_K,
+                    )  # fmt: skip
 
 
 @triton.jit
