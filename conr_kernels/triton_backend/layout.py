@@ -98,7 +98,7 @@ def choose_sweep(
     bands of the labels than in those of the predictions (1), and there no prediction is known to be
     out of the window of another (2).
     """
-    BLOCK: tl.constexpr = 512
+    BLOCK: tl.constexpr = 128
     # Lower and upper ends of bands of predictions, then of labels.
     ends_of: tl.constexpr = 4 if EXACT else 2
     number = tl.arange(0, ends_of)[:, None]
