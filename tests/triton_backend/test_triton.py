@@ -171,7 +171,9 @@ def test_float64_products_use_no_tf32_and_highest_uses_three_products() -> None:
         half, once, thrice = (
             len(wgmma.findall(ptx(4500, D, dtype, "forward_kernel", precision=how)))
             for dtype, how in (
-                (torch.float16, "high"), (torch.float32, "high"), (torch.float32, "highest"),
+                (torch.float16, "high"),
+                (torch.float32, "high"),
+                (torch.float32, "highest"),
             )  # fmt: skip
         )
         assert thrice == 3 * (half if kind == "f16" else once) > 0
