@@ -110,15 +110,18 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def write_figures(readme: Path, name: str, table: str) -> None:
+    """Puts a table between the marks of its name, behind the first mark's comment."""
+    text = readme.read_text(encoding="utf-8")
+    start, end = text.index(f"<!-- {name}:"), text.index(f"<!-- end of {name}")
+    start = text.index("-->", start) + len("-->")
+    readme.write_text(f"{text[:start]}\n\n{table}\n\n{text[end:]}", encoding="utf-8")
+
+
 if __name__ == "__main__":
     found = read(Path(sys.argv[1]))
     print(markdown(found))
     print()
     print(summary(found))
     for name in sys.argv[2:]:
-        readme = Path(name)
-        text = readme.read_text(encoding="utf-8")
-        start, end = text.index("<!-- figures"), text.index("<!-- end of figures")
-        start = text.index("-->", start) + len("-->")
-        filled = f"{text[:start]}\n\n{markdown(found)}\n\n{text[end:]}"
-        readme.write_text(filled, encoding="utf-8")
+        write_figures(Path(name), "figures", markdown(found))

@@ -1,31 +1,82 @@
-"""The table of steps: what a step takes, what its device takes, and its memory, side by side."""
+"""What a step takes, what its device takes, and its memory, side by side.
+
+``python -m benchmarks.gpu.steps rows.csv [README.md]`` prints the README's table of it, or writes
+it there.
+"""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from .. import report
+from . import claims
 from .claims import Rows
 
 GRAPH = "cuda graph"
 STAGES = ("speed", "compare", "cuda", "grid")
 KEYS = ("stage", "N", "D", "dtype", "regime", "provider")
+Columns = dict[str, float]
 
 
-def table(rows: Rows) -> str:
+def by_case(rows: Rows) -> dict[tuple[str, ...], Columns]:
     """*step*: events around steps in a row; *device*: the same steps as a CUDA graph."""
-    found: dict[tuple[str, ...], dict[str, float]] = {}
+    found: dict[tuple[str, ...], Columns] = {}
     for row in rows.rows:
         if row.get("stage") in STAGES and row["metric"] in ("time", "memory"):
             is_graph = row["mode"] == GRAPH
             column = "device" if is_graph else "step" if row["metric"] == "time" else "memory"
             key = tuple(row.get(name, "") for name in KEYS)
             found.setdefault(key, {})[column] = float(row["value"])
+    return found
+
+
+def table(rows: Rows) -> str:
     units = {"step": ("step, ms", 1e3), "device": ("device, ms", 1e3), "memory": ("MiB", 2**-20)}
     widths = dict(zip(KEYS, (9, 9, 6, 18, 13, 16), strict=True))
     lines = ["".join(f"{name:<{width}}" for name, width in widths.items())]
     lines[0] += "".join(f"{title:>12}" for title, _ in units.values())
-    for key, values in found.items():
+    for key, values in by_case(rows).items():
         line = "".join(f"{text:<{width}}" for text, width in zip(key, widths.values(), strict=True))
         for column, (_, factor) in units.items():
             text = f"{values[column] * factor:.4g}" if column in values else "–"
             line += f"{text:>12}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def markdown(rows: Rows) -> str:
+    """A line for each case of the stage ``speed``: ours, eager and the bare product."""
+    cases: dict[tuple[str, ...], dict[str, Columns]] = {}
+    for (stage, *case, provider), columns in by_case(rows).items():
+        if stage == "speed" and case[-1]:
+            cases.setdefault(tuple(case), {})[provider] = columns
+    lines = [
+        "| N | D | features, predictions | step | **device** | memory | eager step | eager device "
+        "| eager memory | `q @ q.T` |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (n, d, dtype, regime), providers in sorted(
+        cases.items(), key=lambda item: (item[0][2:], int(item[0][1]), int(item[0][0]))
+    ):
+        ours, eager, product = (providers.get(p, {}) for p in ("triton", "eager", "q @ q.T"))
+        cells = [f"{int(n):,}", f"{int(d):,}", f"{dtype}, {regime}"]
+        cells += [_time(ours, "step"), f"**{_time(ours, 'device')}**", _memory(ours)]
+        cells += [_time(eager, "step"), _time(eager, "device"), _memory(eager)]
+        lines.append("| " + " | ".join([*cells, _time(product, "device")]) + " |")
+    return "\n".join(lines)
+
+
+def _time(columns: Columns, name: str) -> str:
+    return f"{columns[name] * 1e3:.3g} ms" if name in columns else "–"
+
+
+def _memory(columns: Columns) -> str:
+    return report.bytes_text(columns["memory"]) if "memory" in columns else "–"
+
+
+if __name__ == "__main__":
+    found = markdown(claims.read(Path(sys.argv[1])))
+    print(found)
+    for name in sys.argv[2:]:
+        report.write_figures(Path(name), "GPU figures", found)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.inputs import Inputs, Keys
 from ..variants import Settings
 from . import launch_dense as few
-from . import run_sweeps as many
+from . import launch_sweeps as many
 from .availability import unavailable
 from .call import layout_size as sweeps_layout_size
 from .launch import on_device, place_of

@@ -14,18 +14,59 @@ FOLD = tl.constexpr(8)
 
 
 @triton.jit
-def load_tile(ptr, k, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST):
-    """Rows ``ptr[0:ROWS]``, columns ``k:k+COLS`` of a padded row-major matrix."""
-    offsets = tl.arange(0, ROWS)[:, None] * D_PAD + tl.arange(0, COLS)[None, :]
-    tile = tl.load(ptr + k + offsets)
-    return tile.to(tl.float32) if UPCAST else tile
+def load_tile(
+    ptr, k, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows ``ptr[0:ROWS]``, columns ``k:k+COLS`` of a padded row-major matrix, or of one in halves:
+    both.
+    """
+    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    if PRECISION == "fp16x3":
+        ptrs = halves_of(ptr) + k + (rows * (2 * D_PAD) + columns)
+        tile = tl.load(ptrs), tl.load(ptrs + D_PAD)
+        if UPCAST:
+            tile = tile[0].to(tl.float32), tile[1].to(tl.float32)
+    else:
+        tile = tl.load(ptr + k + (rows * D_PAD + columns))
+        if UPCAST:
+            tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def halves_of(ptr):
+    """Where rows of float32 hold as many numbers in float16, then what these lack of them."""
+    return ptr.to(tl.pointer_type(tl.float16), bitcast=True)
+
+
+@triton.jit
+def to_halves(tile):
+    """A float32 tile within float16's range as the sum of two float16 tiles."""
+    large = tile.to(tl.float16)
+    return large, (tile - large.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``a·b + acc``, accumulated in float32, or in float64 for float64."""
-    OUT: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=OUT)
+    """``a·b + acc``, accumulated in float32, or in float64 for float64. Of factors in halves: all
+    products but the smallest, the largest last.
+    """
+    if PRECISION == "fp16x3":
+        acc = tl.dot(a[0], b[1], acc, input_precision="ieee")
+        acc = tl.dot(a[1], b[0], acc, input_precision="ieee")
+        return tl.dot(a[0], b[0], acc, input_precision="ieee")
+    else:
+        OUT: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=OUT)
+
+
+@triton.jit
+def transposed(tile, PRECISION: tl.constexpr):
+    if PRECISION == "fp16x3":
+        return tl.trans(tile[0]), tl.trans(tile[1])
+    else:
+        return tl.trans(tile)
 
 
 @triton.jit
@@ -40,23 +81,26 @@ def sum_of_products(a, b):
 
 @triton.jit
 def similarity(
-    q_i, q_i_ptr, q_j, q_j_ptr, width, D_PAD: tl.constexpr,
+    q_i, q_i_ptr, q_j, q_j_ptr, width, unit, D_PAD: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``log₂e·s_ij`` of a tile: of the loaded tiles, or over chunks of D where they do not fit.
 
-    ``width`` is D_PAD at run time: a loop over a constant would be unrolled.
+    ``width`` is D_PAD at run time: a loop over a constant would be unrolled. Of halves the
+    product counts ``unit`` times.
     """
     if D_PAD == BLOCK_D:
-        s_ij = dot(q_i, tl.trans(q_j), None, PRECISION)
+        s_ij = dot(q_i, transposed(q_j, PRECISION), None, PRECISION)
     else:
         dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
         s_ij = tl.zeros((BLOCK_I, BLOCK_J), dtype)
         for k in range(0, width, BLOCK_D):
-            a = load_tile(q_i_ptr, k, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
-            b = load_tile(q_j_ptr, k, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
-            s_ij = dot(a, tl.trans(b), s_ij, PRECISION)
+            a = load_tile(q_i_ptr, k, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
+            b = load_tile(q_j_ptr, k, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST)
+            s_ij = dot(a, transposed(b, PRECISION), s_ij, PRECISION)
+    if PRECISION == "fp16x3":
+        s_ij *= tl.full((), unit, tl.float32)
     return s_ij
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.inputs import Keys
 from ..variants import Settings
 from .availability import interpreted
-from .configs import HEAVY, SHIFTED, Config, bucket, config, entry
+from .configs import HALVES_HEAVY, HEAVY, SHIFTED, Config, bucket, config, entry
 
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
@@ -87,8 +87,16 @@ class Call:
         self.dtype = torch.float64 if form.dtype == torch.float64 else torch.float32
         self.D_bucket = form.bucket(self.D, form.arithmetic)
         self.D_pad = self.D_bucket or WIDE_PAD * math.ceil(self.D / WIDE_PAD)
-        #: √(log₂e/τ), the factor of every unit feature.
-        self.scale = math.sqrt(math.log2(math.e) / s.temperature)
+        of_products = precision(form.arithmetic)
+        #: Whether the copies hold float32 numbers as sums of two of float16.
+        self.is_in_halves = form.arithmetic == "float32 highest" and self.D_bucket > 0
+        #: √(log₂e/τ), the factor of every unit feature; and what products of copies are times it.
+        self.scale, self.unit = math.sqrt(math.log2(math.e) / s.temperature), 1.0
+        if self.is_in_halves:
+            of_products = "fp16x3"
+            # In the upper part of float16's range: what is lost below it counts for nothing.
+            power = 13 - math.frexp(self.scale)[1]
+            self.scale, self.unit = math.ldexp(self.scale, power), math.ldexp(1.0, -2 * power)
         self.window = largest_total(s.window, self.L, s.distance, str(form.labels)[6:])
         self.is_confused = s.variant.negatives == "confused"
         self.is_tiny = s.scales_by_distance and s.window < s.SMALLEST_WINDOW
@@ -98,9 +106,9 @@ class Call:
             L=self.L,
             RMSE=s.distance == "rmse" and self.L > 1,
             SHIFTED=not s.exponent_is_small,
-            PRECISION=precision(form.arithmetic),
+            PRECISION=of_products,
             # The interpreter multiplies 16-bit tiles wrongly.
-            UPCAST=interpreted() and is_half,
+            UPCAST=interpreted() and (is_half or self.is_in_halves),
         )
         #: Squares of differences must not be fused into the sum that follows.
         self.fusion = {"enable_fp_fusion": False} if self.pair_flags["RMSE"] else {}
@@ -130,9 +138,11 @@ class Call:
 
     def config(self, kind: str) -> Config:
         rows, key = [], (kind, self.form.architecture, self.D_bucket)
+        is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
         if self.form.dtype.itemsize == 2:
-            is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
             rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]
+        elif self.is_in_halves:
+            rows = [HALVES_HEAVY] * is_heavy
         row = next((row for row in rows if entry(*key, row)), self.form.arithmetic)
         return self.form.config(*key, row)
 
@@ -209,10 +219,10 @@ def padded(n: int) -> int:
 
 def layout_size(n_anchors: int, n_keys: int, has_keys: bool, is_confused: bool) -> int:
     """Of the sweeps: a head (the choice of sweep); the anchors' places among further keys; for each
-    order the keys, the bands and, with further keys, the anchors.
+    order the keys, the bands, the keys' ranks and, with further keys, the anchors and their ranks.
     """
     anchors = padded(n_anchors)
-    order = padded(n_keys) + (3 if has_keys else 2) * anchors
+    order = 2 * padded(n_keys) + (4 if has_keys else 2) * anchors
     return ROW_PAD + has_keys * anchors + (1 + is_confused) * order
 
 

@@ -64,7 +64,7 @@ _HALVES = {
         (None, 0, (128, 128, 64, 8, 3)),
         (80, None, (128, 64, None, 8, 2)),
         (None, 256, (64, 64, None, 4, 2)),
-        (90, 128, (64, 64, None, 4, 3)),
+        (90, 128, (64, 64, None, 4, 2)),
         (90, None, (64, 64, None, 4, 4)),
         (None, None, (128, 128, None, 8, 2)),
     ],
@@ -96,18 +96,13 @@ _FLOAT32 = {
 _FLOAT32_HIGHEST = {
     "forward": [
         (None, 0, (64, 64, 32, 4, 2)),
-        (100, 128, (64, 32, 32, 4, 2)),
-        (None, 128, (64, 64, 32, 4, 2)),
-        (80, None, (64, 32, None, 8, 2)),
+        (100, 128, (64, 32, None, 4, 2)),
         (None, None, (64, 64, None, 4, 2)),
     ],
     "backward": [
-        (90, 128, (64, 32, 32, 4, 2)),
-        (80, 128, (32, 32, 32, 4, 2)),
-        (100, 128, (64, 32, 32, 8, 2)),
-        (80, None, (32, 32, None, 4, 2)),
-        (90, None, (64, 32, None, 4, 2)),
-        (None, None, (64, 32, None, 8, 2)),
+        (90, None, (64, 64, None, 4, 2)),
+        (80, 128, (32, 64, None, 4, 2)),
+        (None, None, (64, 32, None, 4, 2)),
     ],
     "wide": [(90, None, (64, 128, 32, 4, 2)), (None, None, (64, 32, 32, 4, 2))],
     "product": [(90, None, (64, 32, 128, 4, 2)), (None, None, (64, 32, 64, 4, 2))],
@@ -145,8 +140,15 @@ _SHIFTED = {
     "backward": [(90, 128, (64, 64, None, 4, 3))],
     "wide": [(90, None, (128, 128, 64, 4, 3))],
 }
+#: The same of float32 in halves.
+HALVES_HEAVY = "float32 highest heavy"
+_HALVES_HEAVY = {
+    "forward": [(None, None, (64, 32, None, 4, 2))],
+    "backward": [(80, None, (32, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
+}
 TABLE = {
     HEAVY: _HEAVY,
+    HALVES_HEAVY: _HALVES_HEAVY,
     SHIFTED: _SHIFTED,
     "float16": _FLOAT16,
     "bfloat16": _HALVES,

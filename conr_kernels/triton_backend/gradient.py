@@ -6,7 +6,7 @@ Tiles are visited as in the forward pass: see sweeps.py.
 import triton
 import triton.language as tl
 
-from .arithmetic import dot, load_tile, scale_pair, similarity
+from .arithmetic import dot, load_tile, scale_pair, similarity, to_halves
 from .layout import chosen_copies, count_of, key_tiles, padded, sweep_of, tile_at
 from .sweeps import anchors_of, pairs_of
 
@@ -64,9 +64,21 @@ def in_range(H_ij):
 
 
 @triton.jit
+def halves_in_range(H_ij, UPCAST: tl.constexpr):
+    """``H_ij`` by powers of two near its rows' largest magnitudes, in halves, and these powers."""
+    largest = tl.maximum(tl.max(tl.abs(H_ij), axis=1), 1e-30)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    scale = power * 2.0**-14
+    large, small = to_halves(H_ij * (1.0 / scale)[:, None])
+    if UPCAST:
+        large, small = large.to(tl.float32), small.to(tl.float32)
+    return (large, small), scale
+
+
+@triton.jit
 def _add_tile(
     G, tile_j, anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-    width, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
+    width, unit, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
     D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
     INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -75,15 +87,19 @@ def _add_tile(
     """``G + Σ_j H_ij q_j`` over a tile of pairs."""
     j0 = tile_j.to(tl.int64) * BLOCK_J
     q_j_ptr += j0 * D_PAD
-    q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, D_PAD, UPCAST)
+    q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, D_PAD, PRECISION, UPCAST)
     s_ij = similarity(
-        q_i, q_i_ptr, q_j, q_j_ptr, width, D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST
+        q_i, q_i_ptr, q_j, q_j_ptr, width, unit, D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST
     )
     H_ij = pair_gradients(
         s_ij, anchors, of_anchors, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
         NEGATIVES, EDGE, CONFUSED, L, RMSE, SHIFTED, INSIDE, PUSHING, BLOCK_J,
     )  # fmt: skip
-    if RESCALE:
+    if PRECISION == "fp16x3":
+        H_ij, scale = halves_in_range(H_ij, UPCAST)
+        # Tensor cores cut off what they add to a sum: a tile's is rounded.
+        G += dot(H_ij, q_j, None, PRECISION) * scale[:, None]
+    elif RESCALE:
         H_ij, scale = in_range(H_ij)
         H_ij = H_ij.to(tl.float16)
         G += dot(H_ij.to(tl.float32) if UPCAST else H_ij, q_j, None, PRECISION) * scale[:, None]
@@ -168,7 +184,7 @@ def _halves(G):
 @triton.jit
 def _sum_of_sweep(
     tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-    q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, h, push_scale,
+    q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, unit, h, push_scale,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -201,20 +217,20 @@ def _sum_of_sweep(
     rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     of_anchors = coefficients_of(coef_i_ptr + rows, padded(n_anchors), NEGATIVES, SHIFTED, INSIDE)
     q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
-    q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
+    q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
     G = tl.zeros((BLOCK_I, D_PAD), dtype)
     n_full, n_edges = count_of(full), count_of(edges)
     for t in range(n_full * slot // n_slots, n_full * (slot + 1) // n_slots):
         G = _add_tile(
             G, tile_at(t, full), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
-            coef_j_ptr, n_keys, width, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
-            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            coef_j_ptr, n_keys, width, unit, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
+            INSIDE, PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     for t in range(n_edges * slot // n_slots, n_edges * (slot + 1) // n_slots):
         G = _add_tile(
             G, tile_at(t, edges), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
-            coef_j_ptr, n_keys, width, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED, INSIDE,
-            PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            coef_j_ptr, n_keys, width, unit, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
+            INSIDE, PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     return G, tl.load(order_ptr + rows), behind
 
@@ -222,7 +238,7 @@ def _sum_of_sweep(
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
 def conr_backward_parts_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, G_ptr,
-    n_anchors, n_keys, n_slots, width, h: tl.float64, push_scale: tl.float64,
+    n_anchors, n_keys, n_slots, width, unit: tl.float64, h: tl.float64, push_scale: tl.float64,
     APART: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -238,15 +254,15 @@ def conr_backward_parts_kernel(
     tile, slot = here // n_slots, here % n_slots
     if which == 0:
         G, row, _ = _sum_of_sweep(
-            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, h, push_scale,
+            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr,
+            y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h, push_scale,
             False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     else:
         G, row, _ = _sum_of_sweep(
-            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-            q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, h, push_scale,
+            tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr,
+            y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h, push_scale,
             True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, RESCALE, PRECISION,
             UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
@@ -295,7 +311,8 @@ def factor_of(kappa, upstream_ptr):
 def conr_backward_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, inverse_i_ptr,
     q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, x_ptr, G_ptr, G_rest_ptr, upstream_ptr, gradient_ptr,
-    n_anchors, n_keys, width, apart, h: tl.float64, push_scale: tl.float64, kappa: tl.float64,
+    n_anchors, n_keys, width, apart, unit: tl.float64, h: tl.float64, push_scale: tl.float64,
+    kappa: tl.float64,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
     SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
@@ -313,7 +330,7 @@ def conr_backward_kernel(
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
     G, row, behind = _sum_of_sweep(
         tile, 0, 1, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
-        q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, h, push_scale,
+        q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, unit, h, push_scale,
         NEGATIVES, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, PUSHING, RESCALE, PRECISION,
         UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
     )  # fmt: skip

@@ -1,20 +1,34 @@
-"""Plans of the two sweeps over exact bands: ordering.py; sweeps.py, gradient.py or wide.py."""
+"""The two sweeps over exact bands: plans and workspaces of launch_order.py, then sweeps.py; and
+gradient.py or wide.py.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..core.inputs import Keys
 from ..variants import Settings
-from .call import ROW_PAD, WIDE_PAD, Call, Form, layout_size, limits_of_windows, padded, tiles
-from .launch import OWN_KEYS, Launch, Parts, Steps, bind
+from .call import (
+    ROW_PAD,
+    WIDE_PAD,
+    Call,
+    Form,
+    form_of,
+    layout_size,
+    limits_of_windows,
+    padded,
+    tiles,
+)
+from .launch import OWN_KEYS, Launch, Place, Steps, bind, place_of
+from .launch_order import Ordering, Step
 
-#: Programs that kernels are split into, about: eight for each multiprocessor of an H200; and the
-#: most that share a forward pass's tile of anchors.
-PROGRAMS = 1056
+#: Programs of one sweep at least, about: two for each multiprocessor of an H200, so that those of
+#: both sweeps fill it; and the most that share a forward pass's tile of anchors.
+PROGRAMS = 264
 SLOTS = 8
 #: Of wide features, programs of four warps that take turns at most: four for each multiprocessor of
 #: an A100, H200 or B200; of eight warps half as many.
@@ -35,38 +49,34 @@ PROJECTED_ROWS = 16
 #: Numbers of a program for wide gradients: rows, or columns of one row at a time.
 GRADIENT_TILE = 4096
 
-#: A launch and the names of its pointers.
-Step = tuple[Launch, str]
+#: By the identity of their settings, which an entry keeps alive, and the form.
+_plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
+PLANS = 64
 
 
-class Plan:
+class Plan(Ordering):
     """The launches of one form of call, with all but their pointers, and its workspaces."""
 
     def __init__(self, form: Form, s: Settings) -> None:
-        self.call = call = Call(form, s)
-        N, K, L, columns = call.N, call.K, call.L, 3 if s.exponent_is_small else 5
-        self.columns = columns
-        #: Of a row's factor in the reduced loss.
-        self.factor = 1 / N if form.reduction == "mean" else 1.0
+        call = Call(form, s)
+        N, K, columns = call.N, call.K, 3 if s.exponent_is_small else 5
         n_rows = padded(K) + (padded(N) if call.has_keys else 0)
-        self.gather_programs = n_rows // GATHER_ROWS
         size = n_rows * call.D_pad * form.dtype.itemsize
         is_wide, is_reduced = call.D_bucket == 0, form.reduction != "none"
         both_orders = WIDE_BOTH_ORDERS if is_wide else BOTH_ORDERS
-        self.is_apart = call.is_confused and size <= both_orders
+        is_apart = call.is_confused and size <= both_orders
+        super().__init__(call, 1 / N if form.reduction == "mean" else 1.0, is_apart)
+        self.columns = columns
         #: No sweep's copies take the place of the other's: one launch serves both.
-        self.stand_apart = self.is_apart or not call.is_confused
+        self.stand_apart = is_apart or not call.is_confused
         self.is_kept = is_reduced and size <= BOTH_ORDERS
         chosen = call.config("forward")
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
-        self.work, self.kept, self.work_of_gradient = Parts(), Parts(), Parts()
         self.kept.add("layout", layout_size(N, K, call.has_keys, call.is_confused), torch.int32)
         self.kept.add("loss", N, call.dtype)
-        self.rank = "rank" if self.is_kept else "nothing"
         if self.is_kept:
             self._add_copies(self.kept, columns)
-            self.work.add("rank", (1 + self.is_apart) * padded(N), torch.int32)
         else:
             self.kept.add("stats", N * columns, call.dtype)
             self._add_copies(self.work, 0)
@@ -74,116 +84,24 @@ class Plan:
         self.work.add("poison", K + N * call.has_keys, torch.float32)
         self.work.add("sums", 2 * 3 * self.n_slots * N, call.dtype)
         self.work.add("n", self.n_slots * N, torch.int32)
-        self.sort_keys = self._sort_keys() if L > 1 else None
         forward = list(self._forward())
         backward = list(self._backward_wide() if is_wide else self._backward_narrow())
         if not is_reduced:
-            rows, sorts = "x y p key_x key_y key_p", "key_values key_order values order"
-            self.forward = Steps(
-                f"{rows} w n_absent {sorts} loss stats layout", {}, forward, self.work
-            )
+            rows = "x y p key_x key_y key_p"
+            self.forward = Steps(f"{rows} w n_absent loss stats layout", {}, forward, self.work)
             self.backward = Steps(
                 f"{rows} coef key_coef layout G gradient", {"upstream": "nothing"}, backward,
                 self.work_of_gradient,
             )  # fmt: skip
         else:
-            aliases = OWN_KEYS | {
-                "n_absent": "nothing", "key_values": "values", "key_order": "order",
-            }  # fmt: skip
-            self.forward = Steps(
-                "x y p w values order total", aliases, forward, self.kept, self.work
-            )
+            aliases = OWN_KEYS | {"n_absent": "nothing"}
+            self.forward = Steps("x y p w total", aliases, forward, self.kept, self.work)
             rows, aliases = "x", {}
             if not self.is_kept:
                 rows, aliases = "x y p", OWN_KEYS | {"coef": "stats", "key_coef": "stats"}
             self.backward = Steps(
                 f"{rows} upstream G gradient", aliases, backward, self.kept, self.work_of_gradient
             )
-
-    def _add_copies(self, parts: Parts, columns: int) -> None:
-        """Copies of keys and anchors in the order of the labels, then in that of the predictions,
-        each right behind the other.
-        """
-        call, form = self.call, self.call.form
-        sides = [("_j", padded(call.K))] + [("_i", padded(call.N))] * call.has_keys
-        for side, n in sides:
-            for name, size, dtype in (
-                ("q", n * call.D_pad, form.dtype), ("inverse", n, call.dtype),
-                ("y", n * call.L, form.labels), ("p", n * call.L, form.labels),
-                ("coef", n * columns, call.dtype),
-            ):  # fmt: skip
-                names = f"{name}{side}0 {name}{side}1" if self.is_apart else f"{name}{side}0"
-                parts.add(names, size, dtype)
-
-    def _pick(self, text: str, order: int = 0) -> str:
-        """Names of pointers, those of copies in this order."""
-        names, order = [], order if self.is_apart else 0
-        for name in text.split():
-            if name.endswith(("_i", "_j")):
-                name = f"{name if self.call.has_keys else name[:-1] + 'j'}{order}"
-            names.append(name)
-        return " ".join(names)
-
-    def _sort_keys(self) -> Steps:
-        from . import ordering
-
-        call, L = self.call, self.call.L
-        self.work.add("spread", 2 * L, call.form.labels)
-        spread = Launch(bind(ordering.conr_spread_kernel, {}, L=L, BLOCK=1024), 2 * L, call.K)
-        values = bind(
-            ordering.conr_sort_keys_kernel, {}, HAS_KEYS=call.has_keys, L=L,
-            L_PAD=1 << (L - 1).bit_length(), BLOCK=256,
-        )  # fmt: skip
-        steps = [
-            (spread, "key_y key_p spread"),
-            (
-                Launch(values, tiles(max(call.K, call.N), 256), call.K, call.N),
-                "spread key_y key_p y p of_keys of_anchors",
-            ),
-        ]
-        return Steps("y p key_y key_p of_keys of_anchors", {}, steps, self.work)
-
-    def _gather(self, order: int, columns: int) -> Iterator[Step]:
-        """The copies in this order; with the first also the bands, in the forward pass, and, where
-        there is room, the second.
-        """
-        from . import ordering
-
-        call, s = self.call, self.call.settings
-        if order == 1 and (self.is_apart or not call.is_confused):
-            return
-        reach = s.window
-        if call.L > 1:
-            # As core/sweep.py's sort_reach.
-            reach *= call.L if s.distance == "mae" else math.sqrt(call.L)
-            reach += reach * 1e-5 + 1e-18
-        kernel = bind(
-            ordering.conr_order_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
-            HAS_P=call.is_confused, EXACT=call.L == 1, BAND_ROWS=ROW_PAD, D=call.D,
-            D_PAD=call.D_pad, L=call.L, COLUMNS=columns, ROWS=GATHER_ROWS,
-            CHUNK=min(call.D_pad, 128) if call.D_bucket else 64,
-        )  # fmt: skip
-        n_bands = 1 + padded(max(call.N, call.K)) // ROW_PAD
-        n_programs = self.gather_programs * (1 + self.is_apart)
-        first = n_bands + self.gather_programs * order
-        names = (
-            "nothing nothing nothing nothing layout nothing "
-            "key_x key_y key_p key_coef q_j inverse_j y_j p_j coef_j "
-            "x y p nothing coef q_i inverse_i y_i p_i coef_i nothing upstream"
-        )
-        if not columns:
-            if order == 0:
-                n_programs, first = n_programs + n_bands, 0
-            names = (
-                f"key_values key_order values order layout {self.rank} "
-                "key_x key_y key_p nothing q_j inverse_j y_j p_j nothing "
-                "x y p w nothing q_i inverse_i y_i p_i nothing poison nothing"
-            )
-        launch = Launch(
-            kernel, n_programs, call.N, call.K, call.form.self_offset, call.K.bit_length(),
-            call.D_pad, first, int(self.is_apart), reach, self.factor, call.scale,
-        )  # fmt: skip
-        yield launch, self._pick(names)
 
     def _flags(self, order: int) -> dict[str, Any]:
         """Constants of a sweep; what the other one alone depends on has one value."""
@@ -199,9 +117,10 @@ class Plan:
 
         call, s, variant = self.call, self.call.settings, self.call.settings.variant
         chosen, n_slots = call.config("forward"), self.n_slots
+        yield from self._sort()
         sweeps_of = {0: "both"} if self.stand_apart else {0: "positives", 1: "negatives"}
         for order, which in sweeps_of.items():
-            yield from self._gather(order, 0)
+            yield from self._copies(order, 0)
             has_negatives = which != "positives"
             kernel = bind(
                 sweeps.conr_forward_kernel, chosen.launch | call.fusion, SWEEPS=which,
@@ -213,7 +132,7 @@ class Plan:
             n_programs = tiles(call.N, chosen.BLOCK_I) * n_slots * (1 + (which == "both"))
             launch = Launch(
                 kernel, n_programs, call.N, call.K, n_slots, call.D_pad, int(self.is_apart),
-                call.window, s.push_scale,
+                call.unit, call.window, s.push_scale,
             )  # fmt: skip
             yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
         finish = bind(
@@ -226,7 +145,8 @@ class Plan:
         n_rows = padded(call.N) if self.is_kept else call.N
         launch = Launch(finish, tiles(n_rows, FINISH_ROWS), call.N, call.K, n_slots, s.push_scale)
         stats = "coef_j" if self.is_kept else "stats"
-        yield launch, self._pick(f"sums n poison w n_absent {self.rank} loss {stats}")
+        layout = "layout" if self.is_kept else "nothing"
+        yield launch, self._pick(f"sums n poison w n_absent {layout} loss {stats}")
         if call.form.reduction != "none":
             total = bind(dense.conr_total_kernel, {"num_warps": 16}, BLOCK=8192)
             yield Launch(total, 1, call.N, self.factor), "loss total"
@@ -242,7 +162,7 @@ class Plan:
         n_slots = min(tiles(PARTS_PROGRAMS[call.form.dtype.itemsize], 2 * tiles_i), SLOTS)
         size = 2 * n_slots * call.N * call.D_pad
         # Two exponentials a pair in the loops of both sweeps would spill.
-        would_spill = call.form.arithmetic == "float32" and call.pair_flags["SHIFTED"]
+        would_spill = call.form.dtype == torch.float32 and call.pair_flags["SHIFTED"]
         if self.stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not would_spill:
             self.work_of_gradient.add("G_parts", size, call.dtype)
             return self._backward_at_once(n_slots)
@@ -256,7 +176,7 @@ class Plan:
         if self.is_kept:
             upstream, kappa = "upstream", kappa * self.factor
         else:
-            yield from self._gather(0, self.columns)
+            yield from self._copies(0, self.columns)
         of_sums = bind(
             gradient.conr_backward_parts_kernel, chosen.launch | call.fusion,
             APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
@@ -266,7 +186,7 @@ class Plan:
         )  # fmt: skip
         launch = Launch(
             of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
-            call.N, call.K, n_slots, call.D_pad, call.window, s.push_scale,
+            call.N, call.K, n_slots, call.D_pad, call.unit, call.window, s.push_scale,
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
         of_rows = bind(
@@ -293,14 +213,14 @@ class Plan:
             upstream, kappa = "upstream", kappa * self.factor
         for order in (0, 1):
             if not self.is_kept:
-                yield from self._gather(order, self.columns)
+                yield from self._copies(order, self.columns)
             kernel = bind(
                 gradient.conr_backward_kernel, chosen.launch | call.fusion, D=call.D,
                 RESCALE=call.is_rescaled, **self._flags(order), **call.pair_flags, **chosen.tiles,
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
-                call.N, call.K, call.D_pad, int(apart), call.window, s.push_scale, kappa,
+                call.N, call.K, call.D_pad, int(apart), call.unit, call.window, s.push_scale, kappa,
             )  # fmt: skip
             yield launch, self._pick(
                 "layout q_i y_i p_i coef_i inverse_i q_j y_j p_j coef_j "
@@ -352,7 +272,7 @@ class Plan:
         yield Launch(pairs, 1, N, K, window, piece, second), "layout list windows"
         for order, n_passes in enumerate(passes):
             if not self.is_kept:
-                yield from self._gather(order, self.columns)
+                yield from self._copies(order, self.columns)
             for first in range(second * order, second * order + n_passes * window, window):
                 numbers = N, K, first, window, piece, int(self.is_apart)
                 yield Launch(
@@ -376,3 +296,63 @@ class Plan:
 def limits() -> tuple[Any, ...]:
     """What plans depend on beside the form of call."""
     return PROGRAMS, BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES, *limits_of_windows()
+
+
+def plan_of(
+    x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
+) -> Plan:
+    key = (id(s), form_of(x, y, keys, self_offset, reduction), *limits())
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        found = _plans[key] = (s, Plan(key[1], s))
+    return found[1]
+
+
+def forward(
+    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
+    keys: Keys | None, n_absent: Tensor | None, loss: Tensor, stats: Tensor, layout: Tensor,
+) -> None:  # fmt: skip
+    """Losses, statistics and layout."""
+    work = plan.work.new(x)
+    rows = x, y, p, *(keys or (x, y, p))
+    plan.forward(place, [work], *rows, w, n_absent, loss, stats, layout)
+
+
+def backward(
+    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, keys: Keys | None,
+    coef_i: Tensor, coef_j: Tensor, layout: Tensor, gradient: Tensor,
+) -> None:  # fmt: skip
+    """The gradient of x from coefficients in which the upstream gradient is."""
+    rows = x, y, p, *(keys or (x, y, p)), coef_i, coef_j, layout
+    work = plan.work_of_gradient.new(x)
+    plan.backward(place, [work], *rows, _sum_in(gradient), gradient)
+
+
+def _sum_in(gradient: Tensor) -> Tensor:
+    """Where the positives' part of a gradient waits: the upper half of numbers of 32 bits."""
+    return gradient.view(torch.int16) if gradient.dtype.itemsize == 2 else gradient
+
+
+def reduced(
+    plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
+    wants_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    """The reduced loss; what is kept for its gradient, also of labels and predictions: the caller
+    may change his own.
+    """
+    loss, kept, work = x.new_empty((), dtype=plan.call.dtype), plan.kept.new(x), plan.work.new(x)
+    plan.forward(place, [kept, work], x, y, p, w, loss)
+    return loss, (kept, None if plan.is_kept else torch.stack((y, p)))
+
+
+def reduced_gradient(
+    x: Tensor, kept: Tensor, pair: Tensor | None, plan: Plan, upstream: Tensor
+) -> Tensor:
+    """The gradient of x for an upstream gradient of the reduced loss."""
+    x = x.contiguous()
+    gradient, work = torch.empty_like(x), plan.work_of_gradient.new(x)
+    rows = (x,) if pair is None else (x, *pair)
+    plan.backward(place_of(x), [kept, work], *rows, upstream, _sum_in(gradient), gradient)
+    return gradient

@@ -1,4 +1,4 @@
-"""What ordering.py leaves to the sweeps: where orders, bands and copies lie, and the tiles of keys
+"""Exact bands and the choice of sweep; where they lie, and orders and copies; and the tiles of keys
 that a tile of anchors visits.
 """
 
@@ -18,7 +18,7 @@ def parts_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
     2: there, and all predictions within one window): the anchors' places among the keys, unless
     they are the keys (SAME). Then for the order of the labels, and ``step`` further on for that of
     the predictions: the order of the keys, the first keys of the anchors' bands, the first beyond
-    and, unless SAME, the order of the anchors.
+    and, unless SAME, the order of the anchors; the ranks of both (``ranks_of``).
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
     self_ptr = layout_ptr + 128
@@ -26,8 +26,104 @@ def parts_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
     lo_ptr = order_j_ptr + keys
     hi_ptr = lo_ptr + anchors
     order_i_ptr = order_j_ptr if SAME else hi_ptr + anchors
-    step = keys + (2 if SAME else 3) * anchors
+    step = 2 * keys + (2 if SAME else 4) * anchors
     return order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step
+
+
+@triton.jit
+def ranks_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
+    """Where the rows of keys and, unless SAME, of anchors stand in the order of the labels; and how
+    much further on those in the order of the predictions are.
+    """
+    keys, anchors = padded(n_keys), padded(n_anchors)
+    order_j_ptr, _, _, _, _, step = parts_of(layout_ptr, n_anchors, n_keys, SAME)
+    rank_j_ptr = order_j_ptr + keys + (2 if SAME else 3) * anchors
+    return rank_j_ptr, rank_j_ptr + keys, step
+
+
+@triton.jit
+def _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach):
+    """``min { j : y_i − y_j ≤ reach }``, where a band begins, or ``min { j : not y_j − y_i ≤ reach
+    }``, where it ends, by binary search on the very comparison.
+    """
+    reach = tl.full((), reach, y_i.dtype)
+    found = tl.zeros(y_i.shape, tl.int32)
+    end = found + n_keys
+    for _ in range(n_steps):
+        mid = (found + end) // 2
+        y_j = tl.load(key_values_ptr + tl.minimum(mid, n_keys - 1))
+        is_near = tl.where(is_lo, y_i - y_j, y_j - y_i) <= reach
+        is_found = (is_near == is_lo) | (mid >= n_keys)
+        found, end = tl.where(is_found, found, mid + 1), tl.where(is_found, mid, end)
+        found = tl.minimum(found, end)
+    return end
+
+
+@triton.jit
+def find_bands(
+    pid, key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, self_offset, n_steps, reach,
+    HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The bands of ROWS sorted anchors in both orders, and the anchors' places among the keys."""
+    rows = pid * ROWS + tl.arange(0, ROWS)
+    i = tl.minimum(rows, n_anchors - 1)
+    n_padded = padded(n_anchors)
+    _, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step = parts_of(
+        layout_ptr, n_anchors, n_keys, not HAS_KEYS
+    )
+    is_lo = tl.arange(0, 2)[:, None] == 0
+    for _ in tl.static_range(2 if HAS_P else 1):
+        y_i = tl.broadcast_to(tl.load(values_ptr + i)[None, :], (2, ROWS))
+        ends = _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach)
+        tl.store(lo_ptr + rows, tl.sum(tl.where(is_lo, ends, 0), axis=0), mask=rows < n_padded)
+        tl.store(hi_ptr + rows, tl.max(ends, axis=0), mask=rows < n_padded)
+        key_values_ptr += n_keys
+        values_ptr += n_anchors
+        lo_ptr += step
+        hi_ptr += step
+    if HAS_KEYS:
+        # The negatives never include the anchor itself: its place in their order is not needed.
+        rank_j_ptr, _, _ = ranks_of(layout_ptr, n_anchors, n_keys, False)
+        own = tl.load(rank_j_ptr + self_offset + tl.load(order_i_ptr + i))
+        tl.store(self_ptr + rows, own, mask=rows < n_padded)
+
+
+@triton.jit
+def choose_sweep(
+    key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, n_steps, reach,
+    EXACT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes down whether the negatives of all tiles of ROWS anchors visit fewer keys outside the
+    bands of the labels than in those of the predictions (1), and there no prediction is known to be
+    out of the window of another (2).
+    """
+    BLOCK: tl.constexpr = 512
+    is_lo = tl.arange(0, 2)[:, None] == 0
+    sign = tl.where(is_lo, -1, 1)
+    excess = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, n_anchors, BLOCK * ROWS):
+        first = start + tl.arange(0, BLOCK)[None, :] * ROWS
+        last = tl.minimum(first + ROWS, n_anchors) - 1
+        is_tile = first < n_anchors
+        first = tl.minimum(first, n_anchors - 1)
+        # From where the first row's band of predictions begins to where the last one's ends.
+        p_i = tl.load(values_ptr + n_anchors + tl.where(is_lo, first, last))
+        ends = _ends(p_i, is_lo, key_values_ptr + n_keys, n_keys, n_steps, reach)
+        here = tl.sum(sign * ends, axis=0) - n_keys
+        if EXACT:
+            # All anchors' label bands contain what lies between these.
+            y_i = tl.load(values_ptr + tl.where(is_lo, last, first))
+            ends = _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach)
+            here += tl.maximum(tl.sum(sign * ends, axis=0), 0)
+        excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)
+    choice = (tl.sum(excess, axis=0) >= 0).to(tl.int32)
+    if EXACT:
+        p_i, p_j = values_ptr + n_anchors, key_values_ptr + n_keys
+        reach = tl.full((), reach, p_i.dtype.element_ty)
+        is_near = tl.load(p_i + n_anchors - 1) - tl.load(p_j) <= reach
+        is_near = is_near & (tl.load(p_j + n_keys - 1) - tl.load(p_i) <= reach)
+        choice += choice & is_near.to(tl.int32)
+    tl.store(layout_ptr + tl.arange(0, 128), choice)
 
 
 @triton.jit

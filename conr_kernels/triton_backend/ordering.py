@@ -1,10 +1,12 @@
-"""Triton kernels that put rows in order: sort keys, exact bands, choice of sweep, sorted copies."""
+"""Triton kernels that put rows in order: a stable sort of labels and predictions; bands, choice of
+sweep and sorted copies.
+"""
 
 import triton
 import triton.language as tl
 
-from .arithmetic import to_base_2
-from .layout import padded, parts_of
+from .arithmetic import halves_of, to_base_2, to_halves
+from .layout import choose_sweep, find_bands, padded, parts_of, ranks_of
 
 
 @triton.jit(do_not_specialize=["n_keys"])
@@ -55,127 +57,152 @@ def conr_sort_keys_kernel(
 
 
 @triton.jit
-def _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach):
-    """``min { j : y_i − y_j ≤ reach }``, where a band begins, or ``min { j : not y_j − y_i ≤ reach
-    }``, where it ends, by binary search on the very comparison.
+def _flipped(bits, WIDE: tl.constexpr):
+    """Bits of floating-point numbers as integers of the same order, in which -0 is 0; and back."""
+    lowest: tl.constexpr = -(2**63) if WIDE else -(2**31)
+    return tl.where(bits < 0, lowest - bits, bits)
+
+
+@triton.jit
+def _images(y_ptr, rows, n_rows):
+    """Integers in the order of the rows' values: all NaN alike, then rows behind the last."""
+    is_row = rows < n_rows
+    y = tl.load(y_ptr + rows, mask=is_row, other=0.0)
+    WIDE: tl.constexpr = y.dtype == tl.float64
+    nan: tl.constexpr = 0x7FF8 << 48 if WIDE else 0x7FC0 << 16
+    behind: tl.constexpr = 2**63 - 2 if WIDE else 2**31 - 2
+    image = _flipped(y.to(tl.int64 if WIDE else tl.int32, bitcast=True), WIDE)
+    return tl.where(is_row, tl.where(y == y, image, nan), behind)
+
+
+@triton.jit
+def _sort_tile(
+    pid, y_ptr, images_ptr, order_ptr, n_rows, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    first = pid * ROWS // BLOCK * BLOCK
+    places = tl.arange(0, ROWS)
+    rows = pid * ROWS + places
+    image = _images(y_ptr, rows, n_rows)
+    is_before = tl.zeros((ROWS, ROWS), tl.int32)
+    end = tl.minimum(first + BLOCK, n_rows)
+    for start in range(first, tl.where(pid * ROWS < n_rows, end, first), ROWS):
+        others = _images(y_ptr, start + places, n_rows)
+        # Of equal values the earlier row comes first.
+        reach = image + (start < pid * ROWS)
+        is_before += (others[None, :] < reach[:, None]).to(tl.int32)
+    others = _images(y_ptr, rows, n_rows)
+    is_equal = (others[None, :] == image[:, None]) & (places[None, :] < places[:, None])
+    place = first + tl.sum(is_before + is_equal.to(tl.int32), axis=1)
+    place = tl.where(rows < n_rows, place, rows)
+    tl.store(images_ptr + place, image)
+    tl.store(order_ptr + place, rows)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
+def conr_sort_kernel(
+    key_y_ptr, key_p_ptr, y_ptr, p_ptr, images_j_ptr, sorted_j_ptr, images_i_ptr, sorted_i_ptr,
+    n_anchors, n_keys, HAS_KEYS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sorts each BLOCK of the keys' labels, then of the anchors', then of the predictions: images
+    of their values and their rows, by counting; a program for each ROWS of them.
     """
-    reach = tl.full((), reach, y_i.dtype)
-    found = tl.zeros(y_i.shape, tl.int32)
-    end = found + n_keys
-    for _ in range(n_steps):
-        mid = (found + end) // 2
-        y_j = tl.load(key_values_ptr + tl.minimum(mid, n_keys - 1))
-        is_near = tl.where(is_lo, y_i - y_j, y_j - y_i) <= reach
-        is_found = (is_near == is_lo) | (mid >= n_keys)
-        found, end = tl.where(is_found, found, mid + 1), tl.where(is_found, mid, end)
-        found = tl.minimum(found, end)
-    return end
-
-
-@triton.jit
-def _band_tile(
-    pid, key_values_ptr, key_order_ptr, anchor_values_ptr, anchor_order_ptr,
-    order_j_ptr, order_i_ptr, lo_ptr, hi_ptr, self_ptr, rank_ptr,
-    n_anchors, n_keys, self_offset, n_steps, reach, HAS_KEYS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Bands and orders of a tile; with HAS_KEYS the anchors' places among the keys."""
-    rows = pid * ROWS + tl.arange(0, ROWS)
-    n_padded_keys, n_padded = padded(n_keys), padded(n_anchors)
-    order = tl.load(key_order_ptr + rows, mask=rows < n_keys, other=n_keys).to(tl.int32)
-    tl.store(order_j_ptr + rows, order, mask=rows < n_padded_keys)
-    if rank_ptr is not None:
-        tl.store(rank_ptr + tl.where(rows < n_keys, order, rows), rows, mask=rows < n_padded_keys)
-    i = tl.minimum(rows, n_anchors - 1)
-    y_i = tl.load(anchor_values_ptr + i)
-    is_lo = tl.arange(0, 2)[:, None] == 0
-    ends = _ends(
-        tl.broadcast_to(y_i[None, :], (2, ROWS)), is_lo, key_values_ptr, n_keys, n_steps, reach
-    )
-    tl.store(lo_ptr + rows, tl.sum(tl.where(is_lo, ends, 0), axis=0), mask=rows < n_padded)
-    tl.store(hi_ptr + rows, tl.max(ends, axis=0), mask=rows < n_padded)
-
-    if HAS_KEYS:
-        # Equal values stand in their first order: the pair (value, row) finds the anchor's own key.
-        row = tl.load(anchor_order_ptr + i).to(tl.int32)
-        tl.store(order_i_ptr + rows, tl.where(rows < n_anchors, row, n_anchors), rows < n_padded)
-        row += self_offset
-        here, end = tl.zeros_like(rows), tl.zeros_like(rows) + n_keys
-        for _ in range(n_steps):
-            mid = tl.minimum((here + end) // 2, n_keys - 1)
-            y_j = tl.load(key_values_ptr + mid)
-            row_j = tl.load(key_order_ptr + mid).to(tl.int32)
-            found = (y_j > y_i) | ((y_j == y_i) & (row_j >= row))
-            here, end = tl.where(found, here, mid + 1), tl.where(found, mid, end)
-            here = tl.minimum(here, end)
-        tl.store(self_ptr + rows, end, mask=rows < n_padded)
-
-
-@triton.jit
-def _bands(
-    pid, key_values_ptr, key_order_ptr, values_ptr, order_ptr, layout_ptr, rank_ptr,
-    n_anchors, n_keys, self_offset, n_steps, reach,
-    HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The bands of ROWS sorted anchors in both orders."""
-    order_j_ptr, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step = parts_of(
-        layout_ptr, n_anchors, n_keys, not HAS_KEYS
-    )
-    _band_tile(
-        pid, key_values_ptr, key_order_ptr, values_ptr, order_ptr,
-        order_j_ptr, order_i_ptr, lo_ptr, hi_ptr, self_ptr, rank_ptr,
-        n_anchors, n_keys, self_offset, n_steps, reach, HAS_KEYS, ROWS,
-    )  # fmt: skip
-    if HAS_P:
-        # The negatives never include the anchor itself: its place in this order is not needed.
-        order_ptr += n_anchors
-        _band_tile(
-            pid, key_values_ptr + n_keys, key_order_ptr + n_keys, values_ptr + n_anchors, order_ptr,
-            order_j_ptr + step, order_i_ptr + step, lo_ptr + step, hi_ptr + step,
-            self_ptr, None if rank_ptr is None else rank_ptr + padded(n_keys),
-            n_anchors, n_keys, self_offset, n_steps, reach, False, ROWS,
-        )  # fmt: skip
+    pid = tl.program_id(0)
+    keys, anchors = tl.cdiv(n_keys, BLOCK) * BLOCK, tl.cdiv(n_anchors, BLOCK) * BLOCK
+    n_programs = (keys + (anchors if HAS_KEYS else 0)) // ROWS
+    if pid >= n_programs:
+        pid -= n_programs
+        key_y_ptr, y_ptr = key_p_ptr, p_ptr
+        images_j_ptr += keys
+        sorted_j_ptr += keys
         if HAS_KEYS:
-            rows = pid * ROWS + tl.arange(0, ROWS)
-            order = tl.load(order_ptr + rows, mask=rows < n_anchors, other=n_anchors)
-            tl.store(order_i_ptr + step + rows, order.to(tl.int32), mask=rows < padded(n_anchors))
+            images_i_ptr += anchors
+            sorted_i_ptr += anchors
+    if pid < keys // ROWS:
+        _sort_tile(pid, key_y_ptr, images_j_ptr, sorted_j_ptr, n_keys, BLOCK, ROWS)
+    elif HAS_KEYS:
+        _sort_tile(
+            pid - keys // ROWS, y_ptr, images_i_ptr, sorted_i_ptr, n_anchors, BLOCK, ROWS
+        )  # fmt: skip
 
 
 @triton.jit
-def _choose(
-    key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, n_steps, reach,
-    EXACT: tl.constexpr, ROWS: tl.constexpr,
+def _merge_tile(
+    pid, which, given, merged, values_ptr, layout_order_ptr, rank_ptr, step, n_rows, size, n_steps,
+    LAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+    FAN: tl.constexpr,
 ):  # fmt: skip
-    """Writes down whether the negatives of all tiles of ROWS anchors visit fewer keys outside the
-    bands of the labels than in those of the predictions (1), and there no prediction is known to be
-    out of the window of another (2).
+    images_ptr, order_ptr = given
+    total = tl.cdiv(n_rows, BLOCK) * BLOCK
+    behind = which.to(tl.int64) * total
+    images_ptr += behind
+    here = pid * ROWS + tl.arange(0, ROWS)
+    image = tl.load(images_ptr + here)
+    row = tl.load(order_ptr + behind + here)
+    own = pid * ROWS // size
+    first = own // FAN * FAN
+    place = tl.zeros((ROWS,), tl.int32) + first * size
+    end_run = tl.minimum(first + FAN, tl.cdiv(n_rows, size))
+    for run in range(first, tl.where(pid * ROWS < n_rows, end_run, first), RUNS):
+        runs = run + tl.arange(0, RUNS)[:, None]
+        begin = tl.broadcast_to(runs * size, (RUNS, ROWS))
+        end = tl.minimum(begin + size, total)
+        # Of equal values those of an earlier run come first.
+        reach = image[None, :] + (runs < own)
+        found = begin
+        for k in range(n_steps):
+            next = found + (size >> k)
+            others = tl.load(images_ptr + tl.minimum(next, total) - 1)
+            found = tl.where((next <= end) & (others < reach), next, found)
+        place += tl.sum(tl.where(runs == own, here[None, :] - begin, found - begin), axis=0)
+    place = tl.where(row < n_rows, place, row)
+    if LAST:
+        values = _flipped(image, image.dtype == tl.int64)
+        values = values.to(values_ptr.dtype.element_ty, bitcast=True)
+        tl.store(values_ptr + which.to(tl.int64) * n_rows + place, values, mask=row < n_rows)
+        behind = which.to(tl.int64) * step
+        is_padded = row < padded(n_rows)
+        tl.store(layout_order_ptr + behind + place, tl.minimum(row, n_rows), mask=is_padded)
+        tl.store(rank_ptr + behind + row, place, mask=is_padded)
+    else:
+        images_ptr, order_ptr = merged
+        tl.store(images_ptr + behind + place, image)
+        tl.store(order_ptr + behind + place, row)
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_keys", "size", "n_steps"])
+def conr_merge_kernel(
+    images_j_ptr, sorted_j_ptr, images_i_ptr, sorted_i_ptr,
+    merged_images_j_ptr, merged_j_ptr, merged_images_i_ptr, merged_i_ptr,
+    key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, size, n_steps,
+    HAS_KEYS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    RUNS: tl.constexpr, FAN: tl.constexpr,
+):  # fmt: skip
+    """Merges each FAN sorted runs of so many (``size``) images: an image's place is the number of
+    those before it in all of them, by binary search in RUNS at a time.
+
+    The LAST merge, of all runs, leaves sorted values, and the layout's orders and ranks; of rows
+    behind the last, each stands in its own place.
     """
-    BLOCK: tl.constexpr = 512
-    is_lo = tl.arange(0, 2)[:, None] == 0
-    sign = tl.where(is_lo, -1, 1)
-    excess = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, n_anchors, BLOCK * ROWS):
-        first = start + tl.arange(0, BLOCK)[None, :] * ROWS
-        last = tl.minimum(first + ROWS, n_anchors) - 1
-        is_tile = first < n_anchors
-        first = tl.minimum(first, n_anchors - 1)
-        # From where the first row's band of predictions begins to where the last one's ends.
-        p_i = tl.load(values_ptr + n_anchors + tl.where(is_lo, first, last))
-        ends = _ends(p_i, is_lo, key_values_ptr + n_keys, n_keys, n_steps, reach)
-        here = tl.sum(sign * ends, axis=0) - n_keys
-        if EXACT:
-            # All anchors' label bands contain what lies between these.
-            y_i = tl.load(values_ptr + tl.where(is_lo, last, first))
-            ends = _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach)
-            here += tl.maximum(tl.sum(sign * ends, axis=0), 0)
-        excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)
-    choice = (tl.sum(excess, axis=0) >= 0).to(tl.int32)
-    if EXACT:
-        p_i, p_j = values_ptr + n_anchors, key_values_ptr + n_keys
-        reach = tl.full((), reach, p_i.dtype.element_ty)
-        is_near = tl.load(p_i + n_anchors - 1) - tl.load(p_j) <= reach
-        is_near = is_near & (tl.load(p_j + n_keys - 1) - tl.load(p_i) <= reach)
-        choice += choice & is_near.to(tl.int32)
-    tl.store(layout_ptr + tl.arange(0, 128), choice)
+    pid = tl.program_id(0)
+    keys, anchors = tl.cdiv(n_keys, BLOCK) * BLOCK, tl.cdiv(n_anchors, BLOCK) * BLOCK
+    n_programs = (keys + (anchors if HAS_KEYS else 0)) // ROWS
+    which = pid // n_programs
+    pid = pid % n_programs
+    order_j_ptr, order_i_ptr, _, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
+    rank_j_ptr, rank_i_ptr, step = ranks_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
+    if pid < keys // ROWS:
+        _merge_tile(
+            pid, which, (images_j_ptr, sorted_j_ptr), (merged_images_j_ptr, merged_j_ptr),
+            key_values_ptr, order_j_ptr, rank_j_ptr, step, n_keys, size, n_steps,
+            LAST, BLOCK, ROWS, RUNS, FAN,
+        )  # fmt: skip
+    elif HAS_KEYS:
+        _merge_tile(
+            pid - keys // ROWS, which, (images_i_ptr, sorted_i_ptr),
+            (merged_images_i_ptr, merged_i_ptr),
+            values_ptr, order_i_ptr, rank_i_ptr, step, n_anchors, size, n_steps,
+            LAST, BLOCK, ROWS, RUNS, FAN,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -185,30 +212,38 @@ def _load_rows(x_ptr, rows, is_row, columns, D: tl.constexpr, dtype: tl.constexp
 
 
 @triton.jit
-def _gather_tile(
-    pid, which, apart, order_ptr, given, w_ptr, coef_ptr, copies, sorted_coef_ptr, poison_ptr,
+def _store_rows(
+    q_ptr, places, columns, q, D_PAD: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr
+):  # fmt: skip
+    """Columns of unit features times the scale, in rows of D_PAD numbers."""
+    q_ptr += places[:, None] * D_PAD
+    mask = (columns < D_PAD)[None, :] if D_PAD % CHUNK else None
+    if IN_HALVES:
+        large, small = to_halves(q)
+        tl.store(halves_of(q_ptr) + columns[None, :], large, mask=mask)
+        tl.store(halves_of(q_ptr) + D_PAD + columns[None, :], small, mask=mask)
+    else:
+        tl.store(q_ptr + columns[None, :], q.to(q_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _copy_tile(
+    pid, order, second, rank_ptr, given, w_ptr, coef_ptr, copies, sorted_coef_ptr, poison_ptr,
     n_rows, width, g, scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    ORDERS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr,
 ):  # fmt: skip
     x_ptr, y_ptr, p_ptr = given
     q_ptr, inverse_ptr, sorted_y_ptr, sorted_p_ptr = copies
-    here = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n_padded = padded(n_rows).to(tl.int64)
-    rows = tl.load(order_ptr + here, mask=here < n_rows, other=n_rows)
+    rows = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = rows < n_rows
-    behind = which * apart * n_padded
-    q_ptr += behind * D_PAD
-    inverse_ptr += behind
-    sorted_y_ptr += behind * L
-    sorted_p_ptr += behind * L
-    rows = rows.to(tl.int64)
+    n_padded = padded(n_rows).to(tl.int64)
     columns = tl.arange(0, CHUNK).to(tl.int64)
 
     dtype: tl.constexpr = inverse_ptr.dtype.element_ty
     squares = tl.zeros((ROWS,), dtype)
     poison = tl.zeros((ROWS,), tl.float32)
-    if D_PAD == CHUNK:
+    if D_PAD <= CHUNK:
         x = _load_rows(x_ptr, rows, is_row, columns, D, dtype)
         squares += tl.sum(x * x, axis=1)
         poison += tl.sum((x * 0).to(tl.float32), axis=1)
@@ -221,80 +256,87 @@ def _gather_tile(
     is_zero = squares == 0
     norm = tl.sqrt(tl.where(is_zero, 1.0, squares).to(tl.float64))
     inverse = tl.where(is_zero, 0.0, 1.0 / norm)
-    tl.store(inverse_ptr + here, inverse.to(dtype))
     factor = (inverse * scale).to(dtype)
-    q_ptrs = q_ptr + here[:, None] * D_PAD + columns[None, :]
-    if D_PAD == CHUNK:
-        tl.store(q_ptrs, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
-    else:
+    places = ()
+    for copy in tl.static_range(ORDERS):
+        ranks = tl.load(rank_ptr + (order + copy) * second.to(tl.int64) + rows)
+        places = places + (ranks.to(tl.int64),)
+    for copy in tl.static_range(ORDERS):
+        place = places[copy] + copy * n_padded
+        tl.store(inverse_ptr + place, inverse.to(dtype))
+        if D_PAD <= CHUNK:
+            _store_rows(q_ptr, place, columns, x * factor[:, None], D_PAD, CHUNK, IN_HALVES)
+    if D_PAD > CHUNK:
         for k in range(0, width, CHUNK):
-            x = _load_rows(x_ptr, rows, is_row, k + columns, D, dtype)
-            tl.store(q_ptrs + k, (x * factor[:, None]).to(q_ptr.dtype.element_ty))
+            q = _load_rows(x_ptr, rows, is_row, k + columns, D, dtype) * factor[:, None]
+            for copy in tl.static_range(ORDERS):
+                place = places[copy] + copy * n_padded
+                _store_rows(q_ptr, place, k + columns, q, D_PAD, CHUNK, IN_HALVES)
 
     for c in range(L):
         y = tl.load(y_ptr + rows * L + c, mask=is_row, other=float("nan"))
         p = tl.load(p_ptr + rows * L + c, mask=is_row, other=float("nan"))
-        tl.store(sorted_y_ptr + c * n_padded + here, y)
-        tl.store(sorted_p_ptr + c * n_padded + here, p)
         poison += (y * 0 + p * 0).to(tl.float32)
+        for copy in tl.static_range(ORDERS):
+            place = places[copy] + (copy * L + c) * n_padded
+            tl.store(sorted_y_ptr + place, y)
+            tl.store(sorted_p_ptr + place, p)
     if w_ptr is not None:
         w = tl.load(w_ptr + rows, mask=is_row, other=0.0)
         poison += (w * 0).to(tl.float32)
     if poison_ptr is not None:
-        tl.store(poison_ptr + rows, poison, mask=is_row & (which == 0))
+        tl.store(poison_ptr + rows, poison, mask=is_row & (order == 0))
     if coef_ptr is not None:
         coef_ptrs = coef_ptr + rows * COLUMNS
-        sorted_ptrs = sorted_coef_ptr + behind * COLUMNS + here
-        beta = tl.load(coef_ptrs + 1, mask=is_row, other=0.0)
-        tl.store(sorted_ptrs + n_padded, (beta * g).to(beta.dtype))
-        for c in tl.static_range(0, 3, 2):
+        for c in tl.static_range(3):
             coef = tl.load(coef_ptrs + c, mask=is_row, other=0.0)
             coef = (coef * g).to(coef.dtype)
-            if COLUMNS == 5:
+            if COLUMNS == 5 and c != 1:
                 log = tl.load(coef_ptrs + 3 + c // 2, mask=is_row, other=0.0)
                 coef, log = to_base_2(coef, log)
-                tl.store(sorted_ptrs + (3 + c // 2) * n_padded, log)
-            tl.store(sorted_ptrs + c * n_padded, coef)
+                for copy in tl.static_range(ORDERS):
+                    place = places[copy] + (copy * COLUMNS + 3 + c // 2) * n_padded
+                    tl.store(sorted_coef_ptr + place, log)
+            for copy in tl.static_range(ORDERS):
+                place = places[copy] + (copy * COLUMNS + c) * n_padded
+                tl.store(sorted_coef_ptr + place, coef)
 
 
 @triton.jit(
-    do_not_specialize=["n_anchors", "n_keys", "self_offset", "n_steps", "first", "apart"]
+    do_not_specialize=["n_anchors", "n_keys", "self_offset", "n_steps", "first", "order"]
 )  # fmt: skip
 def conr_order_kernel(
-    key_values_ptr, key_order_ptr, values_ptr, order_ptr, layout_ptr, rank_ptr,
+    key_values_ptr, values_ptr, layout_ptr,
     key_x_ptr, key_y_ptr, key_p_ptr, key_coef_ptr, q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr,
     coef_j_ptr, x_ptr, y_ptr, p_ptr, w_ptr, coef_ptr, q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr,
     coef_i_ptr, poison_ptr, upstream_ptr,
-    n_anchors, n_keys, self_offset, n_steps, width, first, apart,
+    n_anchors, n_keys, self_offset, n_steps, width, first, order,
     reach: tl.float64, factor: tl.float64, scale: tl.float64,
     HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, EXACT: tl.constexpr, BAND_ROWS: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    ORDERS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr,
 ):  # fmt: skip
     """From the ``first`` program on: one for the choice of sweep; one per BAND_ROWS rows for the
-    bands; one per ROWS rows for the copies in the order of the labels, then in that of the
-    predictions: unit features times the scale, labels and coefficients times the upstream gradient
-    and the factor. Poison, 0 or NaN, shows what is not finite in a row of the keys, then of the
-    anchors, in the caller's order.
+    bands; one per ROWS rows for their copies: unit features times the scale, labels and
+    coefficients times the upstream gradient and the factor. Poison, 0 or NaN, shows what is not
+    finite in a row of the keys, then of the anchors, in the caller's order.
 
-    The copies in the second order stand ``apart`` (1), behind the first, or replace them (0) if the
-    choice falls on that order. Where no sorts are given, the layout has orders and choice, and the
-    second copies are in the order that was chosen.
+    Copies are in the ``order`` of the labels (0), or of the predictions (1) if the choice falls on
+    it; or in both ORDERS, those of the predictions behind. Where no values are given, the layout
+    has bands and choice, and the second copies are in the order that was chosen.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    n_bands = 1 + tl.maximum(keys, anchors) // BAND_ROWS
-    n_programs = (keys + (anchors if HAS_KEYS else 0)) // ROWS
+    n_bands = 1 + anchors // BAND_ROWS
     pid = tl.program_id(0) + first
     if pid < n_bands:
-        if key_values_ptr is not None:
+        if values_ptr is not None:
             if pid > 0:
-                _bands(
-                    pid - 1, key_values_ptr, key_order_ptr, values_ptr, order_ptr, layout_ptr,
-                    rank_ptr, n_anchors, n_keys, self_offset, n_steps, reach,
-                    HAS_KEYS, HAS_P, BAND_ROWS,
+                find_bands(
+                    pid - 1, key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys,
+                    self_offset, n_steps, reach, HAS_KEYS, HAS_P, BAND_ROWS,
                 )  # fmt: skip
             elif HAS_P:
-                _choose(
+                choose_sweep(
                     key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, n_steps, reach,
                     EXACT, BAND_ROWS,
                 )  # fmt: skip
@@ -302,37 +344,26 @@ def conr_order_kernel(
                 tl.store(layout_ptr + tl.arange(0, 128), 0)
     else:
         pid -= n_bands
-        which = pid // n_programs
-        pid = pid % n_programs
-        if key_values_ptr is None:
-            order_j_ptr, order_i_ptr, _, _, _, step = parts_of(
-                layout_ptr, n_anchors, n_keys, not HAS_KEYS
-            )
-            step_j, step_i, is_chosen = step, step, which == 1
-        else:
-            order_j_ptr, order_i_ptr = key_order_ptr, order_ptr
-            step_j, step_i, is_chosen = n_keys, n_anchors, (which == 1) & (apart == 0)
-        is_outside = False
-        if is_chosen:
-            is_outside = tl.load(layout_ptr) != 0
-        if (which == 1) & (is_outside == 0):
-            order_j_ptr += step_j
-            order_i_ptr += step_i
+        second = 1
+        if (order == 1) | (values_ptr is None):
+            second = tl.where(tl.load(layout_ptr) != 0, 0, 1)
+        rank_j_ptr, rank_i_ptr, step = ranks_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
+        second *= step
         g = tl.full((), factor, tl.float64)
         if upstream_ptr is not None:
             g *= tl.load(upstream_ptr).to(tl.float64)
-        if (is_outside == 0) | (apart == 1):
+        if (order == 0) | (second != 0):
             if pid < keys // ROWS:
-                _gather_tile(
-                    pid, which, apart, order_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),
+                _copy_tile(
+                    pid, order, second, rank_j_ptr, (key_x_ptr, key_y_ptr, key_p_ptr),
                     None if HAS_KEYS else w_ptr, key_coef_ptr,
                     (q_j_ptr, inverse_j_ptr, y_j_ptr, p_j_ptr), coef_j_ptr, poison_ptr,
-                    n_keys, width, g, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    n_keys, width, g, scale, ORDERS, D, D_PAD, L, COLUMNS, ROWS, CHUNK, IN_HALVES,
                 )  # fmt: skip
             elif HAS_KEYS:
-                _gather_tile(
-                    pid - keys // ROWS, which, apart, order_i_ptr, (x_ptr, y_ptr, p_ptr),
+                _copy_tile(
+                    pid - keys // ROWS, order, second, rank_i_ptr, (x_ptr, y_ptr, p_ptr),
                     w_ptr, coef_ptr, (q_i_ptr, inverse_i_ptr, y_i_ptr, p_i_ptr), coef_i_ptr,
-                    None if poison_ptr is None else poison_ptr + n_keys,
-                    n_anchors, width, g, scale, D, D_PAD, L, COLUMNS, ROWS, CHUNK,
+                    None if poison_ptr is None else poison_ptr + n_keys, n_anchors,
+                    width, g, scale, ORDERS, D, D_PAD, L, COLUMNS, ROWS, CHUNK, IN_HALVES,
                 )  # fmt: skip

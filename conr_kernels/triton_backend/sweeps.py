@@ -28,6 +28,7 @@ from .layout import (
     count_of,
     key_tiles,
     padded,
+    ranks_of,
     sweep_of,
     tile_at,
 )
@@ -98,7 +99,7 @@ def pairs_of(
 
 @triton.jit
 def _add_tile(
-    sums, tile_j, anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, n_keys, width,
+    sums, tile_j, anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, n_keys, width, unit,
     EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -108,9 +109,9 @@ def _add_tile(
     total, top, extra, n = sums
     j0 = tile_j.to(tl.int64) * BLOCK_J
     q_j_ptr += j0 * D_PAD
-    q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, BLOCK_D, UPCAST)
+    q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST)
     s_ij = similarity(
-        q_i, q_i_ptr, q_j, q_j_ptr, width, D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST
+        q_i, q_i_ptr, q_j, q_j_ptr, width, unit, D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST
     )
     is_in, phi_ij, t_ij = pairs_of(
         s_ij, anchors, j0, y_j_ptr, p_j_ptr, n_keys,
@@ -129,7 +130,7 @@ def _add_tile(
 @triton.jit
 def _sums_of_sweep(
     here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
-    n_anchors, n_keys, n_slots, width, apart, h, push_scale,
+    n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -155,7 +156,7 @@ def _sums_of_sweep(
         tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
     )
     q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
-    q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, UPCAST)
+    q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
     total = tl.zeros((BLOCK_I,) if SHIFTED else (BLOCK_I, FOLD), dtype)
     top = tl.full((BLOCK_I,), float("-inf"), dtype)
     extra = tl.zeros((BLOCK_I, FOLD), dtype)
@@ -164,14 +165,14 @@ def _sums_of_sweep(
     for t in range(n_full * slot // n_slots, n_full * (slot + 1) // n_slots):
         total, top, extra, n = _add_tile(
             (total, top, extra, n), tile_at(t, full), anchors, q_i, q_i_ptr, q_j_ptr,
-            y_j_ptr, p_j_ptr, n_keys, width, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
-            INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            y_j_ptr, p_j_ptr, n_keys, width, unit, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE,
+            SHIFTED, INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     for t in range(n_edges * slot // n_slots, n_edges * (slot + 1) // n_slots):
         total, top, extra, n = _add_tile(
             (total, top, extra, n), tile_at(t, edges), anchors, q_i, q_i_ptr, q_j_ptr,
-            y_j_ptr, p_j_ptr, n_keys, width, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
-            INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            y_j_ptr, p_j_ptr, n_keys, width, unit, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE,
+            SHIFTED, INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
 
     rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -199,7 +200,8 @@ def _sums_of_sweep(
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots", "apart"])
 def conr_forward_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
-    n_anchors, n_keys, n_slots, width, apart, h: tl.float64, push_scale: tl.float64,
+    n_anchors, n_keys, n_slots, width, apart, unit: tl.float64, h: tl.float64,
+    push_scale: tl.float64,
     SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -223,14 +225,14 @@ def conr_forward_kernel(
     if negatives:
         _sums_of_sweep(
             here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
-            n_anchors, n_keys, n_slots, width, apart, h, push_scale,
+            n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
             True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, TINY, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     else:
         _sums_of_sweep(
             here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
-            n_anchors, n_keys, n_slots, width, apart, h, push_scale,
+            n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
             False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", False, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
@@ -255,7 +257,7 @@ def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.c
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots"])
 def conr_finish_kernel(
-    sums_ptr, n_ptr, poison_ptr, w_ptr, n_absent_ptr, rank_ptr, loss_ptr, stats_ptr,
+    sums_ptr, n_ptr, poison_ptr, w_ptr, n_absent_ptr, layout_ptr, loss_ptr, stats_ptr,
     n_anchors, n_keys, n_slots, push_scale: tl.float64,
     SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
     UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
@@ -263,8 +265,8 @@ def conr_finish_kernel(
 ):  # fmt: skip
     """Losses and statistics of ROWS rows from at most SLOTS parts of their sums; a program each.
 
-    Statistics [N, 3 or 5]; or, where the rows' ranks are given, as the gradient reads them: [3 or
-    5, N padded] for each of the ORDERS. What is not finite among further keys is shared out to all
+    Statistics [N, 3 or 5]; or, where the layout is given, as the gradient reads them: [3 or 5, N
+    padded] for each of the ORDERS. What is not finite among further keys is shared out to all
     rows.
     """
     pid = tl.program_id(0)
@@ -304,7 +306,7 @@ def conr_finish_kernel(
     tl.store(loss_ptr + rows, (loss + poison).to(dtype), mask=is_row)
     stats = rounded_statistics(alpha, beta, gamma, log_alpha, log_gamma, poison, dtype, SHIFTED)
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
-    if rank_ptr is None:
+    if layout_ptr is None:
         store_columns(stats_ptr + rows * COLUMNS, 1, is_row, stats, SHIFTED)
     else:
         alpha, beta, gamma, log_alpha, log_gamma = stats
@@ -312,10 +314,11 @@ def conr_finish_kernel(
             alpha, log_alpha = to_base_2(alpha, log_alpha)
             gamma, log_gamma = to_base_2(gamma, log_gamma)
         n_padded = padded(n_anchors).to(tl.int64)
+        rank_ptr, _, step = ranks_of(layout_ptr, n_anchors, n_keys, True)
         for _ in tl.static_range(ORDERS):
             # Rows behind the last have 0, in their own places.
             ptrs = stats_ptr + tl.load(rank_ptr + rows)
             columns = (alpha, beta, gamma, log_alpha, log_gamma)
             store_columns(ptrs, n_padded, rows < n_padded, columns, SHIFTED)
-            rank_ptr += n_padded
+            rank_ptr += step
             stats_ptr += COLUMNS * n_padded

@@ -267,7 +267,7 @@ def conr_wide_scores_kernel(
         )
         s_ij = similarity(
             0, q_i_ptr + (behind_i + tile.to(tl.int64) * BLOCK_I) * D_PAD,
-            0, q_j_ptr + (behind_j + j0) * D_PAD, width,
+            0, q_j_ptr + (behind_j + j0) * D_PAD, width, 1.0,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         coef_i_ptrs, slot = coef_i_ptr + tile * BLOCK_I + rows, number - first
@@ -337,7 +337,9 @@ def conr_wide_product_kernel(
                     step = key * STEPS + v
                     j0 = step * BLOCK_K + tl.where(step < n_a * STEPS, a, b) * BLOCK_J
                     H_ij = tl.load(H_ptr + (slot * STEPS + v) * (BLOCK_I * BLOCK_K) + H_offsets)
-                    q_j = load_tile(q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_D, UPCAST)
+                    q_j = load_tile(
+                        q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_D, PRECISION, UPCAST
+                    )
                     if UPCAST:
                         H_ij = H_ij.to(tl.float32)
                     if RESCALE:

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.gpu import __main__ as main
 from benchmarks.gpu import claims, plan, rows, steps
 from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
@@ -164,10 +165,13 @@ def test_a_run_says_what_it_plans_and_stops_at_its_limit(monkeypatch, record, ca
         now[0] += seconds
 
     monkeypatch.setattr(main, "run_together", take)
-    main.run_stages(["speed", "compare", "tune"], record, 70.0)
+    names = ["speed", "compare", "tune"]
+    of = {stage.name: stage.seconds for stage in plan.STAGES}
+    main.run_stages(names, record, 100.0)
     out = capsys.readouterr().out
-    assert now[0] <= 70.0 - plan.PICTURE and list(given) == ["speed", "compare", "tune"]
-    assert f"{60 * 80 / 155:6.0f} s  speed" in out
+    assert now[0] <= 100.0 - plan.PICTURE and list(given) == names
+    share = (100 - plan.PICTURE) / sum(of[name] for name in names)
+    assert f"{share * of['speed']:6.0f} s  speed" in out
     main.run_stages(["speed"], record, plan.PICTURE + plan.LEAST - 1)
     assert [row["note"] for row in record.rows if row["metric"] == "not run"] == ["no time left"]
 
@@ -297,3 +301,17 @@ def test_the_steps_time_and_the_devices_stand_side_by_side():
     head, line = steps.table(claims.Rows(found)).splitlines()
     assert head.split()[-5:] == ["step,", "ms", "device,", "ms", "MiB"]
     assert line.split()[-3:] == ["2", "1", "4"]
+
+
+def test_the_readmes_table_has_ours_beside_eager_and_the_bare_product(tmp_path):
+    ours = time_row("triton", 2e-3)
+    found = [ours, ours | {"mode": steps.GRAPH, "value": 1e-3}, time_row("eager", 8e-3),
+             time_row("q @ q.T", 5e-4) | {"mode": steps.GRAPH},
+             ours | {"metric": "memory", "value": 2**22}]  # fmt: skip
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- GPU figures: how -->\nold\n<!-- end of GPU figures -->\nb\n")
+    report.write_figures(readme, "GPU figures", steps.markdown(claims.Rows(found)))
+    first, *_, line, _, end, last = readme.read_text().splitlines()
+    assert (first, end, last) == ("a", "<!-- end of GPU figures -->", "b")
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[3:] == ["2 ms", "**1 ms**", "4.0 MiB", "8 ms", "–", "–", "0.5 ms"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conr_kernels import Variant, conr_loss, reference, triton_backend
 from conr_kernels.core.inputs import Inputs
-from conr_kernels.triton_backend import call, launch, launch_dense, launch_sweeps, run_sweeps
+from conr_kernels.triton_backend import call, launch, launch_dense, launch_order, launch_sweeps
 from conr_kernels.variants import PRESETS, Settings
 
 GUARD = 160
@@ -74,7 +74,7 @@ def guarded_allocations():
         mock.patch.object(launch, "GUARD", GUARD),
         mock.patch.object(launch.Parts, "new", new),
         mock.patch.object(launch_dense, "_plans", {}),
-        mock.patch.object(run_sweeps, "_plans", {}),
+        mock.patch.object(launch_sweeps, "_plans", {}),
     ):
         yield
     assert buffers
@@ -116,6 +116,7 @@ def forced(regime: str, allocations=guarded_allocations):
         mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
+        mock.patch.multiple(launch_order, SORT_BLOCK=128, MERGE_FAN=2, MERGE_RUNS=2),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
         mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**25),
         mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),

@@ -14,10 +14,10 @@ import torch
 
 from conr_kernels import conr_loss, ops, triton_backend
 from conr_kernels.core.labels import accumulation_dtype
-from conr_kernels.triton_backend import launch_dense
+from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
 from conr_kernels.triton_backend.call import arithmetic
 from conr_kernels.triton_backend.configs import bucket, config
-from conr_kernels.variants import Settings, resolve_variant
+from conr_kernels.variants import PRESETS, Settings, resolve_variant
 
 from .cases import EMPTY_KINDS, KINDS, VARIANTS, cover, structured_cases, tie_cases
 from .memory import fresh_tensors_full_of
@@ -243,3 +243,66 @@ def test_tiles_of_similar_predictions_only(D: int, variant: str) -> None:
         results.append((loss.detach().double(), features.grad.double()))
     for ours, truth in zip(*results, strict=True):
         assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-42, 3.4e38, -3.4e38]
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "variant", "dtype"),
+    [
+        *((N, 0, "paper", F32) for N in (1, 2, 127, 128, 129, 600)),
+        *((N, K, "paper", F32) for N, K in ((1, 300), (300, 130))),
+        (130, 0, "contrastive", F32), (150, 40, "contrastive", F64), (270, 0, "paper", F64),
+    ],
+)  # fmt: skip
+def test_orders_and_ranks_are_those_of_a_stable_sort(
+    N: int, K: int, variant: str, dtype: torch.dtype
+) -> None:
+    """Of many equal values, zeros of both signs, NaN of both, infinite and subnormal ones; in
+    blocks of 128, merged by twos.
+    """
+    g = torch.Generator().manual_seed(N + K)
+    n, s, is_confused = N + K, Settings(1.0, 0.2, 0.01, PRESETS[variant]), variant == "paper"
+    special = torch.tensor(SPECIAL, dtype=dtype)
+    special = torch.cat([special, -special[4:5]])
+    y, p = (
+        torch.where(
+            torch.rand(n, 1, generator=g) < 0.5,
+            special[torch.randint(0, len(special), (n, 1), generator=g)],
+            torch.randint(-5, 6, (n, 1), generator=g).to(dtype) / 2,
+        )
+        for _ in range(2)
+    )
+    x = torch.randn(n, 3, generator=g)
+    keys = (x, y, p) if K else None
+    with forced("sweeps"):
+        x_i, y_i, p_i = x[K:].clone(), y[K:].clone(), p[K:].clone()
+        plan = launch_sweeps.plan_of(x_i, y_i, keys, K, s, "none")
+        names = [launch.kernel.function.__name__ for launch, _ in plan.forward.steps]
+        del plan.forward.steps[names.index("conr_order_kernel") + 1 :]  # sweeps take long
+        work = plan.work.new(x)
+        layout = x.new_empty(call.layout_size(N, n, K > 0, is_confused), dtype=torch.int32)
+        loss, stats = x.new_empty(N), x.new_empty((N, 3))
+        rows = x_i, y_i, p_i, *(keys or (x_i, y_i, p_i))
+        plan.forward(None, [work], *rows, None, None, loss, stats, layout)
+    parts = dict(zip(plan.work.parts, plan.work.tensors(work), strict=True))
+    keys, anchors = call.padded(n), call.padded(N)
+    whose = dict(order_j=keys, bands=2 * anchors) | (dict(order_i=anchors) if K else {})
+    whose |= dict(rank_j=keys) | (dict(rank_i=anchors) if K else {})
+    head, self, *orders = layout.split(
+        [128, anchors * (K > 0), *whose.values(), *(list(whose.values()) * is_confused)]
+    )
+    for side, n_rows, columns in (("j", n, (y, p)), ("i", N, (y_i, p_i)))[: 1 + (K > 0)]:
+        for which in range(1 + is_confused):
+            of = dict(zip(whose, orders[len(whose) * which :], strict=False))
+            order, rank = (of[f"{name}_{side}"] for name in ("order", "rank"))
+            values, expected = columns[which][:, 0].sort(stable=True)
+            assert torch.equal(order[:n_rows].long(), expected) and (order[n_rows:] == n_rows).all()
+            assert torch.equal(rank[expected], torch.arange(n_rows, dtype=torch.int32))
+            assert torch.equal(rank[n_rows:].long(), torch.arange(n_rows, len(rank)))
+            found = parts[f"values_{side}"].view(-1, n_rows)[which]
+            torch.testing.assert_close(found, values, rtol=0, atol=0, equal_nan=True)
+    if K:
+        of = dict(zip(whose, orders, strict=False))
+        assert torch.equal(self[:N], of["rank_j"][K + of["order_i"][:N].long()])
