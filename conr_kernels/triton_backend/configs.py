@@ -143,7 +143,7 @@ _SHIFTED = {
 #: The same of float32 in halves.
 HALVES_HEAVY = "float32 highest heavy"
 _HALVES_HEAVY = {
-    "forward": [(None, None, (64, 32, None, 4, 2))],
+    "forward": [(80, None, (64, 32, None, 8, 2)), (None, None, (64, 32, None, 4, 2))],
     "backward": [(80, None, (32, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
 }
 TABLE = {

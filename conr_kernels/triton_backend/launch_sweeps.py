@@ -161,9 +161,10 @@ class Plan(Ordering):
         tiles_i = tiles(call.N, call.config("backward").BLOCK_I)
         n_slots = min(tiles(PARTS_PROGRAMS[call.form.dtype.itemsize], 2 * tiles_i), SLOTS)
         size = 2 * n_slots * call.N * call.D_pad
-        # Two exponentials a pair in the loops of both sweeps would spill.
-        would_spill = call.form.dtype == torch.float32 and call.pair_flags["SHIFTED"]
-        if self.stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not would_spill:
+        # Two exponentials a pair in the loops of both sweeps would spill, or of halves need twice
+        # the shared memory.
+        is_too_much = call.form.dtype == torch.float32 and call.pair_flags["SHIFTED"]
+        if self.stand_apart and size * call.dtype.itemsize <= PARTS_BYTES and not is_too_much:
             self.work_of_gradient.add("G_parts", size, call.dtype)
             return self._backward_at_once(n_slots)
         return self._backward_in_turn()
@@ -285,8 +286,9 @@ class Plan(Ordering):
         call, upstream, kappa = self.call, "nothing", self.kappa
         if self.is_kept:
             upstream, kappa = "upstream", kappa * self.factor
-        chunk = min(1 << (call.D - 1).bit_length(), GRADIENT_TILE)
-        n_rows = min(GRADIENT_TILE // chunk, ROW_PAD)
+        most = GRADIENT_TILE * 4 // call.dtype.itemsize
+        chunk = min(1 << (call.D - 1).bit_length(), most)
+        n_rows = min(most // chunk, ROW_PAD)
         gradient = bind(kernel, {"num_warps": 4}, **constants, D=call.D, ROWS=n_rows, CHUNK=chunk)
         numbers = call.N, call.K, call.D_pad, int(self.is_apart), kappa
         launch = Launch(gradient, padded(call.N) // n_rows, *numbers)

@@ -39,16 +39,17 @@ BOOL = {True, False}
 CONSTANTS = {
     **dict.fromkeys(
         ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "UNIT_TERMS", "COUNT_SELF", "WEIGHTED_ROWS",
-         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT"), BOOL,
+         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT",
+         "LAST", "IN_HALVES"), BOOL,
     ),
-    "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "ieee"}, "L": {1, 3},
+    "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "fp16x3", "ieee"}, "L": {1, 3},
     # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.
     "UPCAST": {False}, "WIDE": {False},
-    "ORDERS": {1, 2}, "APART": {0, 1},
+    "ORDERS": {1, 2}, "APART": {0, 1}, "SWEEPS": {"both", "positives", "negatives"},
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
-                     "BAND_ROWS", "L_PAD", "SLOTS", "BLOCK_K", "PARTS")),
+                     "BAND_ROWS", "L_PAD", "SLOTS", "BLOCK_K", "PARTS", "RUNS", "FAN")),
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {
@@ -272,8 +273,11 @@ def test_tf32_only_where_it_is_asked_for_and_three_passes_at_highest(committed) 
         done = float(row["passes"] or (3 if row["arithmetic"].endswith("highest") else 1))
         if row["arithmetic"] == "float64":
             assert "TF32" not in row["tensor_core"], row
-        elif row["arithmetic"] == "float32 highest":
+        elif row["arithmetic"] == "float32 highest" and "TF32" in row["tensor_core"]:
             assert done >= 3, row
+        elif row["arithmetic"] == "float32 highest":
+            # Of halves Triton IR itself has three products.
+            assert "ward_" in row["kernel"] and 1 <= done < 2, row
         else:
             # On 16 anchors two warps both compute one of the products.
             assert 1 <= done < 2 or (row["tile"][:3], done) == ("16x", 2), row

@@ -20,6 +20,7 @@ from conr_kernels.triton_backend.configs import bucket, config
 from conr_kernels.variants import PRESETS, Settings, resolve_variant
 
 from .cases import EMPTY_KINDS, KINDS, VARIANTS, cover, structured_cases, tie_cases
+from .cases import Case as StructuredCase
 from .memory import fresh_tensors_full_of
 from .oracle import assert_as_good_as_eager
 from .triton_interpreted import BF16, F16, F64, Case, forced
@@ -81,6 +82,47 @@ def test_ties_beyond_the_reach_are_positives_and_negatives(n_components: int, di
     for case in tie_cases(n_components, distance):
         with forced("sweeps"):
             assert_as_good_as_eager(triton_backend, case)
+
+
+def _hard_features(kind: str, n: int, D: int) -> torch.Tensor:
+    """Features in float64 that sums of two float16 numbers hold worst."""
+    g = torch.Generator().manual_seed(D)
+    x = torch.randn(n, D, generator=g, dtype=torch.float64)
+    if kind == "one huge entry":
+        x *= 10.0 ** -torch.randint(2, 7, (n, D), generator=g)
+        x[:, 3] = 1.0
+    elif kind == "entries of any size":
+        x *= 10.0 ** torch.randint(-42, 0, (n, D), generator=g)
+        x[:, 2] += 1.0
+    elif kind == "parallel":
+        x = x[:4].repeat(-(-n // 4), 1)[:n] * torch.linspace(1e-3, 1e3, n).double()[:, None]
+    elif kind == "opposite":
+        x = x[:1] * (1 - 2 * torch.arange(n).remainder(2))[:, None]
+    else:  # all entries just above a power of two, which the larger half leaves most of
+        x = x.sign() * (1 + 2**-11 - 2**-22)
+    x[7] = 0.0
+    return x
+
+
+HARD = dict(
+    kind=("one huge entry", "entries of any size", "parallel", "opposite", "rounded worst"),
+    temperature=(0.2, 0.005, 1e-5, 1e4),
+    variant=("paper", "released-depth", "released-age", "inside-distance"),
+    D=(16, 128),
+)
+
+
+@pytest.mark.parametrize("choice", list(cover(HARD)), ids=lambda c: "-".join(map(str, c.values())))
+def test_highest_float32_is_as_good_as_eager_on_hard_rows(choice: dict) -> None:
+    """Exponents of any size too: the copies' scale follows the temperature."""
+    n, g = 70, torch.Generator().manual_seed(1)
+    y = torch.randint(0, 9, (n, 1), generator=g).float()
+    p = y + 2 * torch.randn(n, 1, generator=g)
+    x = _hard_features(choice["kind"], n, choice["D"]).float().double()
+    settings = Settings(1.0, choice["temperature"], 0.1, VARIANTS[choice["variant"]])
+    assert torch.get_float32_matmul_precision() == "highest"
+    with forced("sweeps"):
+        assert_as_good_as_eager(triton_backend, StructuredCase(choice, x, y, p, None, settings))
 
 
 @pytest.mark.parametrize("regime", ["sweeps", "dense"])
@@ -227,24 +269,6 @@ def test_tiles_of_positives_only(choice: dict) -> None:
         assert error <= limit * 0.2 / tau, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("variant", ["paper", "released-age"])
-@pytest.mark.parametrize("D", [16, 150])
-def test_tiles_of_similar_predictions_only(D: int, variant: str) -> None:
-    """Two crowds of predictions: pairs of tiles within one are compared by their labels alone."""
-    g = torch.Generator().manual_seed(D)
-    x, order = torch.randn(280, D, generator=g), torch.randperm(280, generator=g)
-    y, p = order // 2 * 10.0, order % 2 * 100 + torch.rand(280, generator=g) / 2
-    upstream, results = torch.rand(280, generator=g), []
-    for backend, dtype in (("triton", F32), ("reference", torch.float64)):
-        features = x.clone().to(dtype).requires_grad_()
-        with forced("sweeps") if backend == "triton" else contextlib.nullcontext():
-            loss = conr_loss(features, y, p, variant=variant, reduction="none", backend=backend)
-            (loss * upstream).sum().backward()
-        results.append((loss.detach().double(), features.grad.double()))
-    for ours, truth in zip(*results, strict=True):
-        assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max()
-
-
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-42, 3.4e38, -3.4e38]
 
 
@@ -306,3 +330,21 @@ def test_orders_and_ranks_are_those_of_a_stable_sort(
     if K:
         of = dict(zip(whose, orders, strict=False))
         assert torch.equal(self[:N], of["rank_j"][K + of["order_i"][:N].long()])
+
+
+@pytest.mark.parametrize("variant", ["paper", "released-age"])
+@pytest.mark.parametrize("D", [16, 150])
+def test_tiles_of_similar_predictions_only(D: int, variant: str) -> None:
+    """Two crowds of predictions: pairs of tiles within one are compared by their labels alone."""
+    g = torch.Generator().manual_seed(D)
+    x, order = torch.randn(280, D, generator=g), torch.randperm(280, generator=g)
+    y, p = order // 2 * 10.0, order % 2 * 100 + torch.rand(280, generator=g) / 2
+    upstream, results = torch.rand(280, generator=g), []
+    for backend, dtype in (("triton", F32), ("reference", torch.float64)):
+        features = x.clone().to(dtype).requires_grad_()
+        with forced("sweeps") if backend == "triton" else contextlib.nullcontext():
+            loss = conr_loss(features, y, p, variant=variant, reduction="none", backend=backend)
+            (loss * upstream).sum().backward()
+        results.append((loss.detach().double(), features.grad.double()))
+    for ours, truth in zip(*results, strict=True):
+        assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max()

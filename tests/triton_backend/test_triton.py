@@ -163,14 +163,20 @@ def test_every_thread_that_holds_a_rows_sum_has_the_same_bits(dtype: torch.dtype
         assert fused_across_threads(compiled.compile_launch(launch, 90).asm["ptx"]) == []
 
 
-def test_float64_products_use_no_tf32_and_highest_uses_three_passes() -> None:
+def test_float64_products_use_no_tf32_and_highest_uses_three_products() -> None:
+    """Of wide features in TF32, else in float16."""
     assert "tf32" not in ptx(4500, 32, torch.float64, "forward_kernel")
-    wgmma = re.compile(r"wgmma\.mma_async\S*\.tf32")
-    once, thrice = (
-        len(wgmma.findall(ptx(4500, 32, torch.float32, "forward_kernel", precision=how)))
-        for how in ("high", "highest")
-    )
-    assert once > 0 and thrice == 3 * once
+    for D, kind in ((32, "f16"), (300, "tf32")):
+        wgmma = re.compile(rf"wgmma\.mma_async\S*\.(\w+)\.{kind}\.{kind}")
+        half, once, thrice = (
+            len(wgmma.findall(ptx(4500, D, dtype, "forward_kernel", precision=how)))
+            for dtype, how in (
+                (torch.float16, "high"),
+                (torch.float32, "high"),
+                (torch.float32, "highest"),
+            )  # fmt: skip
+        )
+        assert thrice == 3 * (half if kind == "f16" else once) > 0
 
 
 def test_squares_of_differences_are_not_contracted() -> None:
