@@ -391,7 +391,7 @@ def test_windows_of_any_size_leave_the_same_gradient() -> None:
     """
     case = Case(150, 130, "released-age", regime="windows", labels="ages")
     given, tile = case.inputs(), 64 * 64 * 4
-    sizes = [(99, 512), (2, 512), (99, 64), (5, 128), (5, 128)]
+    sizes = [(99, 512), (5, 512), (99, 64), (5, 128), (5, 128)]
     whole, *others = (gradient_of(case, given, n * tile, keys) for n, keys in sizes)
     for gradient in others:
         assert (gradient - whole).abs().max() <= 1e-6 * whole.abs().max()
