@@ -185,8 +185,8 @@ _NAMES = {
 
 
 def precision(arithmetic: str) -> str:
-    """``input_precision``: three TF32 products reach float32's accuracy at a third of its
-    instructions.
+    """``input_precision`` of numbers as they are: three TF32 products reach float32's accuracy at a
+    third of its instructions.
     """
     if torch.version.hip is not None:
         return "ieee"  # not every AMD GPU has TF32
