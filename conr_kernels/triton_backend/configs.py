@@ -124,7 +124,6 @@ _FLOAT16 = {
         (None, 256, (64, 64, None, 8, 2)),
         *(row for row in _HALVES["backward"] if row[1] != 256),
     ],
-    "wide": [(90, None, (128, 128, 64, 4, 3)), *_HALVES["wide"]],
     "product": [(None, None, (128, 64, 128, 8, 3))],
 }
 #: 16-bit features with vector labels or a window near 0, whose pairs take more registers.

@@ -134,7 +134,7 @@ class Ordering:
             ORDERS=1 + self.is_apart, D=call.D, D_PAD=call.D_pad, L=call.L, COLUMNS=columns,
             ROWS=rows, CHUNK=chunk, IN_HALVES=call.is_in_halves,
         )  # fmt: skip
-        n_bands = 1 + padded(call.N) // ROW_PAD
+        n_bands = 1 + (1 + call.is_confused) * padded(call.N) // ROW_PAD
         n_programs = (padded(call.K) + padded(call.N) * call.has_keys) // rows
         first = n_bands
         names = (

@@ -286,8 +286,9 @@ class Plan(Ordering):
         call, upstream, kappa = self.call, "nothing", self.kappa
         if self.is_kept:
             upstream, kappa = "upstream", kappa * self.factor
-        chunk = min(1 << (call.D - 1).bit_length(), GRADIENT_TILE)
-        n_rows = min(GRADIENT_TILE // chunk, ROW_PAD)
+        most = GRADIENT_TILE * 4 // call.dtype.itemsize
+        chunk = min(1 << (call.D - 1).bit_length(), most)
+        n_rows = min(most // chunk, ROW_PAD)
         gradient = bind(kernel, {"num_warps": 4}, **constants, D=call.D, ROWS=n_rows, CHUNK=chunk)
         numbers = call.N, call.K, call.D_pad, int(self.is_apart), kappa
         launch = Launch(gradient, padded(call.N) // n_rows, *numbers)

@@ -62,30 +62,31 @@ def _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach):
 @triton.jit
 def find_bands(
     pid, key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, self_offset, n_steps, reach,
-    HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
+    HAS_KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The bands of ROWS sorted anchors in both orders, and the anchors' places among the keys."""
-    rows = pid * ROWS + tl.arange(0, ROWS)
-    i = tl.minimum(rows, n_anchors - 1)
+    """The bands of ROWS sorted anchors, and their places among the keys; in the order of the
+    labels, by further programs in that of the predictions.
+    """
     n_padded = padded(n_anchors)
+    which = pid // (n_padded // ROWS)
+    rows = pid * ROWS + tl.arange(0, ROWS) - which * n_padded
+    i = tl.minimum(rows, n_anchors - 1)
     _, order_i_ptr, self_ptr, lo_ptr, hi_ptr, step = parts_of(
         layout_ptr, n_anchors, n_keys, not HAS_KEYS
     )
     is_lo = tl.arange(0, 2)[:, None] == 0
-    for _ in tl.static_range(2 if HAS_P else 1):
-        y_i = tl.broadcast_to(tl.load(values_ptr + i)[None, :], (2, ROWS))
-        ends = _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach)
-        tl.store(lo_ptr + rows, tl.sum(tl.where(is_lo, ends, 0), axis=0), mask=rows < n_padded)
-        tl.store(hi_ptr + rows, tl.max(ends, axis=0), mask=rows < n_padded)
-        key_values_ptr += n_keys
-        values_ptr += n_anchors
-        lo_ptr += step
-        hi_ptr += step
+    y_i = tl.load(values_ptr + which * n_anchors.to(tl.int64) + i)
+    key_values_ptr += which * n_keys.to(tl.int64)
+    ends = _ends(
+        tl.broadcast_to(y_i[None, :], (2, ROWS)), is_lo, key_values_ptr, n_keys, n_steps, reach
+    )
+    tl.store(lo_ptr + which * step + rows, tl.sum(tl.where(is_lo, ends, 0), axis=0))
+    tl.store(hi_ptr + which * step + rows, tl.max(ends, axis=0))
     if HAS_KEYS:
         # The negatives never include the anchor itself: its place in their order is not needed.
         rank_j_ptr, _, _ = ranks_of(layout_ptr, n_anchors, n_keys, False)
         own = tl.load(rank_j_ptr + self_offset + tl.load(order_i_ptr + i))
-        tl.store(self_ptr + rows, own, mask=rows < n_padded)
+        tl.store(self_ptr + rows, own, mask=which == 0)
 
 
 @triton.jit
@@ -97,8 +98,13 @@ def choose_sweep(
     bands of the labels than in those of the predictions (1), and there no prediction is known to be
     out of the window of another (2).
     """
-    BLOCK: tl.constexpr = 512
-    is_lo = tl.arange(0, 2)[:, None] == 0
+    BLOCK: tl.constexpr = 128
+    # Lower and upper ends of bands of predictions, then of labels.
+    ends_of: tl.constexpr = 4 if EXACT else 2
+    number = tl.arange(0, ends_of)[:, None]
+    is_lo, is_p = number % 2 == 0, number < 2
+    value_ptrs = values_ptr + tl.where(is_p, n_anchors, 0)
+    key_value_ptrs = key_values_ptr + tl.where(is_p, n_keys, 0)
     sign = tl.where(is_lo, -1, 1)
     excess = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, n_anchors, BLOCK * ROWS):
@@ -106,15 +112,14 @@ def choose_sweep(
         last = tl.minimum(first + ROWS, n_anchors) - 1
         is_tile = first < n_anchors
         first = tl.minimum(first, n_anchors - 1)
-        # From where the first row's band of predictions begins to where the last one's ends.
-        p_i = tl.load(values_ptr + n_anchors + tl.where(is_lo, first, last))
-        ends = _ends(p_i, is_lo, key_values_ptr + n_keys, n_keys, n_steps, reach)
-        here = tl.sum(sign * ends, axis=0) - n_keys
+        # From where the first row's band of predictions begins to where the last one's ends; all
+        # anchors' label bands contain what lies between the other ends.
+        row = tl.where(is_lo == is_p, first, last)
+        values = tl.load(value_ptrs + row)
+        ends = _ends(values, is_lo, key_value_ptrs, n_keys, n_steps, reach)
+        here = tl.sum(tl.where(is_p, sign * ends, 0), axis=0) - n_keys
         if EXACT:
-            # All anchors' label bands contain what lies between these.
-            y_i = tl.load(values_ptr + tl.where(is_lo, last, first))
-            ends = _ends(y_i, is_lo, key_values_ptr, n_keys, n_steps, reach)
-            here += tl.maximum(tl.sum(sign * ends, axis=0), 0)
+            here += tl.maximum(tl.sum(tl.where(is_p, 0, sign * ends), axis=0), 0)
         excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)
     choice = (tl.sum(excess, axis=0) >= 0).to(tl.int32)
     if EXACT:

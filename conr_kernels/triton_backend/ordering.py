@@ -109,20 +109,18 @@ def conr_sort_kernel(
     pid = tl.program_id(0)
     keys, anchors = tl.cdiv(n_keys, BLOCK) * BLOCK, tl.cdiv(n_anchors, BLOCK) * BLOCK
     n_programs = (keys + (anchors if HAS_KEYS else 0)) // ROWS
-    if pid >= n_programs:
-        pid -= n_programs
-        key_y_ptr, y_ptr = key_p_ptr, p_ptr
-        images_j_ptr += keys
-        sorted_j_ptr += keys
-        if HAS_KEYS:
-            images_i_ptr += anchors
-            sorted_i_ptr += anchors
-    if pid < keys // ROWS:
-        _sort_tile(pid, key_y_ptr, images_j_ptr, sorted_j_ptr, n_keys, BLOCK, ROWS)
-    elif HAS_KEYS:
-        _sort_tile(
-            pid - keys // ROWS, y_ptr, images_i_ptr, sorted_i_ptr, n_anchors, BLOCK, ROWS
-        )  # fmt: skip
+    which = pid // n_programs
+    pid = pid % n_programs
+    if HAS_KEYS and pid * ROWS >= keys:
+        pid -= keys // ROWS
+        key_y_ptr, key_p_ptr, n_keys, keys = y_ptr, p_ptr, n_anchors, anchors
+        images_j_ptr, sorted_j_ptr = images_i_ptr, sorted_i_ptr
+    if which == 1:
+        key_y_ptr = key_p_ptr
+    behind = which.to(tl.int64) * keys
+    images_j_ptr += behind
+    sorted_j_ptr += behind
+    _sort_tile(pid, key_y_ptr, images_j_ptr, sorted_j_ptr, n_keys, BLOCK, ROWS)
 
 
 @triton.jit
@@ -190,19 +188,16 @@ def conr_merge_kernel(
     pid = pid % n_programs
     order_j_ptr, order_i_ptr, _, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
     rank_j_ptr, rank_i_ptr, step = ranks_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
-    if pid < keys // ROWS:
-        _merge_tile(
-            pid, which, (images_j_ptr, sorted_j_ptr), (merged_images_j_ptr, merged_j_ptr),
-            key_values_ptr, order_j_ptr, rank_j_ptr, step, n_keys, size, n_steps,
-            LAST, BLOCK, ROWS, RUNS, FAN,
-        )  # fmt: skip
-    elif HAS_KEYS:
-        _merge_tile(
-            pid - keys // ROWS, which, (images_i_ptr, sorted_i_ptr),
-            (merged_images_i_ptr, merged_i_ptr),
-            values_ptr, order_i_ptr, rank_i_ptr, step, n_anchors, size, n_steps,
-            LAST, BLOCK, ROWS, RUNS, FAN,
-        )  # fmt: skip
+    if HAS_KEYS and pid * ROWS >= keys:
+        pid -= keys // ROWS
+        images_j_ptr, sorted_j_ptr, n_keys = images_i_ptr, sorted_i_ptr, n_anchors
+        merged_images_j_ptr, merged_j_ptr = merged_images_i_ptr, merged_i_ptr
+        key_values_ptr, order_j_ptr, rank_j_ptr = values_ptr, order_i_ptr, rank_i_ptr
+    _merge_tile(
+        pid, which, (images_j_ptr, sorted_j_ptr), (merged_images_j_ptr, merged_j_ptr),
+        key_values_ptr, order_j_ptr, rank_j_ptr, step, n_keys, size, n_steps,
+        LAST, BLOCK, ROWS, RUNS, FAN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -321,14 +316,14 @@ def conr_order_kernel(
     has bands and choice, and the second copies are in the order that was chosen.
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    n_bands = 1 + anchors // BAND_ROWS
+    n_bands = 1 + (2 if HAS_P else 1) * anchors // BAND_ROWS
     pid = tl.program_id(0) + first
     if pid < n_bands:
         if values_ptr is not None:
             if pid > 0:
                 find_bands(
                     pid - 1, key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys,
-                    self_offset, n_steps, reach, HAS_KEYS, HAS_P, BAND_ROWS,
+                    self_offset, n_steps, reach, HAS_KEYS, BAND_ROWS,
                 )  # fmt: skip
             elif HAS_P:
                 choose_sweep(

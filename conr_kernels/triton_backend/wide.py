@@ -171,17 +171,19 @@ def _is_full(tile_j, tile, list_ptr, n_tiles):
 
 @triton.jit
 def _store_gradients(
-    s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys, H_ptr,
-    H_scale_ptr, slot, NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr,
-    L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, RESCALE: tl.constexpr, BLOCK_K: tl.constexpr,
+    pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys,
+    NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr, L: tl.constexpr,
+    RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
+    RESCALE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``H_ij`` of a tile, to its slot of H."""
-    # Of all columns at once, what the pairs need would spill.
+    s_ij, anchors, coef_i_ptrs, j0, y_j_ptr, p_j_ptr, coef_j_ptr = pairs
+    # Of all columns at once, what the pairs need would spill; some pairs need more than others.
     PARTS: tl.constexpr = 4 if s_ij.shape[1] > 64 else 1
     WIDTH: tl.constexpr = s_ij.shape[1] // PARTS
+    IS_HEAVY: tl.constexpr = L > 1 or SHIFTED
     H_ptr += slot * (s_ij.shape[0] * s_ij.shape[1])
-    of_anchors = coefficients_of(coef_ptrs, n_padded, NEGATIVES, SHIFTED, INSIDE)
+    of_anchors = coefficients_of(coef_i_ptrs, padded(n_anchors), NEGATIVES, SHIFTED, INSIDE)
     parts = in_parts(s_ij, PARTS)
     done, largest = (), tl.zeros((s_ij.shape[0],), s_ij.dtype)
     for c in tl.static_range(PARTS):
@@ -192,9 +194,11 @@ def _store_gradients(
         if RESCALE:
             largest = tl.maximum(largest, tl.max(tl.abs(H_ij), axis=1))
             done = done + (H_ij,)
-        else:
+        elif IS_HEAVY:
             _store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K, False)
-        if PARTS > 1:
+        else:
+            done = done + (H_ij.to(H_ptr.dtype.element_ty),)
+        if IS_HEAVY:
             tl.debug_barrier()
     if RESCALE:
         IN_HALVES: tl.constexpr = H_ptr.dtype.element_ty == tl.float32
@@ -203,8 +207,9 @@ def _store_gradients(
         for c in tl.static_range(PARTS):
             H_ij = done[c] * (1.0 / scale)[:, None]
             _store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K, IN_HALVES)
-            if PARTS > 1:
-                tl.debug_barrier()
+    elif not IS_HEAVY:
+        for c in tl.static_range(PARTS):
+            _store_part(H_ptr, done[c], c * WIDTH, BLOCK_K, False)
 
 
 @triton.jit
@@ -240,8 +245,8 @@ def conr_wide_scores_kernel(
     )
     starts_ptr = list_ptr + PER_TILE * n_tiles
     _, _, self_ptr, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, CONFUSED, SAME)
-    n_padded, behind = padded(n_anchors), tl.where(is_other, apart, 0).to(tl.int64)
-    behind_i, behind_j = behind * n_padded, behind * padded(n_keys)
+    behind = tl.where(is_other, apart, 0).to(tl.int64)
+    behind_i, behind_j = behind * padded(n_anchors), behind * padded(n_keys)
     y_i_ptr += behind_i * L
     p_i_ptr += behind_i * L
     coef_i_ptr += behind_i * COLUMNS
@@ -256,9 +261,9 @@ def conr_wide_scores_kernel(
         n_a, a, b = _runs_of(tile, list_ptr, n_tiles)
         tile_j = t + tl.where(t < n_a, a, b)
         j0 = tile_j * BLOCK_J
-        is_full = False
+        is_edge = 1
         if L == 1:
-            is_full = _is_full(tile_j, tile, list_ptr, n_tiles)
+            is_edge = 1 - _is_full(tile_j, tile, list_ptr, n_tiles).to(tl.int32)
         anchors = anchors_of(
             tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
         )
@@ -267,26 +272,20 @@ def conr_wide_scores_kernel(
             0, q_j_ptr + (behind_j + j0) * D_PAD, width, unit,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
-        coef_ptrs = coef_i_ptr + tile * BLOCK_I + rows
-        slot = number - first
-        if negatives:
-            _store_gradients(
-                s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                H_ptr, H_scale_ptr, slot, True, True, CONFUSED, L, RMSE, SHIFTED, False, PUSHING,
-                RESCALE, BLOCK_K,
-            )  # fmt: skip
-        elif is_full:
-            _store_gradients(
-                s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                H_ptr, H_scale_ptr, slot, False, False, False, L, RMSE, SHIFTED, INSIDE, "none",
-                RESCALE, BLOCK_K,
-            )  # fmt: skip
-        else:
-            _store_gradients(
-                s_ij, anchors, coef_ptrs, n_padded, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-                H_ptr, H_scale_ptr, slot, False, True, False, L, RMSE, SHIFTED, INSIDE, "none",
-                RESCALE, BLOCK_K,
-            )  # fmt: skip
+        coef_i_ptrs, slot = coef_i_ptr + tile * BLOCK_I + rows, number - first
+        pairs = s_ij, anchors, coef_i_ptrs, j0, y_j_ptr, p_j_ptr, coef_j_ptr
+        for EDGE in tl.static_range(2):
+            if is_edge == EDGE:
+                if negatives:
+                    _store_gradients(
+                        pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, True, EDGE == 1,
+                        CONFUSED, L, RMSE, SHIFTED, False, PUSHING, RESCALE, BLOCK_K,
+                    )  # fmt: skip
+                else:
+                    _store_gradients(
+                        pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, False, EDGE == 1,
+                        False, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, BLOCK_K,
+                    )  # fmt: skip
 
 
 @triton.jit

@@ -167,10 +167,10 @@ def test_a_run_says_what_it_plans_and_stops_at_its_limit(monkeypatch, record, ca
     monkeypatch.setattr(main, "run_together", take)
     names = ["speed", "compare", "tune"]
     of = {stage.name: stage.seconds for stage in plan.STAGES}
-    main.run_stages(names, record, 70.0)
+    main.run_stages(names, record, 100.0)
     out = capsys.readouterr().out
-    assert now[0] <= 70.0 - plan.PICTURE and list(given) == names
-    share = (70 - plan.PICTURE) / sum(of[name] for name in names)
+    assert now[0] <= 100.0 - plan.PICTURE and list(given) == names
+    share = (100 - plan.PICTURE) / sum(of[name] for name in names)
     assert f"{share * of['speed']:6.0f} s  speed" in out
     main.run_stages(["speed"], record, plan.PICTURE + plan.LEAST - 1)
     assert [row["note"] for row in record.rows if row["metric"] == "not run"] == ["no time left"]

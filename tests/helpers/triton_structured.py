@@ -330,3 +330,21 @@ def test_orders_and_ranks_are_those_of_a_stable_sort(
     if K:
         of = dict(zip(whose, orders, strict=False))
         assert torch.equal(self[:N], of["rank_j"][K + of["order_i"][:N].long()])
+
+
+@pytest.mark.parametrize("variant", ["paper", "released-age"])
+@pytest.mark.parametrize("D", [16, 150])
+def test_tiles_of_similar_predictions_only(D: int, variant: str) -> None:
+    """Two crowds of predictions: pairs of tiles within one are compared by their labels alone."""
+    g = torch.Generator().manual_seed(D)
+    x, order = torch.randn(280, D, generator=g), torch.randperm(280, generator=g)
+    y, p = order // 2 * 10.0, order % 2 * 100 + torch.rand(280, generator=g) / 2
+    upstream, results = torch.rand(280, generator=g), []
+    for backend, dtype in (("triton", F32), ("reference", torch.float64)):
+        features = x.clone().to(dtype).requires_grad_()
+        with forced("sweeps") if backend == "triton" else contextlib.nullcontext():
+            loss = conr_loss(features, y, p, variant=variant, reduction="none", backend=backend)
+            (loss * upstream).sum().backward()
+        results.append((loss.detach().double(), features.grad.double()))
+    for ours, truth in zip(*results, strict=True):
+        assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max()
