@@ -55,8 +55,8 @@ CONSTANTS = {
 EXCEPTIONS = {
     # Few rows are never copied, in halves neither.
     **{
-        (f"conr_dense_{name}_kernel", "PRECISION"): {"tf32", "tf32x3", "ieee"}
-        for name in ("gram", "sums", "gradient")
+        (f"conr_{name}_kernel", "PRECISION"): {"tf32", "tf32x3", "ieee"}
+        for name in ("gram", "dense_sums", "dense_gradient")
     },
     # Their rows have a gradient.
     ("conr_dense_finish_kernel", "COLUMNS"): {3, 5},
