@@ -48,6 +48,17 @@ def to_halves(tile):
 
 
 @triton.jit
+def store_tile(tile, row_ptrs, columns, mask, D_PAD: tl.constexpr, IN_HALVES: tl.constexpr):
+    """Stores columns of rows of D_PAD numbers as ``load_tile`` reads them."""
+    if IN_HALVES:
+        large, small = to_halves(tile)
+        tl.store(halves_of(row_ptrs) + columns, large, mask=mask)
+        tl.store(halves_of(row_ptrs) + D_PAD + columns, small, mask=mask)
+    else:
+        tl.store(row_ptrs + columns, tile.to(row_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``a·b + acc``, accumulated in float32, or in float64 for float64. Of factors in halves: all
     products but the smallest, the largest last.
@@ -98,7 +109,11 @@ def similarity(
         for k in range(0, width, BLOCK_D):
             a = load_tile(q_i_ptr, k, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
             b = load_tile(q_j_ptr, k, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST)
-            s_ij = dot(a, transposed(b, PRECISION), s_ij, PRECISION)
+            if PRECISION == "fp16x3":
+                # Tensor cores cut off what they add to a sum: a chunk's is rounded.
+                s_ij += dot(a, transposed(b, PRECISION), None, PRECISION)
+            else:
+                s_ij = dot(a, transposed(b, PRECISION), s_ij, PRECISION)
     if PRECISION == "fp16x3":
         s_ij *= tl.full((), unit, tl.float32)
     return s_ij

@@ -88,8 +88,8 @@ class Call:
         self.D_bucket = form.bucket(self.D, form.arithmetic)
         self.D_pad = self.D_bucket or WIDE_PAD * math.ceil(self.D / WIDE_PAD)
         of_products = precision(form.arithmetic)
-        #: Whether the copies hold float32 numbers as sums of two of float16.
-        self.is_in_halves = form.arithmetic == "float32 highest" and self.D_bucket > 0
+        #: Whether the copies, and H_ij, hold float32 numbers as sums of two of float16.
+        self.is_in_halves = form.arithmetic == "float32 highest"
         #: √(log₂e/τ), the factor of every unit feature; and what products of copies are times it.
         self.scale, self.unit = math.sqrt(math.log2(math.e) / s.temperature), 1.0
         if self.is_in_halves:
@@ -100,7 +100,7 @@ class Call:
         self.window = largest_total(s.window, self.L, s.distance, str(form.labels)[6:])
         self.is_confused = s.variant.negatives == "confused"
         self.is_tiny = s.scales_by_distance and s.window < s.SMALLEST_WINDOW
-        self.is_rescaled = form.dtype == torch.float16
+        self.is_rescaled = form.dtype == torch.float16 or self.is_in_halves
         self.is_inside = s.variant.log == "inside"
         self.pair_flags = dict(
             L=self.L,
@@ -185,8 +185,8 @@ _NAMES = {
 
 
 def precision(arithmetic: str) -> str:
-    """``input_precision``: three TF32 products reach float32's accuracy at a third of its
-    instructions.
+    """``input_precision`` of numbers as they are: three TF32 products reach float32's accuracy at a
+    third of its instructions.
     """
     if torch.version.hip is not None:
         return "ieee"  # not every AMD GPU has TF32

@@ -95,7 +95,7 @@ _FLOAT32 = {
 }
 _FLOAT32_HIGHEST = {
     "forward": [
-        (None, 0, (64, 64, 32, 4, 2)),
+        (None, 0, (64, 64, 64, 4, 2)),
         (100, 128, (64, 32, None, 4, 2)),
         (None, None, (64, 64, None, 4, 2)),
     ],
@@ -104,8 +104,12 @@ _FLOAT32_HIGHEST = {
         (80, 128, (32, 64, None, 4, 2)),
         (None, None, (64, 32, None, 4, 2)),
     ],
-    "wide": [(90, None, (64, 128, 32, 4, 2)), (None, None, (64, 32, 32, 4, 2))],
-    "product": [(90, None, (64, 32, 128, 4, 2)), (None, None, (64, 32, 64, 4, 2))],
+    "wide": [(90, None, (64, 128, 64, 4, 2)), (None, None, (64, 64, 64, 4, 2))],
+    "product": [
+        (90, None, (64, 64, 128, 4, 2)),
+        (100, None, (64, 32, 64, 4, 2)),
+        (None, None, (64, 32, 128, 4, 2)),
+    ],
 }
 _FLOAT64 = {
     "forward": [(None, 0, (16, 16, 32, 4, 1)), (None, None, (16, 16, None, 4, 1))],
@@ -143,8 +147,14 @@ _SHIFTED = {
 #: The same of float32 in halves.
 HALVES_HEAVY = "float32 highest heavy"
 _HALVES_HEAVY = {
-    "forward": [(80, None, (64, 32, None, 8, 2)), (None, None, (64, 32, None, 4, 2))],
+    "forward": [
+        (None, 0, (64, 32, 64, 4, 2)),
+        (80, None, (64, 32, None, 8, 2)),
+        (None, None, (64, 32, None, 4, 2)),
+    ],
     "backward": [(80, None, (32, 32, None, 4, 2)), (None, None, (64, 32, None, 4, 2))],
+    "wide": [(None, None, (64, 32, 64, 4, 2))],
+    "product": [(100, None, (64, 32, 64, 4, 2)), (None, None, (64, 32, 128, 4, 2))],
 }
 TABLE = {
     HEAVY: _HEAVY,

@@ -56,19 +56,28 @@ def pair_gradients(
 
 
 @triton.jit
+def scale_of(largest, IN_HALVES: tl.constexpr):
+    """What rows with these largest magnitudes are divided by, as float16 has few exponents: for
+    halves a power of two, which leaves less than 2¹⁵.
+    """
+    if IN_HALVES:
+        bits = tl.maximum(largest, 1e-30).to(tl.int32, bitcast=True)
+        return (bits & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-14
+    else:
+        return tl.where(largest > 1e-30, largest, 1.0)
+
+
+@triton.jit
 def in_range(H_ij):
-    """``H_ij`` by its rows' largest magnitudes, and these: float16 has few exponents."""
-    largest = tl.max(tl.abs(H_ij), axis=1)
-    scale = tl.where(largest > 1e-30, largest, 1.0)
+    """``H_ij`` by its rows' scale, and this."""
+    scale = scale_of(tl.max(tl.abs(H_ij), axis=1), False)
     return H_ij * (1.0 / scale)[:, None], scale
 
 
 @triton.jit
 def halves_in_range(H_ij, UPCAST: tl.constexpr):
-    """``H_ij`` by powers of two near its rows' largest magnitudes, in halves, and these powers."""
-    largest = tl.maximum(tl.max(tl.abs(H_ij), axis=1), 1e-30)
-    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    scale = power * 2.0**-14
+    """The same in halves."""
+    scale = scale_of(tl.max(tl.abs(H_ij), axis=1), True)
     large, small = to_halves(H_ij * (1.0 / scale)[:, None])
     if UPCAST:
         large, small = large.to(tl.float32), small.to(tl.float32)

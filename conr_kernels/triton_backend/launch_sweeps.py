@@ -277,7 +277,7 @@ class Plan(Ordering):
             for first in range(second * order, second * order + n_passes * window, window):
                 numbers = N, K, first, window, piece, int(self.is_apart)
                 yield Launch(
-                    scores, n_scores, *numbers, call.D_pad, call.window, s.push_scale
+                    scores, n_scores, *numbers, call.D_pad, call.unit, call.window, s.push_scale
                 ), of_scores  # fmt: skip
                 yield Launch(products, n_products, *numbers), of_products
         yield self._gradient_wide(wide.conr_wide_gradient_kernel, of_all, G)

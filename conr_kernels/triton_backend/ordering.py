@@ -5,7 +5,7 @@ sweep and sorted copies.
 import triton
 import triton.language as tl
 
-from .arithmetic import halves_of, to_base_2, to_halves
+from .arithmetic import store_tile, to_base_2
 from .layout import choose_sweep, find_bands, padded, parts_of, ranks_of
 
 
@@ -207,14 +207,9 @@ def _store_rows(
     q_ptr, places, columns, q, D_PAD: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr
 ):  # fmt: skip
     """Columns of unit features times the scale, in rows of D_PAD numbers."""
-    q_ptr += places[:, None] * D_PAD
     mask = (columns < D_PAD)[None, :] if D_PAD % CHUNK else None
-    if IN_HALVES:
-        large, small = to_halves(q)
-        tl.store(halves_of(q_ptr) + columns[None, :], large, mask=mask)
-        tl.store(halves_of(q_ptr) + D_PAD + columns[None, :], small, mask=mask)
-    else:
-        tl.store(q_ptr + columns[None, :], q.to(q_ptr.dtype.element_ty), mask=mask)
+    row_ptrs = q_ptr + places[:, None] * D_PAD
+    store_tile(q, row_ptrs, columns[None, :], mask, D_PAD, IN_HALVES)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ products are work for all multiprocessors.
 import triton
 import triton.language as tl
 
-from .arithmetic import dot, load_tile, similarity
+from .arithmetic import dot, load_tile, similarity, store_tile
 from .gradient import (
     coefficients_of,
     factor_of,
@@ -18,6 +18,7 @@ from .gradient import (
     load_sum,
     pair_gradients,
     poison_of,
+    scale_of,
     store_gradient,
     store_sum,
     unit_columns,
@@ -194,34 +195,35 @@ def _store_gradients(
             largest = tl.maximum(largest, tl.max(tl.abs(H_ij), axis=1))
             done = done + (H_ij,)
         elif IS_HEAVY:
-            _store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K)
+            _store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K, False)
         else:
             done = done + (H_ij.to(H_ptr.dtype.element_ty),)
         if IS_HEAVY:
             tl.debug_barrier()
     if RESCALE:
-        scale = tl.where(largest > 1e-30, largest, 1.0)
+        IN_HALVES: tl.constexpr = H_ptr.dtype.element_ty == tl.float32
+        scale = scale_of(largest, IN_HALVES)
         tl.store(H_scale_ptr + slot * s_ij.shape[0] + tl.arange(0, s_ij.shape[0]), scale)
         for c in tl.static_range(PARTS):
-            _store_part(H_ptr, done[c] * (1.0 / scale)[:, None], c * WIDTH, BLOCK_K)
+            H_ij = done[c] * (1.0 / scale)[:, None]
+            _store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K, IN_HALVES)
     elif not IS_HEAVY:
         for c in tl.static_range(PARTS):
-            _store_part(H_ptr, done[c], c * WIDTH, BLOCK_K)
+            _store_part(H_ptr, done[c], c * WIDTH, BLOCK_K, False)
 
 
 @triton.jit
-def _store_part(H_ptr, H_ij, first, BLOCK_K: tl.constexpr):
-    rows, columns = tl.arange(0, H_ij.shape[0]), first + tl.arange(0, H_ij.shape[1])
-    offsets = columns // BLOCK_K * (H_ij.shape[0] * BLOCK_K) + columns % BLOCK_K
-    H_ptrs = H_ptr + rows[:, None] * BLOCK_K + offsets[None, :]
-    tl.store(H_ptrs, H_ij.to(H_ptr.dtype.element_ty))
+def _store_part(H_ptr, H_ij, first, BLOCK_K: tl.constexpr, IN_HALVES: tl.constexpr):
+    rows, columns = tl.arange(0, H_ij.shape[0]), tl.arange(0, H_ij.shape[1]) + first
+    rows = columns[None, :] // BLOCK_K * H_ij.shape[0] + rows[:, None]
+    store_tile(H_ij, H_ptr + rows * BLOCK_K, columns[None, :] % BLOCK_K, None, BLOCK_K, IN_HALVES)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "piece", "apart"])
 def conr_wide_scores_kernel(
     layout_ptr, list_ptr, windows_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr, y_j_ptr,
     p_j_ptr, coef_j_ptr, H_ptr, H_scale_ptr, n_anchors, n_keys, first, window, piece, apart, width,
-    h: tl.float64, push_scale: tl.float64,
+    unit: tl.float64, h: tl.float64, push_scale: tl.float64,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
@@ -232,7 +234,7 @@ def conr_wide_scores_kernel(
     BLOCK_K, BLOCK_I, BLOCK_K]; programs take turns. The copies in the order of the predictions
     stand ``apart`` (1) or in the place of the others (0).
 
-    In float16, H_ij is divided by its row's largest magnitude in the tile, which H_scale [window,
+    In float16 and in halves, H_ij is divided by its row's scale in the tile, which H_scale [window,
     BLOCK_I] keeps.
     """
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
@@ -267,7 +269,7 @@ def conr_wide_scores_kernel(
         )
         s_ij = similarity(
             0, q_i_ptr + (behind_i + tile.to(tl.int64) * BLOCK_I) * D_PAD,
-            0, q_j_ptr + (behind_j + j0) * D_PAD, width, 1.0,
+            0, q_j_ptr + (behind_j + j0) * D_PAD, width, unit,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         coef_i_ptrs, slot = coef_i_ptr + tile * BLOCK_I + rows, number - first
@@ -318,7 +320,6 @@ def conr_wide_product_kernel(
     order_ptr = _anchors_order(layout_ptr, n_anchors, n_keys, is_other, CONFUSED, SAME)
     q_j_ptr += tl.where(is_other, apart, 0).to(tl.int64) * padded(n_keys) * D_PAD
     rows = tl.arange(0, BLOCK_I)
-    H_offsets = rows[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     if n_here > 0:
         # All entries of a tile of anchors are one program's.
         n_items = tl.minimum(last_entry - first_entry + 1, n_tiles) * N_BLOCKS
@@ -336,12 +337,11 @@ def conr_wide_product_kernel(
                 for v in range((n * STEPS).to(tl.int32)):
                     step = key * STEPS + v
                     j0 = step * BLOCK_K + tl.where(step < n_a * STEPS, a, b) * BLOCK_J
-                    H_ij = tl.load(H_ptr + (slot * STEPS + v) * (BLOCK_I * BLOCK_K) + H_offsets)
+                    H_ptrs = H_ptr + (slot * STEPS + v) * (BLOCK_I * BLOCK_K)
+                    H_ij = load_tile(H_ptrs, 0, BLOCK_K, BLOCK_I, BLOCK_K, PRECISION, UPCAST)
                     q_j = load_tile(
                         q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_D, PRECISION, UPCAST
                     )
-                    if UPCAST:
-                        H_ij = H_ij.to(tl.float32)
                     if RESCALE:
                         scale = tl.load(H_scale_ptr + (slot + v // STEPS) * BLOCK_I + rows)
                         G += dot(H_ij, q_j, None, PRECISION) * scale[:, None]

@@ -42,7 +42,7 @@ CONSTANTS = {
          "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT",
          "LAST", "IN_HALVES"), BOOL,
     ),
-    "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "tf32x3", "fp16x3", "ieee"}, "L": {1, 3},
+    "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "fp16x3", "ieee"}, "L": {1, 3},
     # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.
     "UPCAST": {False}, "WIDE": {False},
     "ORDERS": {1, 2}, "APART": {0, 1}, "SWEEPS": {"both", "positives", "negatives"},
@@ -53,6 +53,11 @@ CONSTANTS = {
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {
+    # Few rows are never copied, in halves neither.
+    **{
+        (f"conr_{name}_kernel", "PRECISION"): {"tf32", "tf32x3", "ieee"}
+        for name in ("gram", "dense_sums", "dense_gradient")
+    },
     # Their rows have a gradient.
     ("conr_dense_finish_kernel", "COLUMNS"): {3, 5},
     ("conr_scale_kernel", "COLUMNS"): {3, 5},
@@ -277,12 +282,12 @@ def test_tf32_only_where_it_is_asked_for_and_three_passes_at_highest(committed) 
             assert done >= 3, row
         elif row["arithmetic"] == "float32 highest":
             # Of halves Triton IR itself has three products.
-            assert "ward_" in row["kernel"] and 1 <= done < 2, row
+            assert "dense" not in row["kernel"] and 1 <= done < 2, row
         else:
             # On 16 anchors two warps both compute one of the products.
             assert 1 <= done < 2 or (row["tile"][:3], done) == ("16x", 2), row
         passes[row["passes"]] += 1
-    assert passes["1"] > 100 and passes["3"] > 15
+    assert passes["1"] > 100 and passes["3"] > 3
 
 
 def test_every_loop_over_pairs_was_taken_apart(committed) -> None:

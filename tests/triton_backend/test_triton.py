@@ -163,20 +163,16 @@ def test_every_thread_that_holds_a_rows_sum_has_the_same_bits(dtype: torch.dtype
         assert fused_across_threads(compiled.compile_launch(launch, 90).asm["ptx"]) == []
 
 
-def test_float64_products_use_no_tf32_and_highest_uses_three_products() -> None:
-    """Of wide features in TF32, else in float16."""
+def test_float64_products_use_no_tf32_and_highest_uses_three_of_float16() -> None:
     assert "tf32" not in ptx(4500, 32, torch.float64, "forward_kernel")
-    for D, kind in ((32, "f16"), (300, "tf32")):
-        wgmma = re.compile(rf"wgmma\.mma_async\S*\.(\w+)\.{kind}\.{kind}")
-        half, once, thrice = (
-            len(wgmma.findall(ptx(4500, D, dtype, "forward_kernel", precision=how)))
-            for dtype, how in (
-                (torch.float16, "high"),
-                (torch.float32, "high"),
-                (torch.float32, "highest"),
-            )  # fmt: skip
+    assert "tf32" in ptx(4500, 32, torch.float32, "forward_kernel", precision="high")
+    wgmma = re.compile(r"wgmma\.mma_async\S*\.f32\.f16\.f16")
+    for D in (32, 300):
+        once, thrice = (
+            len(wgmma.findall(ptx(4500, D, dtype, "forward_kernel", precision="highest")))
+            for dtype in (torch.float16, torch.float32)
         )
-        assert thrice == 3 * (half if kind == "f16" else once) > 0
+        assert thrice == 3 * once > 0
 
 
 def test_squares_of_differences_are_not_contracted() -> None:
