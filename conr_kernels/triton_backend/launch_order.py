@@ -6,14 +6,20 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
+from ..core.inputs import Keys
 from .call import ROW_PAD, Call, padded, tiles
 from .launch import Launch, Parts, bind
 
 #: Rows that are sorted by counting those before them, and of a program; runs that one launch merges
-#: at most, or a few; searches of a program at a time.
-SORT_BLOCK, SORT_ROWS = 512, 64
-MERGE_FAN, MERGE_FEW, SEARCHES = 32, 8, 1024
+#: at most, or a few; searches of a program at a time. An H200 took 1.7 ps for each step of a search
+#: and 20 ps to count a row among 512.
+SORT_BLOCK, SORT_ROWS = 256, 64
+MERGE_FAN, MERGE_FEW, SEARCHES = 8, 4, 1024
+#: Rows beyond which PyTorch sorts scalar labels and predictions: 20 launches, but fewer steps.
+MOST_SORTED = 2**16
+RANK_ROWS = 256
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 #: Bytes of rows, as they are computed with, and rows that one program copies at most.
 COPIED_BYTES, COPIED_ROWS = 2**14, 32
@@ -33,6 +39,7 @@ class Ordering:
         self.call, self.factor, self.is_apart = call, factor, is_apart
         #: Of the forward pass, kept for the gradient, of the gradient.
         self.work, self.kept, self.work_of_gradient = Parts(), Parts(), Parts()
+        self.is_given_sorts = call.L == 1 and max(call.N, call.K) > MOST_SORTED
 
     def _add_copies(self, parts: Parts, columns: int) -> None:
         """Copies of keys and anchors in the order of the labels, then in that of the predictions,
@@ -64,6 +71,14 @@ class Ordering:
 
         call, N, K, L = self.call, self.call.N, self.call.K, self.call.L
         sides, n_orders = [("_j", K)] + [("_i", N)] * call.has_keys, 1 + call.is_confused
+        if self.is_given_sorts:
+            ranks = bind(
+                ordering.conr_rank_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, ROWS=RANK_ROWS
+            )
+            n_programs = tiles(padded(K), RANK_ROWS) + tiles(padded(N), RANK_ROWS) * call.has_keys
+            launch = Launch(ranks, n_orders * n_programs, N, K)
+            yield launch, self._sides("values_order_j values_order_i layout")
+            return
         columns = "key_y key_p y p"
         if L > 1:
             columns = "widest_j0 widest_j1 widest_i0 widest_i1"
@@ -105,6 +120,22 @@ class Ordering:
             launch = Launch(merge, n_orders * n_rows // rows, N, K, size, size.bit_length())
             yield launch, self._sides(f"{here} {other} values_j values_i layout")
             size, here, other = size * MERGE_FAN, other, here
+
+    def sorts(self, y: Tensor, p: Tensor, keys: Keys | None) -> list[Tensor]:
+        """Values and orders of the keys, then of the anchors, where PyTorch sorts them."""
+        if not self.is_given_sorts:
+            return []
+        found = []
+        for of_y, of_p in [(y, p)] if keys is None else [keys[1:], (y, p)]:
+            pair = torch.stack((of_y, of_p)[: 1 + self.call.is_confused]).view(-1, len(of_y))
+            found += pair.sort(stable=True)
+        return found
+
+    @property
+    def names_of_sorts(self) -> str:
+        """Of ``sorts``, as the launches name them."""
+        names = "values_j values_order_j values_i values_order_i" if self.is_given_sorts else ""
+        return names if self.call.has_keys else " ".join(names.split()[:2])
 
     def _sides(self, names: str) -> str:
         """Without further keys there are none of the anchors' own."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.inputs import Keys
 from ..variants import Settings
+from . import launch_order
 from .call import (
     ROW_PAD,
     WIDE_PAD,
@@ -88,14 +89,16 @@ class Plan(Ordering):
         backward = list(self._backward_wide() if is_wide else self._backward_narrow())
         if not is_reduced:
             rows = "x y p key_x key_y key_p"
-            self.forward = Steps(f"{rows} w n_absent loss stats layout", {}, forward, self.work)
+            given = f"{rows} w n_absent {self.names_of_sorts} loss stats layout"
+            self.forward = Steps(given, {}, forward, self.work)
             self.backward = Steps(
                 f"{rows} coef key_coef layout G gradient", {"upstream": "nothing"}, backward,
                 self.work_of_gradient,
             )  # fmt: skip
         else:
             aliases = OWN_KEYS | {"n_absent": "nothing"}
-            self.forward = Steps("x y p w total", aliases, forward, self.kept, self.work)
+            given = f"x y p w {self.names_of_sorts} total"
+            self.forward = Steps(given, aliases, forward, self.kept, self.work)
             rows, aliases = "x", {}
             if not self.is_kept:
                 rows, aliases = "x y p", OWN_KEYS | {"coef": "stats", "key_coef": "stats"}
@@ -297,7 +300,8 @@ class Plan(Ordering):
 
 def limits() -> tuple[Any, ...]:
     """What plans depend on beside the form of call."""
-    return PROGRAMS, BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES, *limits_of_windows()
+    sizes = BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES, launch_order.MOST_SORTED
+    return PROGRAMS, *sizes, *limits_of_windows()
 
 
 def plan_of(
@@ -319,7 +323,8 @@ def forward(
     """Losses, statistics and layout."""
     work = plan.work.new(x)
     rows = x, y, p, *(keys or (x, y, p))
-    plan.forward(place, [work], *rows, w, n_absent, loss, stats, layout)
+    sorts = plan.sorts(y, p, keys)
+    plan.forward(place, [work], *rows, w, n_absent, *sorts, loss, stats, layout)
 
 
 def backward(
@@ -345,7 +350,7 @@ def reduced(
     may change his own.
     """
     loss, kept, work = x.new_empty((), dtype=plan.call.dtype), plan.kept.new(x), plan.work.new(x)
-    plan.forward(place, [kept, work], x, y, p, w, loss)
+    plan.forward(place, [kept, work], x, y, p, w, *plan.sorts(y, p, None), loss)
     return loss, (kept, None if plan.is_kept else torch.stack((y, p)))
 
 

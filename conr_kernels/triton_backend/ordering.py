@@ -196,6 +196,33 @@ def conr_merge_kernel(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["n_anchors", "n_keys"])
+def conr_rank_kernel(
+    order_j_ptr, order_i_ptr, layout_ptr, n_anchors, n_keys,
+    HAS_KEYS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What the last merge leaves in the layout, of orders that are given: of the keys' labels, then
+    of the anchors', then of the predictions; a program for each ROWS of them.
+    """
+    pid, n_rows = tl.program_id(0), n_keys
+    n_programs = tl.cdiv(padded(n_keys), ROWS)
+    of_keys = n_programs
+    if HAS_KEYS:
+        n_programs += tl.cdiv(padded(n_anchors), ROWS)
+    which, pid = pid // n_programs, pid % n_programs
+    order_ptr, to_order_i_ptr, _, _, _, _ = parts_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
+    rank_ptr, rank_i_ptr, step = ranks_of(layout_ptr, n_anchors, n_keys, not HAS_KEYS)
+    if HAS_KEYS and pid >= of_keys:
+        pid -= of_keys
+        order_j_ptr, order_ptr, rank_ptr = order_i_ptr, to_order_i_ptr, rank_i_ptr
+        n_rows = n_anchors
+    here, behind = pid * ROWS + tl.arange(0, ROWS), which.to(tl.int64) * step
+    is_row, is_padded = here < n_rows, here < padded(n_rows)
+    row = tl.load(order_j_ptr + which.to(tl.int64) * n_rows + here, mask=is_row, other=n_rows)
+    tl.store(order_ptr + behind + here, row.to(tl.int32), mask=is_padded)
+    tl.store(rank_ptr + behind + tl.where(is_row, row.to(tl.int32), here), here, mask=is_padded)
+
+
 @triton.jit
 def _load_rows(x_ptr, rows, is_row, columns, D: tl.constexpr, dtype: tl.constexpr):
     mask = is_row[:, None] & (columns < D)[None, :]

@@ -117,6 +117,9 @@ def forced(regime: str, allocations=guarded_allocations):
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.object(launch_sweeps, "PROGRAMS", 3),
         mock.patch.multiple(launch_order, SORT_BLOCK=128, MERGE_FAN=2, MERGE_FEW=1, SEARCHES=64),
+        mock.patch.object(
+            launch_order, "MOST_SORTED", 2**16 * (regime not in ("parts", "in turn"))
+        ),
         mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
         mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**25),
         mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),

@@ -272,6 +272,7 @@ def test_tiles_of_positives_only(choice: dict) -> None:
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-42, 3.4e38, -3.4e38]
 
 
+@pytest.mark.parametrize("regime", ["sweeps", "in turn"])
 @pytest.mark.parametrize(
     ("N", "K", "variant", "dtype"),
     [
@@ -281,10 +282,10 @@ SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-42, 
     ],
 )  # fmt: skip
 def test_orders_and_ranks_are_those_of_a_stable_sort(
-    N: int, K: int, variant: str, dtype: torch.dtype
+    N: int, K: int, variant: str, dtype: torch.dtype, regime: str
 ) -> None:
     """Of many equal values, zeros of both signs, NaN of both, infinite and subnormal ones; in
-    blocks of 128, merged by twos.
+    blocks of 128, merged by twos, or sorted by PyTorch.
     """
     g = torch.Generator().manual_seed(N + K)
     n, s, is_confused = N + K, Settings(1.0, 0.2, 0.01, PRESETS[variant]), variant == "paper"
@@ -300,7 +301,7 @@ def test_orders_and_ranks_are_those_of_a_stable_sort(
     )
     x = torch.randn(n, 3, generator=g)
     keys = (x, y, p) if K else None
-    with forced("sweeps"):
+    with forced(regime):
         x_i, y_i, p_i = x[K:].clone(), y[K:].clone(), p[K:].clone()
         plan = launch_sweeps.plan_of(x_i, y_i, keys, K, s, "none")
         names = [launch.kernel.function.__name__ for launch, _ in plan.forward.steps]
@@ -309,8 +310,11 @@ def test_orders_and_ranks_are_those_of_a_stable_sort(
         layout = x.new_empty(call.layout_size(N, n, K > 0, is_confused), dtype=torch.int32)
         loss, stats = x.new_empty(N), x.new_empty((N, 3))
         rows = x_i, y_i, p_i, *(keys or (x_i, y_i, p_i))
-        plan.forward(None, [work], *rows, None, None, loss, stats, layout)
+        sorts = plan.sorts(y_i, p_i, keys)
+        plan.forward(None, [work], *rows, None, None, *sorts, loss, stats, layout)
+    assert bool(sorts) == (regime == "in turn")
     parts = dict(zip(plan.work.parts, plan.work.tensors(work), strict=True))
+    parts |= dict(zip(plan.names_of_sorts.split(), sorts, strict=True))
     keys, anchors = call.padded(n), call.padded(N)
     whose = dict(order_j=keys, bands=2 * anchors) | (dict(order_i=anchors) if K else {})
     whose |= dict(rank_j=keys) | (dict(rank_i=anchors) if K else {})
