@@ -1,7 +1,7 @@
 """What a step takes, what its device takes, and its memory, side by side.
 
-``python -m benchmarks.gpu.steps rows.csv [README.md]`` prints the README's table of it, or writes
-it there.
+``python -m benchmarks.gpu.steps rows.csv … [README.md]`` prints the README's table of it, or writes
+it there; of several runs the last that measured a case.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ def table(rows: Rows) -> str:
 def markdown(rows: Rows) -> str:
     """A line for each case of the stage ``speed``: ours, eager and the bare product."""
     cases: dict[tuple[str, ...], dict[str, Columns]] = {}
+    commits = {
+        tuple(row.get(name, "") for name in KEYS): row.get("commit", "")[:7] for row in rows.rows
+    }
     for (stage, *case, provider), columns in by_case(rows).items():
         if stage == "speed" and case[-1]:
             cases.setdefault(tuple(case), {})[provider] = columns
     lines = [
         "| N | D | features, predictions | step | **device** | memory | eager step | eager device "
-        "| eager memory | `q @ q.T` |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| eager memory | `q @ q.T` | commit |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for (n, d, dtype, regime), providers in sorted(
         cases.items(), key=lambda item: (item[0][2:], int(item[0][1]), int(item[0][0]))
@@ -63,7 +66,8 @@ def markdown(rows: Rows) -> str:
         cells = [f"{int(n):,}", f"{int(d):,}", f"{dtype}, {regime}"]
         cells += [_time(ours, "step"), f"**{_time(ours, 'device')}**", _memory(ours)]
         cells += [_time(eager, "step"), _time(eager, "device"), _memory(eager)]
-        lines.append("| " + " | ".join([*cells, _time(product, "device")]) + " |")
+        cells += [_time(product, "device"), commits["speed", n, d, dtype, regime, "triton"]]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -76,7 +80,9 @@ def _memory(columns: Columns) -> str:
 
 
 if __name__ == "__main__":
-    found = markdown(claims.read(Path(sys.argv[1])))
+    paths = [Path(name) for name in sys.argv[1:]]
+    runs = [claims.read(path).rows for path in paths if path.suffix == ".csv"]
+    found = markdown(Rows([row for run in runs for row in run]))
     print(found)
-    for name in sys.argv[2:]:
-        report.write_figures(Path(name), "GPU figures", found)
+    for path in paths[len(runs) :]:
+        report.write_figures(path, "GPU figures", found)

@@ -12,11 +12,11 @@ from ..core.inputs import Keys
 from .call import ROW_PAD, Call, padded, tiles
 from .launch import Launch, Parts, bind
 
-#: Rows that are sorted by counting those before them, and of a program; runs that one launch merges
-#: at most, or a few; searches of a program at a time. An H200 took 1.7 ps for each step of a search
-#: and 20 ps to count a row among 512.
+#: Rows that are sorted by counting those before them, and of a program; runs that one launch
+#: merges, and searches of a program at a time. Of 32 runs an H200 spent 1.7 ps on each step of a
+#: row's search in each: fours search least, but for launches.
 SORT_BLOCK, SORT_ROWS = 256, 64
-MERGE_FAN, MERGE_FEW, SEARCHES = 8, 4, 1024
+MERGE_FAN, SEARCHES = 4, 1024
 #: Rows beyond which PyTorch sorts scalar labels and predictions: 20 launches, but fewer steps.
 MOST_SORTED = 2**16
 RANK_ROWS = 256
@@ -109,13 +109,11 @@ class Ordering:
         yield launch, self._sides(f"{columns} {here}")
         size, is_last = SORT_BLOCK, False
         while not is_last:
-            n_runs = tiles(max(N, K), size)
-            is_last = n_runs <= MERGE_FAN
-            runs = MERGE_FEW if n_runs <= MERGE_FEW else MERGE_FAN
-            rows = SEARCHES // runs
+            is_last = tiles(max(N, K), size) <= MERGE_FAN
+            rows = SEARCHES // MERGE_FAN
             merge = bind(
                 ordering.conr_merge_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, LAST=is_last,
-                BLOCK=SORT_BLOCK, ROWS=rows, RUNS=runs,
+                BLOCK=SORT_BLOCK, ROWS=rows, RUNS=MERGE_FAN,
             )  # fmt: skip
             launch = Launch(merge, n_orders * n_rows // rows, N, K, size, size.bit_length())
             yield launch, self._sides(f"{here} {other} values_j values_i layout")

@@ -304,7 +304,7 @@ def test_the_steps_time_and_the_devices_stand_side_by_side():
 
 
 def test_the_readmes_table_has_ours_beside_eager_and_the_bare_product(tmp_path):
-    ours = time_row("triton", 2e-3)
+    ours = time_row("triton", 2e-3, commit="0123456789ab")
     found = [ours, ours | {"mode": steps.GRAPH, "value": 1e-3}, time_row("eager", 8e-3),
              time_row("q @ q.T", 5e-4) | {"mode": steps.GRAPH},
              ours | {"metric": "memory", "value": 2**22}]  # fmt: skip
@@ -314,4 +314,4 @@ def test_the_readmes_table_has_ours_beside_eager_and_the_bare_product(tmp_path):
     first, *_, line, _, end, last = readme.read_text().splitlines()
     assert (first, end, last) == ("a", "<!-- end of GPU figures -->", "b")
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[3:] == ["2 ms", "**1 ms**", "4.0 MiB", "8 ms", "–", "–", "0.5 ms"]
+    assert cells[3:] == ["2 ms", "**1 ms**", "4.0 MiB", "8 ms", "–", "–", "0.5 ms", "0123456"]
