@@ -1,6 +1,7 @@
 """The picture of a GPU run: time and memory over N, what the device takes dotted.
 
-``python -m benchmarks.gpu.plot rows.csv environment.json picture.png`` draws it again.
+``python -m benchmarks.gpu.plot rows.csv … environment.json picture.png`` draws it again, of several
+runs the last that measured a point.
 """
 
 from __future__ import annotations
@@ -50,5 +51,6 @@ def picture(rows: claims.Rows, environment: dict[str, object], path: Path) -> No
 
 
 if __name__ == "__main__":
-    source, about, target = map(Path, sys.argv[1:])
-    picture(claims.read(source), json.loads(about.read_text()), target)
+    *sources, about, target = map(Path, sys.argv[1:])
+    found = claims.Rows([row for source in sources for row in claims.read(source).rows])
+    picture(found, json.loads(about.read_text()), target)

@@ -19,15 +19,19 @@ KEYS = ("stage", "N", "D", "dtype", "regime", "provider")
 Columns = dict[str, float]
 
 
-def by_case(rows: Rows) -> dict[tuple[str, ...], Columns]:
-    """*step*: events around steps in a row; *device*: the same steps as a CUDA graph."""
-    found: dict[tuple[str, ...], Columns] = {}
+def by_case(rows: Rows) -> dict[tuple[str, ...], tuple[str, Columns]]:
+    """The commit, and of its steps *step*: events around steps in a row; *device*: the same steps
+    as a CUDA graph.
+    """
+    found: dict[tuple[str, ...], tuple[str, Columns]] = {}
     for row in rows.rows:
         if row.get("stage") in STAGES and row["metric"] in ("time", "memory"):
             is_graph = row["mode"] == GRAPH
             column = "device" if is_graph else "step" if row["metric"] == "time" else "memory"
-            key = tuple(row.get(name, "") for name in KEYS)
-            found.setdefault(key, {})[column] = float(row["value"])
+            key, commit = tuple(row.get(name, "") for name in KEYS), row.get("commit", "")
+            if found.get(key, ("", {}))[0] != commit:
+                found[key] = commit, {}
+            found.setdefault(key, (commit, {}))[1][column] = float(row["value"])
     return found
 
 
@@ -36,7 +40,7 @@ def table(rows: Rows) -> str:
     widths = dict(zip(KEYS, (9, 9, 6, 18, 13, 16), strict=True))
     lines = ["".join(f"{name:<{width}}" for name, width in widths.items())]
     lines[0] += "".join(f"{title:>12}" for title, _ in units.values())
-    for key, values in by_case(rows).items():
+    for key, (_, values) in by_case(rows).items():
         line = "".join(f"{text:<{width}}" for text, width in zip(key, widths.values(), strict=True))
         for column, (_, factor) in units.items():
             text = f"{values[column] * factor:.4g}" if column in values else "–"
@@ -48,12 +52,12 @@ def table(rows: Rows) -> str:
 def markdown(rows: Rows) -> str:
     """A line for each case of the stage ``speed``: ours, eager and the bare product."""
     cases: dict[tuple[str, ...], dict[str, Columns]] = {}
-    commits = {
-        tuple(row.get(name, "") for name in KEYS): row.get("commit", "")[:7] for row in rows.rows
-    }
-    for (stage, *case, provider), columns in by_case(rows).items():
+    commits: dict[tuple[str, ...], str] = {}
+    for (stage, *case, provider), (commit, columns) in by_case(rows).items():
         if stage == "speed" and case[-1]:
             cases.setdefault(tuple(case), {})[provider] = columns
+            if provider == "triton":
+                commits[tuple(case)] = commit[:7]
     lines = [
         "| N | D | features, predictions | step | **device** | memory | eager step | eager device "
         "| eager memory | `q @ q.T` | commit |",
@@ -66,7 +70,7 @@ def markdown(rows: Rows) -> str:
         cells = [f"{int(n):,}", f"{int(d):,}", f"{dtype}, {regime}"]
         cells += [_time(ours, "step"), f"**{_time(ours, 'device')}**", _memory(ours)]
         cells += [_time(eager, "step"), _time(eager, "device"), _memory(eager)]
-        cells += [_time(product, "device"), commits["speed", n, d, dtype, regime, "triton"]]
+        cells += [_time(product, "device"), commits.get((n, d, dtype, regime), "–")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
