@@ -76,7 +76,7 @@ class Call:
         return [launch for launch in found if self._has(launch)]
 
     def _has(self, launch: Launch) -> bool:
-        if self.part in ("wide", "order"):
+        if self.part in ("wide", "order", "rank"):
             return self.part in launch.name
         return self.part == "all" or "BLOCK_J" in launch.arguments
 
@@ -122,6 +122,9 @@ def calls() -> list[Call]:
     found.append(Call(SWEEPS, 256, "bfloat16", L=3, part="table"))
     found += [Call(SWEEPS, D, "float32 highest", L=3, part="table") for D in (64, CHUNKED)]
     found.append(Call(SWEEPS, 128, "bfloat16", "released-age", has_keys=True, part="order"))
+    found += [
+        Call(2**17, 128, "bfloat16", has_keys=has_keys, part="rank") for has_keys in (False, True)
+    ]
     return found
 
 
