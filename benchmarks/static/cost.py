@@ -18,11 +18,10 @@ Assumptions, all of them:
   that share a multiprocessor overlap, but not perfectly. With W resident programs a tile takes
   ``(u^1.5 + a^1.5)^(2/3)`` of the busiest unit's time u and ``a = (products + arithmetic + latency)
   / W``; where a is larger the bound is called *latency*, with the busiest unit in brackets.
-- The exponent is fitted: to 20 tiles that an H200 ran of earlier kernels (results/h200-2026-11-26.csv,
-  ``tune``). Of 35 tiles of these (results/h200-tuning.csv, D = 128, bfloat16), not fitted to, the
-  times are 1.12 of the measured forward and 1.16 backward at N = 65,536 (spread 6 and 8 %), 1.33
-  and 1.30 at 16,384 (10 and 12 %), of the shipped tiles 1.0 to 1.1; the order agrees (rank
-  correlation 0.96 and 0.79, 0.99 and 0.93).
+- The exponent is fitted to 20 tiles that an H200 ran of earlier kernels. Of 35 tiles of these
+  (results/h200-tuning.csv, D = 128, bfloat16) the times are 1.12 of the measured forward and 1.16
+  backward at N = 65,536 (spread 6 and 8 %), 1.33 and 1.30 at 16,384 (10 and 12 %), of the shipped
+  1.0 to 1.1; their order agrees (rank correlation 0.96 and 0.79, 0.99 and 0.93).
 - A load takes 600 cycles. Of a loop that the compiler pipelines (a product and more than one
   stage) each entry waits for one, and a pass takes no less than ``600 / (stages - 1)``; of any
   other loop that loads, each pass waits for one.
