@@ -117,7 +117,8 @@ def choose_sweep(
         row = tl.where(is_lo == is_p, first, last)
         values = tl.load(value_ptrs + row)
         ends = _ends(values, is_lo, key_value_ptrs, n_keys, n_steps, reach)
-        here = tl.sum(tl.where(is_p, sign * ends, 0), axis=0) - n_keys
+        # A band of what is not finite is empty, and ends before it begins.
+        here = tl.maximum(tl.sum(tl.where(is_p, sign * ends, 0), axis=0), 0) - n_keys
         if EXACT:
             here += tl.maximum(tl.sum(tl.where(is_p, 0, sign * ends), axis=0), 0)
         excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from dataclasses import dataclass
 from unittest import mock
 
@@ -444,6 +445,21 @@ def test_windows_suffice_for_any_bands(labels: str, predictions: str | None) -> 
             entries = work["windows"][numbers // window].long()
             assert (starts[entries] <= numbers).all() and (numbers < starts[entries + 1]).all()
             assert (starts.diff() >= 0).all() and (starts.diff() <= max(keys // 64, 1)).all()
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_predictions_that_are_not_finite_count_as_no_keys_in_the_choice_of_sweep(
+    lost: float,
+) -> None:
+    """Labels within the window leave nothing outside their bands: windows suffice for this choice
+    alone.
+    """
+    y, p = torch.zeros(300, 1), torch.zeros(300, 1)
+    p[65:] = lost
+    s = Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+    with forced("windows"):
+        *_, layout = triton_backend.forward(Inputs(torch.ones(300, 1), y, p, None, None, 0, s))
+    assert layout[0] == 1
 
 
 @pytest.mark.parametrize("N", [3, 5, 16, 17])
