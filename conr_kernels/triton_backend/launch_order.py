@@ -126,6 +126,8 @@ class Ordering:
         found = []
         for of_y, of_p in [(y, p)] if keys is None else [keys[1:], (y, p)]:
             pair = torch.stack((of_y, of_p)[: 1 + self.call.is_confused]).view(-1, len(of_y))
+            # Radix sort puts a NaN with a sign before all numbers.
+            pair.nan_to_num_(math.nan, math.inf, -math.inf)
             found += pair.sort(stable=True)
         return found
 

@@ -447,6 +447,17 @@ def test_windows_suffice_for_any_bands(labels: str, predictions: str | None) -> 
             assert (starts.diff() >= 0).all() and (starts.diff() <= max(keys // 64, 1)).all()
 
 
+def test_nan_that_pytorch_sorts_has_no_sign() -> None:
+    """On a GPU it stood before all numbers, and bands are searched in what is sorted."""
+    y = torch.tensor([[1.0], [-math.inf], [math.inf], [-math.nan], [math.nan], [-0.0]])
+    s = Settings(1.0, 0.2, 0.01, PRESETS["paper"])
+    with mock.patch.object(launch_order, "MOST_SORTED", 0):
+        plan = launch_sweeps.Plan(call.form_of(torch.ones(6, 1), y, None, 0, "none"), s)
+        values, orders = plan.sorts(y, y, None)
+    assert not values[:, -2:].signbit().any() and values[:, -2:].isnan().all()
+    assert orders.tolist() == [[1, 5, 0, 2, 3, 4]] * 2 and y[3].signbit()
+
+
 @pytest.mark.parametrize("lost", [math.nan, math.inf])
 def test_predictions_that_are_not_finite_count_as_no_keys_in_the_choice_of_sweep(
     lost: float,
