@@ -17,7 +17,7 @@ from .launch import Launch, Parts, bind
 #: row's search in each: fours search least, but for launches.
 SORT_BLOCK, SORT_ROWS = 256, 64
 MERGE_FAN, SEARCHES = 4, 1024
-#: Rows beyond which PyTorch sorts scalar labels and predictions: 20 launches, but fewer steps.
+#: Rows beyond which PyTorch sorts scalar labels and predictions: many launches, but fewer steps.
 MOST_SORTED = 2**16
 RANK_ROWS = 256
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
