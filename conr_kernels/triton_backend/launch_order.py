@@ -107,10 +107,9 @@ class Ordering:
         other += "other_images_i other_sorted_i"
         launch = Launch(sort, n_orders * n_rows // SORT_ROWS, N, K)
         yield launch, self._sides(f"{columns} {here}")
-        size, is_last = SORT_BLOCK, False
+        size, rows, is_last = SORT_BLOCK, SEARCHES // MERGE_FAN, False
         while not is_last:
             is_last = tiles(max(N, K), size) <= MERGE_FAN
-            rows = SEARCHES // MERGE_FAN
             merge = bind(
                 ordering.conr_merge_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, LAST=is_last,
                 BLOCK=SORT_BLOCK, ROWS=rows, RUNS=MERGE_FAN,

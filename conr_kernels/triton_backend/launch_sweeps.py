@@ -44,7 +44,6 @@ WIDE_BOTH_ORDERS = 2**28
 #: gradient's memory.
 PARTS_BYTES = 2**25
 PARTS_PROGRAMS = {2: 256, 4: 512, 8: 512}
-GATHER_ROWS = 32
 FINISH_ROWS = 64
 PROJECTED_ROWS = 16
 #: Numbers of a program for wide gradients: rows, or columns of one row at a time.
