@@ -81,6 +81,25 @@ def transposed(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def in_registers(tile, PRECISION: tl.constexpr):
+    """A loaded tile as the left factor of many products: these would read it from shared memory
+    each time, whose ports are what loops of tiles of 64 rows wait for.
+    """
+    if PRECISION == "fp16x3":
+        return _as_result(tile[0]), _as_result(tile[1])
+    else:
+        return _as_result(tile)
+
+
+@triton.jit
+def _as_result(tile):
+    """A tile where a product leaves its result: there a factor stays in the registers."""
+    zeros_i = tl.zeros((tile.shape[0], 16), tile.dtype)
+    zeros_j = tl.zeros((16, tile.shape[1]), tile.dtype)
+    return tl.dot(zeros_i, zeros_j, tile.to(tl.float32)).to(tile.dtype)
+
+
+@triton.jit
 def sum_of_products(a, b):
     """``Σ_k a_ik b_ik`` [rows], the same bits in every thread that holds a row's.
 

@@ -137,7 +137,10 @@ class Call:
         return Windows(window, (both, 0), 0, piece, of_list, dtype)
 
     def config(self, kind: str) -> Config:
-        rows, key = [], (kind, self.form.architecture, self.D_bucket)
+        rows, width = [], self.D_bucket
+        if kind == "product":
+            width = 2 * WIDE_PAD if self.D_pad % (2 * WIDE_PAD) == 0 else WIDE_PAD
+        key = (kind, self.form.architecture, width)
         is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
         if self.form.dtype.itemsize == 2:
             rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]

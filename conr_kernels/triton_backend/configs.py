@@ -13,7 +13,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Config:
     """Tile of BLOCK_I anchors × BLOCK_J keys, chunk of BLOCK_D columns, and how it is launched; the
-    most registers of a thread, where the compiler would take more than it needs.
+    most registers of a thread, where the compiler would take more than it needs; whether the
+    anchors' features stay in the registers.
     """
 
     BLOCK_I: int
@@ -22,6 +23,7 @@ class Config:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    in_registers: bool = False
 
     @property
     def tiles(self) -> dict[str, int]:
@@ -42,7 +44,7 @@ REGISTER_D = {
     "float64": 64,
 }
 #: "product" is the second phase of "wide", of the same BLOCK_I: BLOCK_J keys a step into BLOCK_D
-#: columns.
+#: columns; its buckets are numbers of columns that divide D.
 KINDS = ("forward", "backward", "wide", "product")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
@@ -63,8 +65,10 @@ _HALVES = {
         (80, 0, (128, 64, 64, 8, 2)),
         (None, 0, (128, 128, 64, 8, 3)),
         (80, None, (128, 64, None, 8, 2)),
+        (90, 256, (64, 64, None, 4, 2, 168, True)),
         (None, 256, (64, 64, None, 4, 2)),
-        (90, 128, (64, 64, None, 4, 2)),
+        (90, 128, (64, 64, None, 4, 3, 128, True)),
+        (90, 64, (64, 64, None, 4, 3, 128, True)),
         (90, None, (64, 64, None, 4, 4)),
         (None, None, (128, 128, None, 8, 2)),
     ],
@@ -72,13 +76,18 @@ _HALVES = {
     "backward": [
         (90, 256, (64, 64, None, 4, 2)),
         (90, 128, (64, 128, None, 4, 2)),
+        (90, 64, (64, 64, None, 4, 2, 128, True)),
         (90, None, (64, 64, None, 4, 3)),
         (100, 256, (64, 64, None, 8, 2)),
         (80, None, (64, 64, None, 8, 2)),
         (None, None, (128, 64, None, 8, 2)),
     ],
     "wide": [(90, None, (128, 128, 64, 8, 3, 128)), (None, None, (128, 64, 64, 8, 3))],
-    "product": [(90, None, (128, 64, 128, 8, 3, 128)), (None, None, (128, 64, 128, 8, 3))],
+    "product": [
+        (90, 256, (128, 64, 256, 8, 4)),
+        (90, None, (128, 64, 128, 8, 3, 128)),
+        (None, None, (128, 64, 128, 8, 3)),
+    ],
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
@@ -96,10 +105,12 @@ _FLOAT32 = {
 _FLOAT32_HIGHEST = {
     "forward": [
         (None, 0, (64, 64, 64, 4, 2)),
+        (90, 128, (64, 64, None, 4, 2, 168, True)),
         (100, 128, (64, 32, None, 4, 2)),
         (None, None, (64, 64, None, 4, 2)),
     ],
     "backward": [
+        (90, 128, (64, 64, None, 4, 2, 255, True)),
         (90, None, (64, 64, None, 4, 2)),
         (80, 128, (32, 64, None, 4, 2)),
         (None, None, (64, 32, None, 4, 2)),

@@ -6,7 +6,7 @@ Tiles are visited as in the forward pass: see sweeps.py.
 import triton
 import triton.language as tl
 
-from .arithmetic import dot, load_tile, scale_pair, similarity, to_halves
+from .arithmetic import dot, in_registers, load_tile, scale_pair, similarity, to_halves
 from .layout import chosen_copies, count_of, key_tiles, padded, sweep_of, tile_at
 from .sweeps import anchors_of, pairs_of
 
@@ -198,6 +198,7 @@ def _sum_of_sweep(
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """``Σ_j H_ij q_j`` of a tile of anchors over one of n_slots equal parts of its key tiles, the
     anchors' rows, and how many rows the anchors' copies stand behind the first ones.
@@ -227,6 +228,8 @@ def _sum_of_sweep(
     of_anchors = coefficients_of(coef_i_ptr + rows, padded(n_anchors), NEGATIVES, SHIFTED, INSIDE)
     q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
     q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
+    if RESIDENT and D_PAD == BLOCK_D:
+        q_i = in_registers(q_i, PRECISION)
     G = tl.zeros((BLOCK_I, D_PAD), dtype)
     n_full, n_edges = count_of(full), count_of(edges)
     for t in range(n_full * slot // n_slots, n_full * (slot + 1) // n_slots):
@@ -252,6 +255,7 @@ def conr_backward_parts_kernel(
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Parts of ``Σ_j H_ij q_j`` in the caller's order, G [2 sweeps · n_slots, N, D_PAD]: n_slots
     programs per tile of anchors for the positives, then as many for the negatives.
@@ -266,14 +270,14 @@ def conr_backward_parts_kernel(
             tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr,
             y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h, push_scale,
             False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, PRECISION, UPCAST,
-            BLOCK_I, BLOCK_J, BLOCK_D,
+            BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
         )  # fmt: skip
     else:
         G, row, _ = _sum_of_sweep(
             tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr,
             y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h, push_scale,
             True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, RESCALE, PRECISION,
-            UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            UPCAST, BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
         )  # fmt: skip
     G_ptr += (which * n_slots + slot).to(tl.int64) * n_anchors * D_PAD
     parts = in_parts(G, PARTS)
@@ -327,6 +331,7 @@ def conr_backward_kernel(
     SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """``Σ_P H_ij q_j`` in the caller's order; then, with ``Σ_M H_ij q_j``, the gradient of x, times
     the upstream gradient where the coefficients are without. A program per tile of anchors.
@@ -341,7 +346,7 @@ def conr_backward_kernel(
         tile, 0, 1, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
         q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, unit, h, push_scale,
         NEGATIVES, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, PUSHING, RESCALE, PRECISION,
-        UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+        UPCAST, BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
     )  # fmt: skip
     parts = in_parts(G, PARTS)
     if not NEGATIVES:

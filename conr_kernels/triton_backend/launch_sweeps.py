@@ -130,6 +130,7 @@ class Plan(Ordering):
                 D_PAD=call.D_pad, INSIDE=call.is_inside and which != "negatives",
                 PUSHING=variant.pushing if has_negatives else "none",
                 TINY=call.is_tiny and has_negatives, **call.pair_flags, **chosen.tiles,
+                RESIDENT=chosen.in_registers,
             )  # fmt: skip
             n_programs = tiles(call.N, chosen.BLOCK_I) * n_slots * (1 + (which == "both"))
             launch = Launch(
@@ -185,7 +186,7 @@ class Plan(Ordering):
             APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
             D_PAD=call.D_pad,
             INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
-            **call.pair_flags, **chosen.tiles,
+            **call.pair_flags, **chosen.tiles, RESIDENT=chosen.in_registers,
         )  # fmt: skip
         launch = Launch(
             of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
@@ -220,6 +221,7 @@ class Plan(Ordering):
             kernel = bind(
                 gradient.conr_backward_kernel, chosen.launch | call.fusion, D=call.D,
                 RESCALE=call.is_rescaled, **self._flags(order), **call.pair_flags, **chosen.tiles,
+                RESIDENT=chosen.in_registers,
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),

@@ -15,6 +15,7 @@ from .arithmetic import (
     distance_of,
     finish_rows,
     fold,
+    in_registers,
     load_tile,
     pair_total,
     rounded_statistics,
@@ -135,6 +136,7 @@ def _sums_of_sweep(
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """One sweep's part of the sums, of the tile of anchors and the slot of program ``here``."""
     tile, slot = here // n_slots, here % n_slots
@@ -157,6 +159,8 @@ def _sums_of_sweep(
     )
     q_i_ptr += tile.to(tl.int64) * BLOCK_I * D_PAD
     q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
+    if RESIDENT and D_PAD == BLOCK_D:
+        q_i = in_registers(q_i, PRECISION)
     total = tl.zeros((BLOCK_I,) if SHIFTED else (BLOCK_I, FOLD), dtype)
     top = tl.full((BLOCK_I,), float("-inf"), dtype)
     extra = tl.zeros((BLOCK_I, FOLD), dtype)
@@ -206,6 +210,7 @@ def conr_forward_kernel(
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Parts of a row's sums in the caller's order: of the n_slots programs that share a tile of
     anchors, each takes an equal part of its key tiles. SWEEPS: ``"positives"``, ``"negatives"``, or
@@ -227,14 +232,14 @@ def conr_forward_kernel(
             here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
             n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
             True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, TINY, PRECISION, UPCAST,
-            BLOCK_I, BLOCK_J, BLOCK_D,
+            BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
         )  # fmt: skip
     else:
         _sums_of_sweep(
             here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
             n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
             False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", False, PRECISION, UPCAST,
-            BLOCK_I, BLOCK_J, BLOCK_D,
+            BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
         )  # fmt: skip
 
 
