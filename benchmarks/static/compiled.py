@@ -27,7 +27,9 @@ from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend.configs import Config
 from conr_kernels.variants import Settings, resolve_variant
 
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+LAUNCH_OPTIONS = (
+    "num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "launch_pdl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

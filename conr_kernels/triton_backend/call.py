@@ -14,6 +14,7 @@ from ..core.inputs import Keys
 from ..variants import Settings
 from .availability import interpreted
 from .configs import HALVES_HEAVY, HEAVY, SHIFTED, Config, bucket, config, entry
+from .launch import bind
 
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
@@ -27,6 +28,10 @@ WORKSPACE = 2**27, 2**29
 #: before the next tile takes its turn: few enough that L2 keeps the keys for all of them.
 PIECES = 128
 PIECE_KEYS = 8192
+#: From this architecture on a kernel's programs start while the one before still runs; and the
+#: first driver that keeps such launches in a captured graph, CUDA 12.3's.
+EARLIEST = 90
+EARLY_DRIVER = 12030
 #: The largest list in 32 bits.
 LIST_NUMBERS = 2**31 - 1
 
@@ -62,6 +67,7 @@ class Form(NamedTuple):
     reduction: str
     arithmetic: str
     architecture: int
+    is_early: bool
     config: Callable[..., Config]
     bucket: Callable[..., int]
 
@@ -72,7 +78,7 @@ def form_of(x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, reduction
     dtype, on = x.dtype, architecture(x.device)
     return Form(
         N, K, D, L, dtype, y.dtype, keys is not None, self_offset, reduction, arithmetic(dtype),
-        on, config, bucket,
+        on, is_early(x.device), config, bucket,
     )  # fmt: skip
 
 
@@ -81,6 +87,7 @@ class Call:
 
     def __init__(self, form: Form, s: Settings) -> None:
         self.form, self.settings = form, s
+        self.bind = functools.partial(bind, form.is_early)
         self.N, self.K, self.D, self.L = form[:4]
         self.has_keys = form.has_keys
         is_half = form.dtype.itemsize == 2
@@ -205,6 +212,22 @@ def architecture(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 100 if major >= 10 else 90 if major == 9 else 80
+
+
+def is_early(device: torch.device) -> bool:
+    """Whether kernels there are launched before the one before has completed, and wait."""
+    return architecture(device) >= EARLIEST and _can_be_early()
+
+
+@functools.cache
+def _can_be_early() -> bool:
+    """Whether Triton compiles, and it and the driver, if there is one, know such launches."""
+    if interpreted():
+        return False
+    from triton.language.extra import cuda
+
+    driver = torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else EARLY_DRIVER
+    return hasattr(cuda, "gdc_wait") and driver >= EARLY_DRIVER
 
 
 def _even(n: int, most: int) -> int:

@@ -11,6 +11,7 @@ import triton.language as tl
 from .arithmetic import (
     LN2,
     LOG2E,
+    await_earlier,
     distance_of,
     dot,
     finish_rows,
@@ -86,12 +87,13 @@ def _inverse_root(squares):
 def conr_gram_kernel(
     x_ptr, key_x_ptr, gram_ptr, n_anchors, n_keys, n_tiles_j, n_chunks, width,
     D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``x_i·x_j`` over one part of D, with the squared norms behind it; a program each.
 
     ``gram`` [parts, tiles, BLOCK_I·BLOCK_J + BLOCK_I + BLOCK_J].
     """
+    await_earlier(EARLY)
     SIZE: tl.constexpr = BLOCK_I * BLOCK_J + BLOCK_I + BLOCK_J
     n_tiles = tl.cdiv(n_anchors, BLOCK_I) * n_tiles_j
     pid = tl.program_id(0)
@@ -205,13 +207,14 @@ def conr_dense_sums_kernel(
     D: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
     INSIDE: tl.constexpr, PUSHING: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sums of BLOCK_I anchors over ``per_part`` tiles of keys; a program each.
 
     ``sums`` [4, 5 or 7, parts, N padded]: E, B, n, m, Σ_P s_ij, top of E, of B; not finite inputs
     make n NaN, which a key's are in every row.
     """
+    await_earlier(EARLY)
     IS_ONE_CHUNK: tl.constexpr = D <= BLOCK_D
     n_parts = tl.cdiv(n_tiles_j, per_part)
     pid = tl.program_id(0)
@@ -330,11 +333,13 @@ def conr_dense_rows_kernel(
     n_anchors, n_keys, n_parts, push_scale: tl.float64,
     SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, UNIT_TERMS: tl.constexpr,
     COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Losses and statistics of ROWS rows from their sums over at most PARTS parts.
 
     ``n_absent``: how many keys ``unit_terms`` does not count.
     """
+    await_earlier(EARLY)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < n_anchors
     parts = tl.arange(0, PARTS)
@@ -374,6 +379,9 @@ def store_total(pid, loss_ptr, out_ptr, n_rows, factor, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def conr_total_kernel(loss_ptr, out_ptr, n_rows, factor: tl.float64, BLOCK: tl.constexpr):
+def conr_total_kernel(
+    loss_ptr, out_ptr, n_rows, factor: tl.float64, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """The sum of the row losses times a factor; one program."""
+    await_earlier(EARLY)
     store_total(tl.program_id(0), loss_ptr, out_ptr, n_rows, factor, BLOCK)

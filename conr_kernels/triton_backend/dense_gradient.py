@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import LN2, LOG2E, dot, scale_pair, sum_of_products, to_base_2
+from .arithmetic import LN2, LOG2E, await_earlier, dot, scale_pair, sum_of_products, to_base_2
 from .dense import load_chunk, load_labels, padded, pairs_of_tile, store_total
 
 
@@ -40,13 +40,14 @@ def conr_dense_gradient_kernel(
     D: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
     INSIDE: tl.constexpr, PUSHING: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``Σ_j H_ij q_j`` of BLOCK_I anchors over ``per_part`` tiles of keys and BLOCK_D columns; a
     program each. The first adds up the losses where their total is wanted.
 
     G [parts, N, D]; where D has several chunks, ``Σ_j H_ij s_ij`` [parts, N padded] too.
     """
+    await_earlier(EARLY)
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
     N_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     n_parts = tl.cdiv(n_tiles_j, per_part)
@@ -123,10 +124,12 @@ def conr_dense_finish_kernel(
     x_ptr, coef_ptr, kept_ptr, G_ptr, radial_ptr, upstream_ptr, gradient_ptr,
     n_anchors, n_parts, factor: tl.float64, inverse_tau: tl.float64,
     D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """``(Σ_j H_ij q_j/τ − q_i radial_i)/‖x_i‖`` times the upstream gradient of ROWS rows and
     BLOCK_D columns; a program each.
     """
+    await_earlier(EARLY)
     N_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     dtype: tl.constexpr = kept_ptr.dtype.element_ty

@@ -6,7 +6,15 @@ Tiles are visited as in the forward pass: see sweeps.py.
 import triton
 import triton.language as tl
 
-from .arithmetic import dot, in_registers, load_tile, scale_pair, similarity, to_halves
+from .arithmetic import (
+    await_earlier,
+    dot,
+    in_registers,
+    load_tile,
+    scale_pair,
+    similarity,
+    to_halves,
+)
 from .layout import chosen_copies, count_of, key_tiles, padded, sweep_of, tile_at
 from .sweeps import anchors_of, pairs_of
 
@@ -254,12 +262,13 @@ def conr_backward_parts_kernel(
     APART: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Parts of ``Σ_j H_ij q_j`` in the caller's order, G [2 sweeps · n_slots, N, D_PAD]: n_slots
     programs per tile of anchors for the positives, then as many for the negatives.
     """
+    await_earlier(EARLY)
     PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
     WIDTH: tl.constexpr = D_PAD // PARTS
     n_programs = tl.num_programs(0) // 2
@@ -291,10 +300,12 @@ def conr_gradient_kernel(
     layout_ptr, coef_i_ptr, inverse_i_ptr, x_ptr, G_ptr, upstream_ptr, gradient_ptr,
     n_anchors, n_keys, n_parts, kappa: tl.float64,
     SAME: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The gradient of ROWS rows from G [n_parts, N, D_PAD], times the upstream gradient where the
     coefficients are without; a program each.
     """
+    await_earlier(EARLY)
     _, order_ptr, _, _, _ = sweep_of(layout_ptr, n_anchors, n_keys, False, False, SAME)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, inverse = tl.load(order_ptr + rows), tl.load(inverse_i_ptr + rows)
@@ -330,14 +341,20 @@ def conr_backward_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
     SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
+    EARLY: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     """``Σ_P H_ij q_j`` in the caller's order; then, with ``Σ_M H_ij q_j``, the gradient of x, times
     the upstream gradient where the coefficients are without. A program per tile of anchors.
 
     G and the gradient may share their memory: a program reads and writes its own rows only.
+
+    ``LATE``: the launch before is the positives', which waited for all before it and has written G
+    alone. So only G's readers, and what overwrites it, await it.
     """
+    if not LATE:
+        await_earlier(EARLY)
     PARTS: tl.constexpr = 4 if D_PAD > 128 else 1
     WIDTH: tl.constexpr = D_PAD // PARTS
     tile = tl.program_id(0)
@@ -359,6 +376,8 @@ def conr_backward_kernel(
         poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
         radial = tl.zeros((BLOCK_I,), dtype)
         factor = factor_of(kappa, upstream_ptr)
+        if LATE:
+            await_earlier(EARLY)
         done = ()
         for c in tl.static_range(PARTS):
             part = parts[c] + load_sum(row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)

@@ -173,8 +173,12 @@ class Steps:
         ]
 
 
-def bind(function: Any, options: dict[str, Any], **constants: Any) -> Kernel:
-    return Kernel(function, options, constants)
+def bind(is_early: bool, function: Any, options: dict[str, Any], **constants: Any) -> Kernel:
+    """``is_early``: its programs may start while the kernel before still runs, and wait
+    (``await_earlier``).
+    """
+    early = {"launch_pdl": True} if is_early else {}
+    return Kernel(function, options | early, constants | {"EARLY": is_early})
 
 
 def _is_on_gpu(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from ..core.inputs import Keys
 from ..variants import Settings
+from . import launch
 from .availability import interpreted
-from .call import arithmetic, largest_total, precision, tiles
-from .launch import OWN_KEYS, Launch, Parts, Place, Steps, bind, place_of
+from .call import arithmetic, is_early, largest_total, precision, tiles
+from .launch import OWN_KEYS, Launch, Parts, Place, Steps, place_of
 
 #: Up to this many pairs the kernels without a sort serve, where a row of the gradient stays in the
 #: registers; up to KEPT_PAIRS they do for any D, and the forward pass leaves s_ij.
@@ -99,6 +101,7 @@ class Form(NamedTuple):
     labels: torch.dtype
     self_offset: int
     reduction: str
+    is_early: bool
 
 
 class Plan:
@@ -107,7 +110,8 @@ class Plan:
     def __init__(self, form: Form, s: Settings) -> None:
         from . import dense, dense_gradient
 
-        N, K, D, L, dtype, labels, self_offset, reduction = form
+        N, K, D, L, dtype, labels, self_offset, reduction, early = form
+        bind = functools.partial(launch.bind, early)
         variant = s.variant
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         is_wide = labels == torch.float64 and interpreted()
@@ -262,14 +266,14 @@ def plan_of(
     K = N if keys is None else keys[0].shape[0]
     form = (
         N, K, D, 1 if y.ndim == 1 else y.shape[1], x.dtype, y.dtype, self_offset, reduction,
-        x.dtype == torch.float32 and torch.get_float32_matmul_precision(),
+        is_early(x.device), x.dtype == torch.float32 and torch.get_float32_matmul_precision(),
         KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART,
     )  # fmt: skip
     plan = entry[1].get(form)
     if plan is None:
         if len(entry[1]) >= PLANS:
             entry[1].clear()
-        plan = entry[1][form] = Plan(Form(*form[:8]), s)
+        plan = entry[1][form] = Plan(Form(*form[:9]), s)
     return plan
 
 

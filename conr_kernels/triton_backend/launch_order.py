@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.inputs import Keys
 from .call import ROW_PAD, Call, padded, tiles
-from .launch import Launch, Parts, bind
+from .launch import Launch, Parts
 
 #: Rows that are sorted by counting those before them, and of a program; runs that one launch
 #: merges, and searches of a program at a time. Of 32 runs an H200 spent 1.7 ps on each step of a
@@ -72,7 +72,7 @@ class Ordering:
         call, N, K, L = self.call, self.call.N, self.call.K, self.call.L
         sides, n_orders = [("_j", K)] + [("_i", N)] * call.has_keys, 1 + call.is_confused
         if self.is_given_sorts:
-            ranks = bind(
+            ranks = call.bind(
                 ordering.conr_rank_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, ROWS=RANK_ROWS
             )
             n_programs = tiles(padded(K), RANK_ROWS) + tiles(padded(N), RANK_ROWS) * call.has_keys
@@ -85,9 +85,9 @@ class Ordering:
             self.work.add("spread", 2 * L, call.form.labels)
             for side, n in sides:
                 self.work.add(f"widest{side}0 widest{side}1", n, call.form.labels)
-            spread = bind(ordering.conr_spread_kernel, {}, L=L, BLOCK=1024)
+            spread = call.bind(ordering.conr_spread_kernel, {}, L=L, BLOCK=1024)
             yield Launch(spread, 2 * L, K), "key_y key_p spread"
-            widest = bind(
+            widest = call.bind(
                 ordering.conr_sort_keys_kernel, {}, HAS_KEYS=call.has_keys, L=L,
                 L_PAD=1 << (L - 1).bit_length(), BLOCK=256,
             )  # fmt: skip
@@ -99,7 +99,7 @@ class Ordering:
             self.work.add(f"sorted{side} other_sorted{side}", size, torch.int32)
             self.work.add(f"values{side}", n_orders * n, call.form.labels)
         n_rows = sum(SORT_BLOCK * tiles(n, SORT_BLOCK) for _, n in sides)
-        sort = bind(
+        sort = call.bind(
             ordering.conr_sort_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, BLOCK=SORT_BLOCK,
             ROWS=SORT_ROWS,
         )  # fmt: skip
@@ -110,7 +110,7 @@ class Ordering:
         size, rows, is_last = SORT_BLOCK, SEARCHES // MERGE_FAN, False
         while not is_last:
             is_last = tiles(max(N, K), size) <= MERGE_FAN
-            merge = bind(
+            merge = call.bind(
                 ordering.conr_merge_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, LAST=is_last,
                 BLOCK=SORT_BLOCK, ROWS=rows, RUNS=MERGE_FAN,
             )  # fmt: skip
@@ -159,7 +159,7 @@ class Ordering:
         most = COPIED_BYTES // call.dtype.itemsize
         chunk = min(1 << (call.D_pad - 1).bit_length(), most)
         rows = min(most // chunk, COPIED_ROWS)
-        kernel = bind(
+        kernel = call.bind(
             ordering.conr_order_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
             HAS_P=call.is_confused, EXACT=call.L == 1, BAND_ROWS=ROW_PAD,
             ORDERS=1 + self.is_apart, D=call.D, D_PAD=call.D_pad, L=call.L, COLUMNS=columns,

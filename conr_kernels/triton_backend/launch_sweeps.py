@@ -24,7 +24,7 @@ from .call import (
     padded,
     tiles,
 )
-from .launch import OWN_KEYS, Launch, Place, Steps, bind, place_of
+from .launch import OWN_KEYS, Launch, Place, Steps, place_of
 from .launch_order import Ordering, Step
 
 #: Programs of one sweep at least, about: two for each multiprocessor of an H200, so that those of
@@ -124,7 +124,7 @@ class Plan(Ordering):
         for order, which in sweeps_of.items():
             yield from self._copies(order, 0)
             has_negatives = which != "positives"
-            kernel = bind(
+            kernel = call.bind(
                 sweeps.conr_forward_kernel, chosen.launch | call.fusion, SWEEPS=which,
                 CONFUSED=call.is_confused and has_negatives, SAME=not call.has_keys,
                 D_PAD=call.D_pad, INSIDE=call.is_inside and which != "negatives",
@@ -138,7 +138,7 @@ class Plan(Ordering):
                 call.unit, call.window, s.push_scale,
             )  # fmt: skip
             yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
-        finish = bind(
+        finish = call.bind(
             sweeps.conr_finish_kernel, {"num_warps": 4}, SAME=not call.has_keys,
             SHIFTED=call.pair_flags["SHIFTED"], INSIDE=call.is_inside, PUSHING=variant.pushing,
             UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
@@ -151,7 +151,7 @@ class Plan(Ordering):
         layout = "layout" if self.is_kept else "nothing"
         yield launch, self._pick(f"sums n poison w n_absent {layout} loss {stats}")
         if call.form.reduction != "none":
-            total = bind(dense.conr_total_kernel, {"num_warps": 16}, BLOCK=8192)
+            total = call.bind(dense.conr_total_kernel, {"num_warps": 16}, BLOCK=8192)
             yield Launch(total, 1, call.N, self.factor), "loss total"
 
     @property
@@ -181,7 +181,7 @@ class Plan(Ordering):
             upstream, kappa = "upstream", kappa * self.factor
         else:
             yield from self._copies(0, self.columns)
-        of_sums = bind(
+        of_sums = call.bind(
             gradient.conr_backward_parts_kernel, chosen.launch | call.fusion,
             APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
             D_PAD=call.D_pad,
@@ -193,7 +193,7 @@ class Plan(Ordering):
             call.N, call.K, n_slots, call.D_pad, call.unit, call.window, s.push_scale,
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
-        of_rows = bind(
+        of_rows = call.bind(
             gradient.conr_gradient_kernel, {"num_warps": 4}, SAME=not call.has_keys, D=call.D,
             D_PAD=call.D_pad, ROWS=PROJECTED_ROWS,
         )  # fmt: skip
@@ -216,12 +216,13 @@ class Plan(Ordering):
         if self.is_kept:
             upstream, kappa = "upstream", kappa * self.factor
         for order in (0, 1):
-            if not self.is_kept:
-                yield from self._copies(order, self.columns)
-            kernel = bind(
+            copies = [] if self.is_kept else list(self._copies(order, self.columns))
+            yield from copies
+            kernel = call.bind(
                 gradient.conr_backward_kernel, chosen.launch | call.fusion, D=call.D,
-                RESCALE=call.is_rescaled, **self._flags(order), **call.pair_flags, **chosen.tiles,
-                RESIDENT=chosen.in_registers,
+                RESCALE=call.is_rescaled, LATE=order == 1 and not copies,
+                RESIDENT=chosen.in_registers, **self._flags(order), **call.pair_flags,
+                **chosen.tiles,
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
@@ -253,15 +254,15 @@ class Plan(Ordering):
             G = "G G_rest"
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
         of_pairs = {"RESCALE": call.is_rescaled, "BLOCK_K": product.BLOCK_J}
-        pairs = bind(
+        pairs = call.bind(
             wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, BLOCK=1024
         )
-        scores = bind(
+        scores = call.bind(
             wide.conr_wide_scores_kernel, chosen.launch | call.fusion, **of_all, D_PAD=call.D_pad,
             INSIDE=call.is_inside, PUSHING=s.variant.pushing, **of_pairs, **call.pair_flags,
             **chosen.tiles,
         )  # fmt: skip
-        products = bind(
+        products = call.bind(
             wide.conr_wide_product_kernel, product.launch, **of_all, D=call.D, D_PAD=call.D_pad,
             PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"], **of_pairs,
             **tile, BLOCK_D=columns,
@@ -293,7 +294,9 @@ class Plan(Ordering):
         most = GRADIENT_TILE * 4 // call.dtype.itemsize
         chunk = min(1 << (call.D - 1).bit_length(), most)
         n_rows = min(most // chunk, ROW_PAD)
-        gradient = bind(kernel, {"num_warps": 4}, **constants, D=call.D, ROWS=n_rows, CHUNK=chunk)
+        gradient = call.bind(
+            kernel, {"num_warps": 4}, **constants, D=call.D, ROWS=n_rows, CHUNK=chunk
+        )
         numbers = call.N, call.K, call.D_pad, int(self.is_apart), kappa
         launch = Launch(gradient, padded(call.N) // n_rows, *numbers)
         return launch, self._pick(f"layout coef_i inverse_i x {G} {upstream} gradient")

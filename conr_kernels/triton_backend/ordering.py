@@ -5,13 +5,16 @@ sweep and sorted copies.
 import triton
 import triton.language as tl
 
-from .arithmetic import store_tile, to_base_2
+from .arithmetic import await_earlier, store_tile, to_base_2
 from .layout import choose_sweep, find_bands, padded, parts_of, ranks_of
 
 
 @triton.jit(do_not_specialize=["n_keys"])
-def conr_spread_kernel(y_ptr, p_ptr, spread_ptr, n_keys, L: tl.constexpr, BLOCK: tl.constexpr):
+def conr_spread_kernel(
+    y_ptr, p_ptr, spread_ptr, n_keys, L: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Extent of one component of the labels or predictions; one program each."""
+    await_earlier(EARLY)
     c = tl.program_id(0)
     which = c // L
     column_ptr = y_ptr + c
@@ -34,8 +37,10 @@ def conr_sort_keys_kernel(
     spread_ptr, key_y_ptr, key_p_ptr, y_ptr, p_ptr, key_values_ptr, anchor_values_ptr,
     n_keys, n_anchors,
     HAS_KEYS: tl.constexpr, L: tl.constexpr, L_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The widest component of labels and of predictions: of keys [2, K], of anchors [2, N]."""
+    await_earlier(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     components = tl.arange(0, L_PAD)
     for which in tl.static_range(2):
@@ -102,10 +107,12 @@ def _sort_tile(
 def conr_sort_kernel(
     key_y_ptr, key_p_ptr, y_ptr, p_ptr, images_j_ptr, sorted_j_ptr, images_i_ptr, sorted_i_ptr,
     n_anchors, n_keys, HAS_KEYS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sorts each BLOCK of the keys' labels, then of the anchors', then of the predictions: images
     of their values and their rows, by counting; a program for each ROWS of them.
     """
+    await_earlier(EARLY)
     pid = tl.program_id(0)
     keys, anchors = tl.cdiv(n_keys, BLOCK) * BLOCK, tl.cdiv(n_anchors, BLOCK) * BLOCK
     n_programs = (keys + (anchors if HAS_KEYS else 0)) // ROWS
@@ -169,7 +176,7 @@ def conr_merge_kernel(
     merged_images_j_ptr, merged_j_ptr, merged_images_i_ptr, merged_i_ptr,
     key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, size, n_steps,
     HAS_KEYS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    RUNS: tl.constexpr,
+    RUNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merges each RUNS sorted runs of so many (``size``) images, ROWS of them a program: an image's
     place is the number of those before it in all of them, by binary search in each.
@@ -177,6 +184,7 @@ def conr_merge_kernel(
     The LAST merge, of all runs, leaves sorted values, and the layout's orders and ranks; of rows
     behind the last, each stands in its own place.
     """
+    await_earlier(EARLY)
     pid = tl.program_id(0)
     keys, anchors = tl.cdiv(n_keys, BLOCK) * BLOCK, tl.cdiv(n_anchors, BLOCK) * BLOCK
     n_programs = (keys + (anchors if HAS_KEYS else 0)) // ROWS
@@ -199,11 +207,12 @@ def conr_merge_kernel(
 @triton.jit(do_not_specialize=["n_anchors", "n_keys"])
 def conr_rank_kernel(
     order_j_ptr, order_i_ptr, layout_ptr, n_anchors, n_keys,
-    HAS_KEYS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_KEYS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """What the last merge leaves in the layout, of orders that are given: of the keys' labels, then
     of the anchors', then of the predictions; a program for each ROWS of them.
     """
+    await_earlier(EARLY)
     pid, n_rows = tl.program_id(0), n_keys
     n_programs = tl.cdiv(padded(n_keys), ROWS)
     of_keys = n_programs
@@ -328,6 +337,7 @@ def conr_order_kernel(
     HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, EXACT: tl.constexpr, BAND_ROWS: tl.constexpr,
     ORDERS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """From the ``first`` program on: one for the choice of sweep; one per BAND_ROWS rows for the
     bands; one per ROWS rows for their copies: unit features times the scale, labels and
@@ -338,6 +348,7 @@ def conr_order_kernel(
     it; or in both ORDERS, those of the predictions behind. Where no values are given, the layout
     has bands and choice, and the second copies are in the order that was chosen.
     """
+    await_earlier(EARLY)
     keys, anchors = padded(n_keys), padded(n_anchors)
     n_bands = 1 + (2 if HAS_P else 1) * anchors // BAND_ROWS
     pid = tl.program_id(0) + first

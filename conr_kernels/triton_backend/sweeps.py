@@ -12,6 +12,7 @@ from .arithmetic import (
     LN2,
     LOG2E,
     add_exponentials,
+    await_earlier,
     distance_of,
     finish_rows,
     fold,
@@ -209,8 +210,8 @@ def conr_forward_kernel(
     SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
     PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Parts of a row's sums in the caller's order: of the n_slots programs that share a tile of
     anchors, each takes an equal part of its key tiles. SWEEPS: ``"positives"``, ``"negatives"``, or
@@ -221,6 +222,7 @@ def conr_forward_kernel(
     (TINY: φ·exp(s) may underflow, so that a sum of 0 is no proof that there is none). n [n_slots,
     N]: positives.
     """
+    await_earlier(EARLY)
     here, n_programs = tl.program_id(0), tl.num_programs(0)
     negatives = SWEEPS == "negatives"
     if SWEEPS == "both":
@@ -267,6 +269,7 @@ def conr_finish_kernel(
     SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
     UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
     TINY: tl.constexpr, ORDERS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Losses and statistics of ROWS rows from at most SLOTS parts of their sums; a program each.
 
@@ -274,6 +277,7 @@ def conr_finish_kernel(
     padded] for each of the ORDERS. What is not finite among further keys is shared out to all
     rows.
     """
+    await_earlier(EARLY)
     pid = tl.program_id(0)
     rows, slots = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
     is_row = rows < n_anchors

@@ -10,7 +10,7 @@ products are work for all multiprocessors.
 import triton
 import triton.language as tl
 
-from .arithmetic import dot, load_tile, similarity, store_tile
+from .arithmetic import await_earlier, dot, load_tile, similarity, store_tile
 from .gradient import (
     coefficients_of,
     factor_of,
@@ -82,7 +82,7 @@ def _list_sweep(
 def conr_wide_list_kernel(
     layout_ptr, list_ptr, windows_ptr, n_anchors, n_keys, window, piece, second,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The list: a head (the number of the negatives' first pair; those behind each sweep's last
     pair; both sweeps' numbers of entries), and each sweep's part: of each tile of anchors how many
@@ -94,6 +94,7 @@ def conr_wide_list_kernel(
     The negatives' numbers begin with a window, not before ``second``. Windows: the entry that each
     begins in. One program.
     """
+    await_earlier(EARLY)
     n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
     end, n_entries = _list_sweep(
         list_ptr + HEAD, windows_ptr, tl.zeros((), tl.int64), n_tiles,
@@ -227,7 +228,7 @@ def conr_wide_scores_kernel(
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``H_ij`` of the pairs of tiles from the ``first`` of the list on, H [window, BLOCK_J /
@@ -237,6 +238,7 @@ def conr_wide_scores_kernel(
     In float16 and in halves, H_ij is divided by its row's scale in the tile, which H_scale [window,
     BLOCK_I] keeps.
     """
+    await_earlier(EARLY)
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
     n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
@@ -300,13 +302,13 @@ def conr_wide_product_kernel(
     layout_ptr, list_ptr, windows_ptr, q_j_ptr, H_ptr, H_scale_ptr, G_ptr, G_rest_ptr,
     n_anchors, n_keys, first, window, piece, apart,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``Σ H_ij q_j`` over those pairs, added to what windows before have left in G [N, D], in the
-    caller's order: tiles of anchors × BLOCK_D columns, which programs take in turn, BLOCK_K keys a
-    step.
+    caller's order: tiles of anchors × BLOCK_D columns, in turns of programs, BLOCK_K keys a step.
     """
+    await_earlier(EARLY)
     N_BLOCKS: tl.constexpr = D_PAD // BLOCK_D
     STEPS: tl.constexpr = BLOCK_J // BLOCK_K
     PARTS: tl.constexpr = 4 if BLOCK_D > 64 else 1
@@ -366,14 +368,14 @@ def conr_wide_gradient_kernel(
     layout_ptr, coef_i_ptr, inverse_i_ptr, x_ptr, G_ptr, G_rest_ptr, upstream_ptr, gradient_ptr,
     n_anchors, n_keys, width, apart, kappa: tl.float64,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The gradient of ROWS rows from G, whose memory it may share, times the upstream gradient
     where the coefficients are without; a program each.
 
-    The radial part is that of G, from H_ij as it was rounded: nearly parallel features leave little
-    else.
+    The radial part is G's, from H_ij as it was rounded: nearly parallel features leave little else.
     """
+    await_earlier(EARLY)
     is_other = (apart == 0) & (tl.load(layout_ptr) == 0)
     order_ptr = _anchors_order(layout_ptr, n_anchors, n_keys, is_other, CONFUSED, SAME)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -93,7 +93,7 @@ class Caches(dict):
 
 def total(*n_rows: int, parts: Parts | None = None) -> Steps:
     """Totals of so many rows each, one after another."""
-    kernel = Kernel(dense.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024})
+    kernel = Kernel(dense.conr_total_kernel, {"num_warps": 4}, {"BLOCK": 1024, "EARLY": False})
     steps = [(Launch(kernel, 1, n, 1.0), "loss out") for n in n_rows or (8,)]
     return Steps("loss out" if parts is None else "out", {}, steps, *([parts] if parts else []))
 
@@ -106,7 +106,7 @@ def test_the_second_launch_of_a_form_is_run_as_triton_would_run_it(device: Devic
     (_, first), (_, second), (_, third) = device.launched
     assert second == third
     addresses = (loss.data_ptr(), out.data_ptr())
-    assert second == (1, 1, 1, 77, 5, (4, 1, 0), None, None, None, *addresses, 8, 1.0, 1024)
+    assert second == (1, 1, 1, 77, 5, (4, 1, 0), None, None, None, *addresses, 8, 1.0, 1024, False)
     # Triton's own gives tensors, hooks and their metadata.
     assert first[:6] == second[:6] and first[11:] == second[11:]
     assert tuple(t.data_ptr() for t in first[9:11]) == addresses

@@ -1,0 +1,214 @@
+"""Kernels that start while the one before still runs: which do, and that they wait before they
+read or write what it may write or read.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks.static import compiled, shipped
+from benchmarks.static.compiled import Launch, recorded_launches
+from conr_kernels.triton_backend import (
+    call,
+    dense,
+    dense_gradient,
+    gradient,
+    ordering,
+    sweeps,
+    wide,
+)
+from conr_kernels.triton_backend.configs import ARCHITECTURES
+
+MODULES = (dense, dense_gradient, gradient, ordering, sweeps, wide)
+KERNELS = {
+    name: kernel
+    for module in MODULES
+    for name, kernel in vars(module).items()
+    if re.fullmatch("conr_.*_kernel", name)
+}
+#: Beyond the parts of a gradient that one launch leaves for both sweeps.
+MANY = 200_000
+
+
+@functools.cache
+def shipped_launches(architecture: int) -> list[Launch]:
+    return [launch for form in shipped.calls() for launch in form.launches(architecture)]
+
+
+def of_each_kernel(architecture: int) -> dict[str, Launch]:
+    """The first launch of every kernel, and of the negatives' with a late wait."""
+    found = {}
+    for launch in [
+        *recorded_launches(MANY, 128, torch.bfloat16, architecture),
+        *shipped_launches(architecture),
+    ]:
+        late = " late" if launch.arguments.get("LATE") else ""
+        found.setdefault(launch.name + late, launch)
+    return found
+
+
+NAMES = [*KERNELS, "conr_backward_kernel late"]
+
+
+@functools.cache
+def compiled_for(architecture: int, name: str) -> dict[str, str]:
+    return compiled.compile_launch(of_each_kernel(architecture)[name], architecture).asm
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_launch_is_early_from_compute_capability_9_on(architecture: int) -> None:
+    launches = shipped_launches(architecture)
+    assert {launch.name for launch in launches} == set(KERNELS)
+    for launch in launches:
+        is_early = architecture >= 90
+        assert launch.arguments["EARLY"] is is_early, launch.name
+        assert launch.options.get("launch_pdl", False) is is_early, launch.name
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernels_first_statement_waits(name: str) -> None:
+    function = ast.parse(inspect.getsource(KERNELS[name].fn)).body[0]
+    first = ast.unparse(function.body[1])  # behind the docstring
+    late = "if not LATE:\n    await_earlier(EARLY)"
+    assert first == (late if name == "conr_backward_kernel" else "await_earlier(EARLY)")
+
+
+def accesses(ptx: str) -> Iterator[int]:
+    """The lines that read or write memory that other kernels see."""
+    for number, line in enumerate(ptx.splitlines()):
+        words = re.sub(r"^\s*(@!?%p\d+)?\s*", "", line)
+        if re.match(r"(ld|st|atom|red|cp|prefetch|tensormap)\b", words):
+            if not re.match(r"(ld\.param|(ld|st)\.(volatile\.)?shared|\w+\.shared)", words):
+                yield number
+
+
+def line_of(text: str, what: str) -> int:
+    """Of its only occurrence."""
+    (found,) = (n for n, line in enumerate(text.splitlines()) if what in line)
+    return found
+
+
+def test_accesses_of_memory_are_found() -> None:
+    lines = [
+        "ld.param.b64 %rd1, [p];", "\t@%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];",
+        "st.shared.v4.b32 [%r1], {%r2};", "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ];",
+        "@!%p2 st.global.b32 [ %rd1 + 0 ], { %r1 };", "add.f32 %r1, %r2, %r3;",
+    ]  # fmt: skip
+    assert list(accesses("\n".join(lines))) == [1, 3, 4]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_kernels_wait_before_they_touch_memory(name: str) -> None:
+    ptx = compiled_for(90, name)["ptx"]
+    wait = line_of(ptx, "griddepcontrol.wait")
+    assert wait < line_of(ptx, "griddepcontrol.launch_dependents")
+    assert any(number > wait for number in accesses(ptx))
+    if "late" in name:
+        assert min(accesses(ptx)) < wait  # of what the launches before the positives' have left
+    else:
+        assert min(accesses(ptx)) > wait
+
+
+def derived_from(ir: str, pointers: set[str]) -> Iterator[int]:
+    """The lines that read or write memory through the arguments of these names."""
+    reached = {f"%{name}" for name in pointers}
+    for number, line in enumerate(ir.splitlines()):
+        if "tt.func" in line or not (used := reached & set(re.findall(r"%[\w#]+", line))):
+            continue
+        if re.search(r"tt\.(load|store)|async_copy_global|tt\.atomic", line):
+            yield number
+        elif made := re.match(r"\s*(%\w+)(:\d+)? = ", line):
+            assert used and ":" not in (made[2] or ""), line  # through no loop
+            reached.add(made[1])
+
+
+def test_the_negatives_wait_late_before_they_touch_the_gradient() -> None:
+    """What the positives' launch writes, and what is overwritten."""
+    ir = compiled_for(90, "conr_backward_kernel late")["ttgir"]
+    wait = line_of(ir, "griddepcontrol.wait")
+    touching = list(derived_from(ir, {"G_ptr", "G_rest_ptr", "gradient_ptr"}))
+    assert len(touching) >= 3 and min(touching) > wait
+    stores = [n for n, line in enumerate(ir.splitlines()) if re.search(r"tt\.(store|atomic)", line)]
+    assert min(stores) > wait
+
+
+def test_the_negatives_wait_late_only_right_behind_the_positives() -> None:
+    """Where copies come between, these replace what the positives read."""
+    late = []
+    for variant in ("paper", "released-depth", "released-age"):
+        for K in (None, MANY // 2):
+            for most in (2**20, 2**40):  # room for both orders' copies, or not
+                with mock.patch.multiple(
+                    "conr_kernels.triton_backend.launch_sweeps", BOTH_ORDERS=most, PARTS_BYTES=0
+                ):
+                    launches = recorded_launches(MANY, 64, torch.bfloat16, 90, variant=variant, K=K)
+                (at,) = (
+                    n for n, launch in enumerate(launches)
+                    if launch.name == "conr_backward_kernel" and launch.arguments["NEGATIVES"]
+                )  # fmt: skip
+                before = launches[at - 1]
+                is_behind = before.name == "conr_backward_kernel"
+                assert is_behind or before.name == "conr_order_kernel"
+                assert launches[at].arguments["LATE"] is is_behind
+                positives = [x for x in launches if x.arguments.get("NEGATIVES") is False]
+                assert [x.arguments["LATE"] for x in positives] == [False]
+                late.append(is_behind)
+    assert {*late} == {True, False}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_older_architectures_have_no_such_instruction(name: str) -> None:
+    assert "griddepcontrol" not in compiled_for(80, name)["ptx"]
+
+
+@pytest.fixture
+def asked_anew():
+    call._can_be_early.cache_clear()
+    yield
+    call._can_be_early.cache_clear()
+
+
+def is_any_early() -> bool:
+    few = recorded_launches(100, 32, torch.float32, 90)
+    many = recorded_launches(5000, 32, torch.float32, 90)
+    found = {launch.arguments["EARLY"] for launch in few + many}
+    assert found == {"launch_pdl" in launch.options for launch in few + many}
+    (is_early,) = found
+    return is_early
+
+
+def test_interpreted_kernels_are_not_early(asked_anew: None) -> None:
+    with mock.patch.object(call, "interpreted", lambda: True):
+        assert not is_any_early()
+
+
+def test_a_triton_without_the_instruction_is_not_early(asked_anew: None) -> None:
+    with mock.patch("triton.language.extra.cuda", SimpleNamespace()):
+        assert not is_any_early()
+
+
+@pytest.mark.parametrize(("driver", "is_early"), [(12020, False), (12030, True), (13000, True)])
+def test_older_drivers_are_not_early(driver: int, is_early: bool, asked_anew: None) -> None:
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(torch._C, "_cuda_getDriverVersion", lambda: driver, create=True),
+    ):
+        assert call._can_be_early() is is_early
+    assert is_any_early() is is_early  # asked once
+
+
+def test_launches_that_wait_for_all_before_can_be_asked_for() -> None:
+    with mock.patch.object(call, "EARLIEST", 1000):
+        assert not is_any_early()
+    assert is_any_early()
