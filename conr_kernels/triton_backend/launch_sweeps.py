@@ -257,11 +257,14 @@ class Plan(Ordering):
         pairs = call.bind(
             wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, BLOCK=1024
         )
-        scores = call.bind(
-            wide.conr_wide_scores_kernel, chosen.launch | call.fusion, **of_all, D_PAD=call.D_pad,
-            INSIDE=call.is_inside, PUSHING=s.variant.pushing, **of_pairs, **call.pair_flags,
-            **chosen.tiles,
-        )  # fmt: skip
+        scores, later_scores = (
+            call.bind(
+                wide.conr_wide_scores_kernel, chosen.launch | call.fusion, **of_all,
+                D_PAD=call.D_pad, INSIDE=call.is_inside, PUSHING=s.variant.pushing, LATE=is_late,
+                **of_pairs, **call.pair_flags, **chosen.tiles,
+            )  # fmt: skip
+            for is_late in (False, True)
+        )
         products = call.bind(
             wide.conr_wide_product_kernel, product.launch, **of_all, D=call.D, D_PAD=call.D_pad,
             PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"], **of_pairs,
@@ -279,10 +282,11 @@ class Plan(Ordering):
         for order, n_passes in enumerate(passes):
             if not self.is_kept:
                 yield from self._copies(order, self.columns)
-            for first in range(second * order, second * order + n_passes * window, window):
-                numbers = N, K, first, window, piece, int(self.is_apart)
+            for number in range(n_passes):
+                numbers = N, K, second * order + number * window, window, piece, int(self.is_apart)
                 yield Launch(
-                    scores, n_scores, *numbers, call.D_pad, call.unit, call.window, s.push_scale
+                    later_scores if number else scores, n_scores, *numbers, call.D_pad, call.unit,
+                    call.window, s.push_scale,
                 ), of_scores  # fmt: skip
                 yield Launch(products, n_products, *numbers), of_products
         yield self._gradient_wide(wide.conr_wide_gradient_kernel, of_all, G)

@@ -146,28 +146,34 @@ def _anchors_order(
 
 
 @triton.jit
-def _entry_of(number, entry, starts_ptr, n_entries):
+def _later_starts(entry, starts_ptr, n_entries):
+    """The first pairs of the next entries; behind the last, numbers that no pair reaches."""
+    LAST: tl.constexpr = 2**62 if starts_ptr.dtype.element_ty == tl.int64 else 2**31 - 1
+    later = entry + 1 + tl.arange(0, 256)
+    return tl.load(starts_ptr + later, mask=later < n_entries, other=LAST)
+
+
+@triton.jit
+def _entry_of(number, entry, later_starts, starts_ptr, n_entries):
     """The entry of a pair of tiles: the last one that does not begin behind it; from one on that
-    does not.
+    does not, with ``_later_starts`` of it.
     """
-    BLOCK: tl.constexpr = 256
-    n = tl.full((), BLOCK, tl.int32)
-    while n == BLOCK:
-        later = entry + 1 + tl.arange(0, BLOCK)
-        is_entry = later < n_entries
-        starts = tl.load(starts_ptr + later, mask=is_entry, other=0)
-        n = tl.sum((is_entry & (starts <= number)).to(tl.int32), axis=0)
+    n = tl.sum((later_starts <= number).to(tl.int32), axis=0)
+    entry += n
+    while n == 256:
+        n = tl.sum((_later_starts(entry, starts_ptr, n_entries) <= number).to(tl.int32), axis=0)
         entry += n
     return entry
 
 
 @triton.jit
-def _is_full(tile_j, tile, list_ptr, n_tiles):
-    """Whether every pair of a tile lies in the anchors' bands, and none is an anchor's own."""
-    ptr = list_ptr + tile + 3 * n_tiles
-    c0, c1 = tl.load(ptr), tl.load(ptr + n_tiles)
-    d0, d1 = tl.load(ptr + 2 * n_tiles), tl.load(ptr + 3 * n_tiles)
-    return ((c0 <= tile_j) & (tile_j < c1)) | ((d0 <= tile_j) & (tile_j < d1))
+def _of_entry(entry, list_ptr, starts_ptr, n_tiles):
+    """Its first pair; of its tile of anchors the runs of keys, and of those in full tiles."""
+    ptr = list_ptr + entry % n_tiles
+    n_a, a, b = _runs_of(entry % n_tiles, list_ptr, n_tiles)
+    c0, c1 = tl.load(ptr + 3 * n_tiles), tl.load(ptr + 4 * n_tiles)
+    d0, d1 = tl.load(ptr + 5 * n_tiles), tl.load(ptr + 6 * n_tiles)
+    return tl.load(starts_ptr + entry), n_a, a, b, c0, c1, d0, d1
 
 
 @triton.jit
@@ -230,6 +236,7 @@ def conr_wide_scores_kernel(
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     """``H_ij`` of the pairs of tiles from the ``first`` of the list on, H [window, BLOCK_J /
     BLOCK_K, BLOCK_I, BLOCK_K]; programs take turns. The copies in the order of the predictions
@@ -237,8 +244,13 @@ def conr_wide_scores_kernel(
 
     In float16 and in halves, H_ij is divided by its row's scale in the tile, which H_scale [window,
     BLOCK_I] keeps.
+
+    ``LATE``: the launch before is the products of the window before, which waited for all before
+    it and reads H. So only what overwrites H awaits it, and programs without a tile too: that this
+    launch has completed must say that those have.
     """
-    await_earlier(EARLY)
+    if not LATE:
+        await_earlier(EARLY)
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
     n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
@@ -256,16 +268,24 @@ def conr_wide_scores_kernel(
     p_j_ptr += behind_j * L
     coef_j_ptr += behind_j * COLUMNS
     rows = tl.arange(0, BLOCK_I)
-    for number in range(first + tl.program_id(0), first + n_here, tl.num_programs(0)):
-        entry = _entry_of(number, entry, starts_ptr, n_entries)
+    n_programs = tl.num_programs(0)
+    number = first + tl.program_id(0)
+    entry = _entry_of(
+        number, entry, _later_starts(entry, starts_ptr, n_entries), starts_ptr, n_entries
+    )
+    start, n_a, a, b, c0, c1, d0, d1 = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
+    for number in range(first + tl.program_id(0), first + n_here, n_programs):
         tile = entry % n_tiles
-        t = number - tl.load(starts_ptr + entry) + entry // n_tiles * piece
-        n_a, a, b = _runs_of(tile, list_ptr, n_tiles)
+        t = number - start + entry // n_tiles * piece
         tile_j = t + tl.where(t < n_a, a, b)
         j0 = tile_j * BLOCK_J
         is_edge = 1
-        if L == 1:
-            is_edge = 1 - _is_full(tile_j, tile, list_ptr, n_tiles).to(tl.int32)
+        if L == 1:  # whether not every pair lies in the anchors' bands, or one is an anchor's own
+            is_full = ((c0 <= tile_j) & (tile_j < c1)) | ((d0 <= tile_j) & (tile_j < d1))
+            is_edge = 1 - is_full.to(tl.int32)
+        # What the next tile needs is asked for before this one's work, so that nothing waits for
+        # it.
+        later_starts = _later_starts(entry, starts_ptr, n_entries)
         anchors = anchors_of(
             tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
         )
@@ -274,8 +294,12 @@ def conr_wide_scores_kernel(
             0, q_j_ptr + (behind_j + j0) * D_PAD, width, unit,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
+        entry = _entry_of(number + n_programs, entry, later_starts, starts_ptr, n_entries)
+        start, n_a, a, b, c0, c1, d0, d1 = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
         coef_i_ptrs, slot = coef_i_ptr + tile * BLOCK_I + rows, number - first
         pairs = s_ij, anchors, coef_i_ptrs, j0, y_j_ptr, p_j_ptr, coef_j_ptr
+        if LATE:
+            await_earlier(EARLY)
         for EDGE in tl.static_range(2):
             if is_edge == EDGE:
                 if negatives:
@@ -288,6 +312,8 @@ def conr_wide_scores_kernel(
                         pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, False, EDGE == 1,
                         False, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, BLOCK_K,
                     )  # fmt: skip
+    if LATE:
+        await_earlier(EARLY)
 
 
 @triton.jit
@@ -307,8 +333,10 @@ def conr_wide_product_kernel(
 ):  # fmt: skip
     """``Σ H_ij q_j`` over those pairs, added to what windows before have left in G [N, D], in the
     caller's order: tiles of anchors × BLOCK_D columns, in turns of programs, BLOCK_K keys a step.
+
+    The launch before is the scores', which waited for all before it and writes H alone: what leads
+    to H does not await it.
     """
-    await_earlier(EARLY)
     N_BLOCKS: tl.constexpr = D_PAD // BLOCK_D
     STEPS: tl.constexpr = BLOCK_J // BLOCK_K
     PARTS: tl.constexpr = 4 if BLOCK_D > 64 else 1
@@ -322,6 +350,7 @@ def conr_wide_product_kernel(
     order_ptr = _anchors_order(layout_ptr, n_anchors, n_keys, is_other, CONFUSED, SAME)
     q_j_ptr += tl.where(is_other, apart, 0).to(tl.int64) * padded(n_keys) * D_PAD
     rows = tl.arange(0, BLOCK_I)
+    await_earlier(EARLY)
     if n_here > 0:
         # All entries of a tile of anchors are one program's.
         n_items = tl.minimum(last_entry - first_entry + 1, n_tiles) * N_BLOCKS
