@@ -217,10 +217,12 @@ class Plan(Ordering):
         for order in (0, 1):
             copies = [] if self.is_kept else list(self._copies(order, self.columns))
             yield from copies
+            # In float32 a wait between the sum and its end would spill.
+            is_late = order == 1 and not copies and dtype.itemsize == 2
             kernel = call.bind(
                 gradient.conr_backward_kernel, chosen.launch | call.fusion, D=call.D,
-                RESCALE=call.is_rescaled, LATE=order == 1 and not copies,
-                **self._flags(order), **call.pair_flags, **chosen.tiles,
+                RESCALE=call.is_rescaled, LATE=is_late, **self._flags(order), **call.pair_flags,
+                **chosen.tiles,
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
