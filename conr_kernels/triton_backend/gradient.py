@@ -370,14 +370,14 @@ def conr_backward_kernel(
         for c in tl.static_range(PARTS):
             store_sum(parts[c], row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D)
     else:
+        if LATE:
+            await_earlier(EARLY)
         rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
         inverse = tl.load(inverse_i_ptr + behind + rows)
         coef_i_ptr += behind * (5 if SHIFTED else 3)
         poison = poison_of(coef_i_ptr + rows, padded(n_anchors), dtype)
         radial = tl.zeros((BLOCK_I,), dtype)
         factor = factor_of(kappa, upstream_ptr)
-        if LATE:
-            await_earlier(EARLY)
         done = ()
         for c in tl.static_range(PARTS):
             part = parts[c] + load_sum(row, c * WIDTH, G_ptr, G_rest_ptr, n_anchors, D, WIDTH)

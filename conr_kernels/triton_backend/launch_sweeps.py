@@ -218,10 +218,12 @@ class Plan(Ordering):
         for order in (0, 1):
             copies = [] if self.is_kept else list(self._copies(order, self.columns))
             yield from copies
+            # In float32 a wait between the sum and its end would spill.
+            is_late = order == 1 and not copies and dtype.itemsize == 2
             kernel = call.bind(
                 gradient.conr_backward_kernel, chosen.launch | call.fusion, D=call.D,
-                RESCALE=call.is_rescaled, LATE=order == 1 and not copies,
-                RESIDENT=chosen.in_registers, **self._flags(order), **call.pair_flags,
+                RESCALE=call.is_rescaled, LATE=is_late, RESIDENT=chosen.in_registers,
+                **self._flags(order), **call.pair_flags,
                 **chosen.tiles,
             )  # fmt: skip
             launch = Launch(
@@ -259,9 +261,16 @@ class Plan(Ordering):
         )
         scores, later_scores = (
             call.bind(
-                wide.conr_wide_scores_kernel, chosen.launch | call.fusion, **of_all,
-                D_PAD=call.D_pad, INSIDE=call.is_inside, PUSHING=s.variant.pushing, LATE=is_late,
-                **of_pairs, **call.pair_flags, **chosen.tiles,
+                wide.conr_wide_scores_kernel,
+                chosen.launch | call.fusion,
+                **of_all,
+                D_PAD=call.D_pad,
+                INSIDE=call.is_inside,
+                PUSHING=s.variant.pushing,
+                LATE=is_late,
+                **of_pairs,
+                **call.pair_flags,
+                **chosen.tiles,
             )  # fmt: skip
             for is_late in (False, True)
         )

@@ -88,9 +88,9 @@ def accesses(ptx: str) -> Iterator[int]:
     """The lines that read or write memory that other kernels see."""
     for number, line in enumerate(ptx.splitlines()):
         words = re.sub(r"^\s*(@!?%p\d+)?\s*", "", line)
-        if re.match(r"(ld|st|atom|red|cp|prefetch|tensormap)\b", words):
-            if not re.match(r"(ld\.param|(ld|st)\.(volatile\.)?shared|\w+\.shared)", words):
-                yield number
+        is_local = re.match(r"ld\.param|\w+\.(volatile\.)?shared", words)
+        if not is_local and re.match(r"(ld|st|atom|red|cp|prefetch)\b", words):
+            yield number
 
 
 def line_of(text: str, what: str) -> int:
