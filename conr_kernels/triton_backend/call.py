@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -226,8 +227,18 @@ def _can_be_early() -> bool:
         return False
     from triton.language.extra import cuda
 
-    driver = torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else EARLY_DRIVER
+    driver = driver_version() if torch.cuda.is_available() else EARLY_DRIVER
     return hasattr(cuda, "gdc_wait") and driver >= EARLY_DRIVER
+
+
+def driver_version() -> int:
+    """12030 for a driver of CUDA 12.3; 0 if nobody can say."""
+    found = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return 0
+    return found.value
 
 
 def _even(n: int, most: int) -> int:

@@ -21,6 +21,8 @@ MERGE_FAN, SEARCHES = 4, 1024
 MOST_SORTED = 2**16
 RANK_ROWS = 256
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+#: Tiles of anchors whose bands one program searches at once, at most, for the choice of sweep.
+BAND_TILES = 256
 #: Bytes of rows, as they are computed with, and rows that one program copies at most.
 COPIED_BYTES, COPIED_ROWS = 2**14, 32
 
@@ -162,6 +164,7 @@ class Ordering:
         kernel = call.bind(
             ordering.conr_order_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
             HAS_P=call.is_confused, EXACT=call.L == 1, BAND_ROWS=ROW_PAD,
+            BAND_TILES=min(max(1 << (tiles(call.N, ROW_PAD) - 1).bit_length(), 128), BAND_TILES),
             ORDERS=1 + self.is_apart, D=call.D, D_PAD=call.D_pad, L=call.L, COLUMNS=columns,
             ROWS=rows, CHUNK=chunk, IN_HALVES=call.is_in_halves,
         )  # fmt: skip

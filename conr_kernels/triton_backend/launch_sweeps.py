@@ -74,7 +74,6 @@ class Plan(Ordering):
         self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
 
         self.kept.add("layout", layout_size(N, K, call.has_keys, call.is_confused), torch.int32)
-        self.kept.add("loss", N, call.dtype)
         if self.is_kept:
             self._add_copies(self.kept, columns)
         else:
@@ -84,6 +83,8 @@ class Plan(Ordering):
         self.work.add("poison", K + N * call.has_keys, torch.float32)
         self.work.add("sums", 2 * 3 * self.n_slots * N, call.dtype)
         self.work.add("n", self.n_slots * N, torch.int32)
+        if is_reduced:
+            self.work.add("loss", tiles(padded(N), FINISH_ROWS), torch.float64)
         forward = list(self._forward())
         backward = list(self._backward_wide() if is_wide else self._backward_narrow())
         if not is_reduced:
@@ -143,16 +144,16 @@ class Plan(Ordering):
             SHIFTED=call.pair_flags["SHIFTED"], INSIDE=call.is_inside, PUSHING=variant.pushing,
             UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
             WEIGHTED_ROWS=variant.weighted_rows, TINY=call.is_tiny, ORDERS=1 + self.is_apart,
-            ROWS=FINISH_ROWS, SLOTS=SLOTS,
+            ROWS=FINISH_ROWS, SLOTS=SLOTS, REDUCED=call.form.reduction != "none",
         )  # fmt: skip
-        n_rows = padded(call.N) if self.is_kept else call.N
-        launch = Launch(finish, tiles(n_rows, FINISH_ROWS), call.N, call.K, n_slots, s.push_scale)
+        n_programs = tiles(padded(call.N), FINISH_ROWS)
+        launch = Launch(finish, n_programs, call.N, call.K, n_slots, s.push_scale)
         stats = "coef_j" if self.is_kept else "stats"
         layout = "layout" if self.is_kept else "nothing"
         yield launch, self._pick(f"sums n poison w n_absent {layout} loss {stats}")
         if call.form.reduction != "none":
-            total = call.bind(dense.conr_total_kernel, {"num_warps": 16}, BLOCK=8192)
-            yield Launch(total, 1, call.N, self.factor), "loss total"
+            total = call.bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024)
+            yield Launch(total, 1, n_programs, self.factor), "loss total"
 
     @property
     def kappa(self) -> float:
@@ -257,8 +258,9 @@ class Plan(Ordering):
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
         of_pairs = {"RESCALE": call.is_rescaled, "BLOCK_K": product.BLOCK_J}
         pairs = call.bind(
-            wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile, BLOCK=1024
-        )
+            wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile,
+            BLOCK=min(max(1 << (n_tiles - 1).bit_length(), 128), 1024),
+        )  # fmt: skip
         scores, later_scores = (
             call.bind(
                 wide.conr_wide_scores_kernel,

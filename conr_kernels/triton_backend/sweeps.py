@@ -269,9 +269,11 @@ def conr_finish_kernel(
     SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
     UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
     TINY: tl.constexpr, ORDERS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    REDUCED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Losses and statistics of ROWS rows from at most SLOTS parts of their sums; a program each.
+    """Losses, or their sum (REDUCED), and statistics of ROWS rows from at most SLOTS parts of their
+    sums; a program each.
 
     Statistics [N, 3 or 5]; or, where the layout is given, as the gradient reads them: [3 or 5, N
     padded] for each of the ORDERS. What is not finite among further keys is shared out to all
@@ -310,9 +312,13 @@ def conr_finish_kernel(
         E, B, s_sum * LN2, n, has_negative, w, n_counted, push_scale,
         SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
     )  # fmt: skip
-    dtype: tl.constexpr = loss_ptr.dtype.element_ty
+    dtype: tl.constexpr = stats_ptr.dtype.element_ty
     poison, rows = poison.to(tl.float64), rows.to(tl.int64)
-    tl.store(loss_ptr + rows, (loss + poison).to(dtype), mask=is_row)
+    loss = (loss + poison).to(dtype)
+    if REDUCED:
+        tl.store(loss_ptr + pid, tl.sum(tl.where(is_row, loss, 0.0).to(tl.float64), axis=0))
+    else:
+        tl.store(loss_ptr + rows, loss, mask=is_row)
     stats = rounded_statistics(alpha, beta, gamma, log_alpha, log_gamma, poison, dtype, SHIFTED)
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
     if layout_ptr is None:

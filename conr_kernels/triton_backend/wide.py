@@ -65,7 +65,7 @@ def _list_sweep(
                 numbers = (a1 - a0, a0, b0 - (a1 - a0), c0, c1, d0, d1)
                 for row in tl.static_range(PER_TILE):
                     tl.store(list_ptr + row * n_tiles + tile, numbers[row], mask=is_tile)
-            n = tl.minimum(tl.maximum(n - before, 0), piece).to(tl.int64)
+            n = tl.minimum(tl.maximum(n - before, 0), piece).to(start.dtype)
             begin = start + tl.cumsum(n, axis=0) - n
             entry = n_entries + tile
             tl.store(list_ptr + PER_TILE * n_tiles + entry, begin, mask=is_tile)
@@ -97,7 +97,7 @@ def conr_wide_list_kernel(
     await_earlier(EARLY)
     n_tiles, size = _sizes_of(n_anchors, n_keys, piece, BLOCK_I, BLOCK_J)
     end, n_entries = _list_sweep(
-        list_ptr + HEAD, windows_ptr, tl.zeros((), tl.int64), n_tiles,
+        list_ptr + HEAD, windows_ptr, tl.zeros((), list_ptr.dtype.element_ty), n_tiles,
         layout_ptr, n_anchors, n_keys, window, piece,
         False, CONFUSED, SAME, L, BLOCK_I, BLOCK_J, BLOCK,
     )  # fmt: skip
@@ -269,10 +269,10 @@ def conr_wide_scores_kernel(
     coef_j_ptr += behind_j * COLUMNS
     rows = tl.arange(0, BLOCK_I)
     n_programs = tl.num_programs(0)
+    entry = tl.where(n_here > 0, entry, 0)  # of a window without pairs nothing is written
+    later_starts = _later_starts(entry, starts_ptr, n_entries)
     number = first + tl.program_id(0)
-    entry = _entry_of(
-        number, entry, _later_starts(entry, starts_ptr, n_entries), starts_ptr, n_entries
-    )
+    entry = _entry_of(number, entry, later_starts, starts_ptr, n_entries)
     start, n_a, a, b, c0, c1, d0, d1 = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
     for number in range(first + tl.program_id(0), first + n_here, n_programs):
         tile = entry % n_tiles

@@ -58,7 +58,8 @@ def of_each_kernel(architecture: int) -> dict[str, Launch]:
     return found
 
 
-NAMES = [*KERNELS, "conr_backward_kernel late"]
+LATE = ("conr_backward_kernel", "conr_wide_scores_kernel")
+NAMES = [*KERNELS, *(f"{name} late" for name in LATE)]
 
 
 @functools.cache
@@ -81,7 +82,8 @@ def test_a_kernels_first_statement_waits(name: str) -> None:
     function = ast.parse(inspect.getsource(KERNELS[name].fn)).body[0]
     first = ast.unparse(function.body[1])  # behind the docstring
     late = "if not LATE:\n    await_earlier(EARLY)"
-    assert first == (late if name == "conr_backward_kernel" else "await_earlier(EARLY)")
+    if name != "conr_wide_product_kernel":  # which says why not
+        assert first == (late if name in LATE else "await_earlier(EARLY)")
 
 
 def accesses(ptx: str) -> Iterator[int]:
@@ -202,10 +204,28 @@ def test_a_triton_without_the_instruction_is_not_early(asked_anew: None) -> None
 def test_older_drivers_are_not_early(driver: int, is_early: bool, asked_anew: None) -> None:
     with (
         mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch._C, "_cuda_getDriverVersion", lambda: driver, create=True),
+        mock.patch.object(call, "driver_version", lambda: driver),
     ):
         assert call._can_be_early() is is_early
     assert is_any_early() is is_early  # asked once
+
+
+def test_the_driver_is_asked_for_its_version(monkeypatch) -> None:
+    def ask(pointer) -> int:
+        pointer._obj.value = 12040
+        return 0
+
+    library = SimpleNamespace(cuDriverGetVersion=ask)
+    monkeypatch.setattr(call.ctypes, "CDLL", lambda name: library)
+    assert call.driver_version() == 12040
+
+
+def test_without_a_driver_there_is_no_version(monkeypatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(call.ctypes, "CDLL", missing)
+    assert call.driver_version() == 0
 
 
 def test_launches_that_wait_for_all_before_can_be_asked_for() -> None:
