@@ -28,6 +28,15 @@ def await_earlier(EARLY: tl.constexpr):
 
 
 @triton.jit
+def start_next(EARLY: tl.constexpr):
+    """The programs of the next kernel may start at once: for kernels that wait later, and before
+    which others have waited for all that the next one reads before its own wait.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def load_tile(
     ptr, k, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,

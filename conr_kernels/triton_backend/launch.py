@@ -173,11 +173,16 @@ class Steps:
         ]
 
 
-def bind(is_early: bool, function: Any, options: dict[str, Any], **constants: Any) -> Kernel:
-    """``is_early``: its programs may start while the kernel before still runs, and wait
-    (``await_earlier``).
+def bind(
+    is_early: bool, function: Any, options: dict[str, Any], overlaps: bool = False, **constants: Any
+) -> Kernel:
+    """``is_early``: its programs wait for the kernel before (``await_earlier``), so that those of a
+    kernel that ``overlaps`` may start while that one still runs.
+
+    Where many programs of a kernel are short, such a start costs an H200 more than it hides: they
+    crowd where the first ones before them end.
     """
-    early = {"launch_pdl": True} if is_early else {}
+    early = {"launch_pdl": True} if is_early and overlaps else {}
     return Kernel(function, options | early, constants | {"EARLY": is_early})
 
 

@@ -111,7 +111,7 @@ class Plan:
         from . import dense, dense_gradient
 
         N, K, D, L, dtype, labels, self_offset, reduction, early = form
-        bind = functools.partial(launch.bind, early)
+        bind = functools.partial(launch.bind, early, overlaps=N * K <= KEPT_PAIRS)
         variant = s.variant
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         is_wide = labels == torch.float64 and interpreted()

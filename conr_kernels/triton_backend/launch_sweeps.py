@@ -31,6 +31,8 @@ from .launch_order import Ordering, Step
 #: both sweeps fill it; and the most that share a forward pass's tile of anchors.
 PROGRAMS = 264
 SLOTS = 8
+#: The same of wide features, whose programs take long for a tile of keys: the last ones end alike.
+WIDE_SLICES = 768
 #: Of wide features, programs of four warps that take turns at most: four for each multiprocessor of
 #: an A100, H200 or B200; of eight warps half as many.
 WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
@@ -71,7 +73,8 @@ class Plan(Ordering):
         self.stand_apart = is_apart or not call.is_confused
         self.is_kept = is_reduced and size <= BOTH_ORDERS
         chosen = call.config("forward")
-        self.n_slots = min(tiles(PROGRAMS, tiles(N, chosen.BLOCK_I)), SLOTS)
+        n_programs = WIDE_SLICES if is_wide else PROGRAMS
+        self.n_slots = min(tiles(n_programs, tiles(N, chosen.BLOCK_I)), SLOTS)
 
         self.kept.add("layout", layout_size(N, K, call.has_keys, call.is_confused), torch.int32)
         if self.is_kept:
@@ -183,7 +186,7 @@ class Plan(Ordering):
         else:
             yield from self._copies(0, self.columns)
         of_sums = call.bind(
-            gradient.conr_backward_parts_kernel, chosen.launch | call.fusion,
+            gradient.conr_backward_parts_kernel, chosen.launch | call.fusion, overlaps=True,
             APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
             D_PAD=call.D_pad,
             INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
@@ -195,8 +198,8 @@ class Plan(Ordering):
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i coef_i q_j y_j p_j coef_j G_parts")
         of_rows = call.bind(
-            gradient.conr_gradient_kernel, {"num_warps": 4}, SAME=not call.has_keys, D=call.D,
-            D_PAD=call.D_pad, ROWS=PROJECTED_ROWS,
+            gradient.conr_gradient_kernel, {"num_warps": 4}, overlaps=True,
+            SAME=not call.has_keys, D=call.D, D_PAD=call.D_pad, ROWS=PROJECTED_ROWS,
         )  # fmt: skip
         numbers = call.N, call.K, 2 * n_slots, kappa
         launch = Launch(of_rows, tiles(padded(call.N), PROJECTED_ROWS), *numbers)
@@ -222,7 +225,7 @@ class Plan(Ordering):
             # In float32 a wait between the sum and its end would spill.
             is_late = order == 1 and not copies and dtype.itemsize == 2
             kernel = call.bind(
-                gradient.conr_backward_kernel, chosen.launch | call.fusion, D=call.D,
+                gradient.conr_backward_kernel, chosen.launch | call.fusion, overlaps=True, D=call.D,
                 RESCALE=call.is_rescaled, LATE=is_late, RESIDENT=chosen.in_registers,
                 **self._flags(order), **call.pair_flags,
                 **chosen.tiles,
@@ -265,30 +268,30 @@ class Plan(Ordering):
             call.bind(
                 wide.conr_wide_scores_kernel,
                 chosen.launch | call.fusion,
+                overlaps=True,
                 **of_all,
+                **of_pairs,
                 D_PAD=call.D_pad,
                 INSIDE=call.is_inside,
                 PUSHING=s.variant.pushing,
                 LATE=is_late,
-                **of_pairs,
                 **call.pair_flags,
                 **chosen.tiles,
             )  # fmt: skip
             for is_late in (False, True)
         )
         products = call.bind(
-            wide.conr_wide_product_kernel, product.launch, **of_all, D=call.D, D_PAD=call.D_pad,
-            PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"], **of_pairs,
-            **tile, BLOCK_D=columns,
+            wide.conr_wide_product_kernel, product.launch, overlaps=True, **of_all, D=call.D,
+            D_PAD=call.D_pad, PRECISION=call.pair_flags["PRECISION"],
+            UPCAST=call.pair_flags["UPCAST"], **of_pairs, **tile, BLOCK_D=columns,
         )  # fmt: skip
         of_scores = self._pick(f"layout list windows q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
         of_products = self._pick(f"layout list windows q_j {H} {G}")
-        most = [
-            max(4 * WIDE_PROGRAMS[call.form.architecture] // config.num_warps, 1)
-            for config in (chosen, product)
-        ]
-        n_scores = min(window, most[0])
-        n_products = min(n_tiles * (call.D_pad // columns), most[1])
+        most = WIDE_PROGRAMS[call.form.architecture]
+        n_scores = min(window, max(4 * most // chosen.num_warps, 1))
+        # A sum of 128 numbers a thread leaves registers for half as many programs.
+        most = 4 * most // max(product.num_warps, product.BLOCK_I * columns // 2048)
+        n_products = min(n_tiles * (call.D_pad // columns), max(most, 1))
         yield Launch(pairs, 1, N, K, window, piece, second), "layout list windows"
         for order, n_passes in enumerate(passes):
             if not self.is_kept:
@@ -310,8 +313,9 @@ class Plan(Ordering):
         chunk = min(1 << (call.D - 1).bit_length(), most)
         n_rows = min(most // chunk, ROW_PAD)
         gradient = call.bind(
-            kernel, {"num_warps": 4}, **constants, D=call.D, ROWS=n_rows, CHUNK=chunk
-        )
+            kernel, {"num_warps": 4}, overlaps=True, **constants, D=call.D, ROWS=n_rows,
+            CHUNK=chunk,
+        )  # fmt: skip
         numbers = call.N, call.K, call.D_pad, int(self.is_apart), kappa
         launch = Launch(gradient, padded(call.N) // n_rows, *numbers)
         return launch, self._pick(f"layout coef_i inverse_i x {G} {upstream} gradient")
@@ -320,7 +324,7 @@ class Plan(Ordering):
 def limits() -> tuple[Any, ...]:
     """What plans depend on beside the form of call."""
     sizes = BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES, launch_order.MOST_SORTED
-    return PROGRAMS, *sizes, *limits_of_windows()
+    return PROGRAMS, WIDE_SLICES, *sizes, *limits_of_windows()
 
 
 def plan_of(

@@ -10,7 +10,7 @@ products are work for all multiprocessors.
 import triton
 import triton.language as tl
 
-from .arithmetic import await_earlier, dot, load_tile, similarity, store_tile
+from .arithmetic import await_earlier, dot, load_tile, similarity, start_next, store_tile
 from .gradient import (
     coefficients_of,
     factor_of,
@@ -245,11 +245,13 @@ def conr_wide_scores_kernel(
     In float16 and in halves, H_ij is divided by its row's scale in the tile, which H_scale [window,
     BLOCK_I] keeps.
 
-    ``LATE``: the launch before is the products of the window before, which waited for all before
-    it and reads H. So only what overwrites H awaits it, and programs without a tile too: that this
-    launch has completed must say that those have.
+    ``LATE``: the launch before is the products of the window before, which read H. So only what
+    overwrites H awaits it, and programs without a tile too: that this launch has completed must say
+    that those have. The first window's scores wait for the list and all before it.
     """
-    if not LATE:
+    if LATE:
+        start_next(EARLY)
+    else:
         await_earlier(EARLY)
     COLUMNS: tl.constexpr = 5 if SHIFTED else 3
     dtype: tl.constexpr = tl.float64 if q_j_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -334,9 +336,9 @@ def conr_wide_product_kernel(
     """``Σ H_ij q_j`` over those pairs, added to what windows before have left in G [N, D], in the
     caller's order: tiles of anchors × BLOCK_D columns, in turns of programs, BLOCK_K keys a step.
 
-    The launch before is the scores', which waited for all before it and writes H alone: what leads
-    to H does not await it.
+    The launch before is the scores', which writes H alone: what leads to H does not await it.
     """
+    start_next(EARLY)
     N_BLOCKS: tl.constexpr = D_PAD // BLOCK_D
     STEPS: tl.constexpr = BLOCK_J // BLOCK_K
     PARTS: tl.constexpr = 4 if BLOCK_D > 64 else 1

@@ -40,7 +40,7 @@ CONSTANTS = {
     **dict.fromkeys(
         ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "UNIT_TERMS", "COUNT_SELF", "WEIGHTED_ROWS",
          "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT",
-         "LAST", "IN_HALVES", "LATE"), BOOL,
+         "LAST", "IN_HALVES", "LATE", "REDUCED"), BOOL,
     ),
     "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "fp16x3", "ieee"}, "L": {1, 3},
     # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.
@@ -49,7 +49,7 @@ CONSTANTS = {
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
-                     "BAND_ROWS", "L_PAD", "SLOTS", "BLOCK_K", "PARTS", "RUNS")),
+                     "BAND_ROWS", "BAND_TILES", "L_PAD", "SLOTS", "BLOCK_K", "PARTS", "RUNS")),
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {

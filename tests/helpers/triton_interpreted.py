@@ -116,7 +116,7 @@ def forced(regime: str, allocations=guarded_allocations):
         mock.patch.object(call, "LIST_NUMBERS", 0 if regime == "parts" else 2**31 - 1),
         mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
-        mock.patch.object(launch_sweeps, "PROGRAMS", 3),
+        mock.patch.multiple(launch_sweeps, PROGRAMS=3, WIDE_SLICES=3),
         mock.patch.multiple(launch_order, SORT_BLOCK=128, MERGE_FAN=2, SEARCHES=64),
         mock.patch.object(
             launch_order, "MOST_SORTED", 2**16 * (regime not in ("parts", "in turn"))
@@ -541,7 +541,7 @@ def test_the_choice_of_sweep_is_made_from_the_bands(predictions: str, choice: in
     settings = Settings(100.0, 0.2, 0.01, PRESETS["paper"])
     with (
         mock.patch.object(launch_dense, "DENSE_PAIRS", -1),
-        mock.patch.object(launch_sweeps, "PROGRAMS", 1),
+        mock.patch.multiple(launch_sweeps, PROGRAMS=1, WIDE_SLICES=1),
     ):
         inputs = Inputs(x, y, p, w, (x, y, key_p), 0, settings)
         losses, _, layout = triton_backend.forward(inputs)

@@ -68,22 +68,34 @@ def compiled_for(architecture: int, name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_launch_is_early_from_compute_capability_9_on(architecture: int) -> None:
-    launches = shipped_launches(architecture)
+def test_every_launch_waits_from_compute_capability_9_on(architecture: int) -> None:
+    """And those of the backward pass and of few pairs start before they need to."""
+    launches, starting = shipped_launches(architecture), set()
     assert {launch.name for launch in launches} == set(KERNELS)
     for launch in launches:
         is_early = architecture >= 90
         assert launch.arguments["EARLY"] is is_early, launch.name
-        assert launch.options.get("launch_pdl", False) is is_early, launch.name
+        if "launch_pdl" in launch.options:
+            assert is_early and launch.options["launch_pdl"]
+            starting.add(launch.name.removeprefix("conr_").removesuffix("_kernel"))
+    expected = {"backward", "backward_parts", "gradient", "wide_gradient", "wide_product"}
+    expected |= {"wide_scores", "gram"}
+    expected |= {f"dense_{part}" for part in ("sums", "rows", "gradient", "finish")}
+    assert starting == (expected if architecture >= 90 else set())
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernels_first_statement_waits(name: str) -> None:
     function = ast.parse(inspect.getsource(KERNELS[name].fn)).body[0]
+    late = {
+        "conr_backward_kernel": "if not LATE:\n    await_earlier(EARLY)",
+        "conr_wide_scores_kernel": (
+            "if LATE:\n    start_next(EARLY)\nelse:\n    await_earlier(EARLY)"
+        ),
+        "conr_wide_product_kernel": "start_next(EARLY)",
+    }  # which say why
     first = ast.unparse(function.body[1])  # behind the docstring
-    late = "if not LATE:\n    await_earlier(EARLY)"
-    if name != "conr_wide_product_kernel":  # which says why not
-        assert first == (late if name in LATE else "await_earlier(EARLY)")
+    assert first == late.get(name, "await_earlier(EARLY)")
 
 
 def accesses(ptx: str) -> Iterator[int]:
@@ -112,14 +124,21 @@ def test_accesses_of_memory_are_found() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_kernels_wait_before_they_touch_memory(name: str) -> None:
-    ptx = compiled_for(90, name)["ptx"]
-    wait = line_of(ptx, "griddepcontrol.wait")
-    assert wait < line_of(ptx, "griddepcontrol.launch_dependents")
-    assert any(number > wait for number in accesses(ptx))
-    if "late" in name:
-        assert min(accesses(ptx)) < wait  # of what the launches before the positives' have left
+    lines = compiled_for(90, name)["ptx"].splitlines()
+    waits, starts = (
+        [n for n, line in enumerate(lines) if f"griddepcontrol.{what}" in line]
+        for what in ("wait", "launch_dependents")
+    )
+    # Of scores before the first tile's are stored, and behind the loop.
+    assert len(waits) == (2 if name == "conr_wide_scores_kernel late" else 1)
+    is_window = name in ("conr_wide_scores_kernel late", "conr_wide_product_kernel")
+    assert (min(starts) < min(waits)) is is_window
+    touching = list(accesses("\n".join(lines)))
+    assert max(touching) > waits[0]
+    if "late" in name or is_window:
+        assert min(touching) < waits[0]  # of what launches before the one before have left
     else:
-        assert min(accesses(ptx)) > wait
+        assert min(touching) > waits[0]
 
 
 def derived_from(ir: str, pointers: set[str]) -> Iterator[int]:
@@ -143,6 +162,44 @@ def test_the_negatives_wait_late_before_they_touch_the_gradient() -> None:
     assert len(touching) >= 3 and min(touching) > wait
     stores = [n for n, line in enumerate(ir.splitlines()) if re.search(r"tt\.(store|atomic)", line)]
     assert min(stores) > wait
+
+
+@pytest.mark.parametrize(
+    ("name", "pointers"),
+    [
+        ("conr_wide_scores_kernel late", {"H_ptr", "H_scale_ptr"}),
+        ("conr_wide_product_kernel", {"H_ptr", "H_scale_ptr", "G_ptr", "G_rest_ptr"}),
+    ],
+)
+def test_windows_wait_before_they_touch_what_the_launch_before_does(
+    name: str, pointers: set[str]
+) -> None:
+    ir = compiled_for(90, name)["ttir"].splitlines()
+    wait = min(n for n, line in enumerate(ir) if "griddepcontrol.wait" in line)
+    uses = [n for n, line in enumerate(ir) if re.search(rf"%({'|'.join(pointers)})\b", line)]
+    uses = [n for n in uses if "tt.func" not in ir[n]]
+    assert uses and min(uses) > wait
+    assert min(n for n, line in enumerate(ir) if "tt.store" in line) > wait
+
+
+def test_scores_wait_late_only_right_behind_products() -> None:
+    """Nothing but windows' launches comes between the list, or copies, and the last of them."""
+    late = []
+    for variant in ("paper", "released-age"):
+        for K in (None, 20_000):
+            for most in (2**20, 2**40):
+                with mock.patch("conr_kernels.triton_backend.launch_sweeps.WIDE_BOTH_ORDERS", most):
+                    launches = recorded_launches(
+                        20_000, 512, torch.bfloat16, 90, variant=variant, K=K
+                    )
+                names = [launch.name for launch in launches]
+                for at, name in enumerate(names):
+                    if name == "conr_wide_scores_kernel":
+                        is_behind = names[at - 1] == "conr_wide_product_kernel"
+                        assert launches[at].arguments["LATE"] <= is_behind
+                        assert names[at + 1] == "conr_wide_product_kernel"
+                        late.append(launches[at].arguments["LATE"])
+    assert {*late} == {True, False}
 
 
 def test_the_negatives_wait_late_only_right_behind_the_positives() -> None:
@@ -185,8 +242,9 @@ def is_any_early() -> bool:
     few = recorded_launches(100, 32, torch.float32, 90)
     many = recorded_launches(5000, 32, torch.float32, 90)
     found = {launch.arguments["EARLY"] for launch in few + many}
-    assert found == {"launch_pdl" in launch.options for launch in few + many}
+    assert found == {"launch_pdl" in launch.options for launch in few}
     (is_early,) = found
+    assert is_early >= any("launch_pdl" in launch.options for launch in many)
     return is_early
 
 
