@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +13,16 @@ from ..core.inputs import Keys
 from .call import ROW_PAD, Call, padded, tiles
 from .launch import Launch, Parts
 
-#: Rows that are sorted by counting those before them, and of a program; runs that one launch
-#: merges, and searches of a program at a time. Of 32 runs an H200 spent 1.7 ps on each step of a
-#: row's search in each: fours search least, but for launches.
-SORT_BLOCK, SORT_ROWS = 256, 64
-MERGE_FAN, SEARCHES = 4, 1024
+#: Rows that are sorted by counting those before them, and of a program; searches of a program at a
+#: time.
+SORT_BLOCK, SORT_ROWS, SEARCHES = 256, 64, 1024
+#: Runs that one launch merges, up to so many rows and beyond. Of 32 an H200 spent 1.7 ps on each
+#: step of a row's search in each: four search least, but for launches, which few rows wait for.
+MERGE_FANS, FEW_MERGED = (8, 4), 2**14
 #: Rows beyond which PyTorch sorts scalar labels and predictions: many launches, but fewer steps.
 MOST_SORTED = 2**16
 RANK_ROWS = 256
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-#: Tiles of anchors whose bands one program searches at once, at most, for the choice of sweep.
-BAND_TILES = 256
 #: Bytes of rows, as they are computed with, and rows that one program copies at most.
 COPIED_BYTES, COPIED_ROWS = 2**14, 32
 
@@ -109,16 +109,17 @@ class Ordering:
         other += "other_images_i other_sorted_i"
         launch = Launch(sort, n_orders * n_rows // SORT_ROWS, N, K)
         yield launch, self._sides(f"{columns} {here}")
-        size, rows, is_last = SORT_BLOCK, SEARCHES // MERGE_FAN, False
+        fan = MERGE_FANS[max(N, K) > FEW_MERGED]
+        size, rows, is_last = SORT_BLOCK, SEARCHES // fan, False
         while not is_last:
-            is_last = tiles(max(N, K), size) <= MERGE_FAN
+            is_last = tiles(max(N, K), size) <= fan
             merge = call.bind(
                 ordering.conr_merge_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, LAST=is_last,
-                BLOCK=SORT_BLOCK, ROWS=rows, RUNS=MERGE_FAN,
+                BLOCK=SORT_BLOCK, ROWS=rows, RUNS=fan,
             )  # fmt: skip
             launch = Launch(merge, n_orders * n_rows // rows, N, K, size, size.bit_length())
             yield launch, self._sides(f"{here} {other} values_j values_i layout")
-            size, here, other = size * MERGE_FAN, other, here
+            size, here, other = size * fan, other, here
 
     def sorts(self, y: Tensor, p: Tensor, keys: Keys | None) -> list[Tensor]:
         """Values and orders of the keys, then of the anchors, where PyTorch sorts them."""
@@ -164,7 +165,6 @@ class Ordering:
         kernel = call.bind(
             ordering.conr_order_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys,
             HAS_P=call.is_confused, EXACT=call.L == 1, BAND_ROWS=ROW_PAD,
-            BAND_TILES=min(max(1 << (tiles(call.N, ROW_PAD) - 1).bit_length(), 128), BAND_TILES),
             ORDERS=1 + self.is_apart, D=call.D, D_PAD=call.D_pad, L=call.L, COLUMNS=columns,
             ROWS=rows, CHUNK=chunk, IN_HALVES=call.is_in_halves,
         )  # fmt: skip
@@ -189,3 +189,8 @@ class Ordering:
             call.D_pad, first, order, reach, self.factor, call.scale,
         )  # fmt: skip
         yield launch, self._pick(names)
+
+
+def limits() -> tuple[Any, ...]:
+    """What orders depend on beside the form of call."""
+    return SORT_BLOCK, SORT_ROWS, SEARCHES, MERGE_FANS, FEW_MERGED, MOST_SORTED

@@ -323,8 +323,8 @@ class Plan(Ordering):
 
 def limits() -> tuple[Any, ...]:
     """What plans depend on beside the form of call."""
-    sizes = BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES, launch_order.MOST_SORTED
-    return PROGRAMS, WIDE_SLICES, *sizes, *limits_of_windows()
+    sizes = BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES
+    return PROGRAMS, WIDE_SLICES, *sizes, *launch_order.limits(), *limits_of_windows()
 
 
 def plan_of(

@@ -92,12 +92,13 @@ def find_bands(
 @triton.jit
 def choose_sweep(
     key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, n_steps, reach,
-    EXACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes down whether the negatives of all tiles of ROWS anchors visit fewer keys outside the
     bands of the labels than in those of the predictions (1), and there no prediction is known to be
-    out of the window of another (2). BLOCK tiles at a time, each as long as a search.
+    out of the window of another (2).
     """
+    BLOCK: tl.constexpr = 128
     # Lower and upper ends of bands of predictions, then of labels.
     ends_of: tl.constexpr = 4 if EXACT else 2
     number = tl.arange(0, ends_of)[:, None]

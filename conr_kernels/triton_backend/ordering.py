@@ -335,8 +335,7 @@ def conr_order_kernel(
     n_anchors, n_keys, self_offset, n_steps, width, first, order,
     reach: tl.float64, factor: tl.float64, scale: tl.float64,
     HAS_KEYS: tl.constexpr, HAS_P: tl.constexpr, EXACT: tl.constexpr, BAND_ROWS: tl.constexpr,
-    BAND_TILES: tl.constexpr, ORDERS: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
+    ORDERS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, IN_HALVES: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -363,7 +362,7 @@ def conr_order_kernel(
             elif HAS_P:
                 choose_sweep(
                     key_values_ptr, values_ptr, layout_ptr, n_anchors, n_keys, n_steps, reach,
-                    EXACT, BAND_ROWS, BAND_TILES,
+                    EXACT, BAND_ROWS,
                 )  # fmt: skip
             else:
                 tl.store(layout_ptr + tl.arange(0, 128), 0)

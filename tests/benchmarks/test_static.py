@@ -49,7 +49,7 @@ CONSTANTS = {
     # Statistics of a row: none in forward, five where exponents are shifted.
     "COLUMNS": {0, 3, 5},
     **dict.fromkeys(("D", "D_PAD", "BLOCK", "BLOCK_I", "BLOCK_J", "BLOCK_D", "ROWS", "CHUNK",
-                     "BAND_ROWS", "BAND_TILES", "L_PAD", "SLOTS", "BLOCK_K", "PARTS", "RUNS")),
+                     "BAND_ROWS", "L_PAD", "SLOTS", "BLOCK_K", "PARTS", "RUNS")),
 }  # fmt: skip
 #: Constants that a kernel never sees with all their values, and why.
 EXCEPTIONS = {
