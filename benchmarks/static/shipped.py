@@ -21,6 +21,8 @@ SWEEPS, FEW, KEPT = 16_384, 4096, 1024
 LARGE = 2**18
 #: A D of the bucket 0, whose rows are read in chunks: of ResNet-50, and beyond one program's part.
 CHUNKED, LONG = 2048, 8192
+#: One that the widest tiles of columns do not divide.
+UNEVEN = 384
 #: D and rows of few, by arithmetic: every tile that is chosen for them.
 FEW_SIZES = {
     "float16": [(128, KEPT), (256, FEW)],
@@ -120,6 +122,7 @@ def calls() -> list[Call]:
         call = Call(N, D, "bfloat16", part=part)
         found += [call, replace(call, variant="released-age"), *_flags(call)]
     found.append(Call(SWEEPS, 256, "bfloat16", L=3, part="table"))
+    found.append(Call(SWEEPS, UNEVEN, "bfloat16", part="wide"))
     found += [Call(SWEEPS, D, "float32 highest", L=3, part="table") for D in (64, CHUNKED)]
     found.append(Call(SWEEPS, 128, "bfloat16", "released-age", has_keys=True, part="order"))
     found += [
