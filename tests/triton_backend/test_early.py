@@ -84,6 +84,12 @@ def test_every_launch_waits_from_compute_capability_9_on(architecture: int) -> N
     assert starting == (expected if architecture >= 90 else set())
 
 
+@pytest.mark.parametrize(("N", "starts"), [(1024, True), (1025, False), (4096, False)])
+def test_kernels_of_few_pairs_start_early(N: int, starts: bool) -> None:
+    launches = recorded_launches(N, 128, torch.bfloat16, 90)
+    assert all(("launch_pdl" in launch.options) is starts for launch in launches)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernels_first_statement_waits(name: str) -> None:
     function = ast.parse(inspect.getsource(KERNELS[name].fn)).body[0]
