@@ -240,7 +240,7 @@ class Plan(Ordering):
             )  # fmt: skip
 
     def _backward_wide(self) -> Iterator[Step]:
-        from . import wide
+        from . import layout, wide
 
         call, s, N, K = self.call, self.call.settings, self.call.N, self.call.K
         chosen, product = call.config("wide"), call.config("product")
@@ -261,7 +261,7 @@ class Plan(Ordering):
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
         of_pairs = {"RESCALE": call.is_rescaled, "BLOCK_K": product.BLOCK_J}
         pairs = call.bind(
-            wide.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile,
+            layout.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile,
             BLOCK=min(max(1 << (n_tiles - 1).bit_length(), 128), 1024),
         )  # fmt: skip
         scores, later_scores = (

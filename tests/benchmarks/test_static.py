@@ -26,6 +26,7 @@ from conr_kernels.triton_backend import (
     dense_gradient,
     gradient,
     launch_dense,
+    layout,
     ordering,
     sweeps,
     wide,
@@ -65,7 +66,7 @@ EXCEPTIONS = {
     ("conr_spread_kernel", "L"): {3},
     ("conr_sort_keys_kernel", "L"): {3},
 }
-MODULES = (dense, dense_gradient, gradient, ordering, sweeps, wide)
+MODULES = (dense, dense_gradient, gradient, layout, ordering, sweeps, wide)
 
 
 def kernels(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, JITFunction]:

@@ -24,13 +24,14 @@ from conr_kernels.triton_backend import (
     dense,
     dense_gradient,
     gradient,
+    layout,
     ordering,
     sweeps,
     wide,
 )
 from conr_kernels.triton_backend.configs import ARCHITECTURES
 
-MODULES = (dense, dense_gradient, gradient, ordering, sweeps, wide)
+MODULES = (dense, dense_gradient, gradient, layout, ordering, sweeps, wide)
 KERNELS = {
     name: kernel
     for module in MODULES
