@@ -44,11 +44,18 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
     anchors = sides if double else (*sides, 256)
     chunks = (width,) if width else (16, 32) if double else (32, 64, 128)
     tiles = itertools.product(anchors, sides, chunks, (4, 8), (1, 2, 3))
-    return [
+    found = [
         found for found in itertools.starmap(Config, tiles)
         if found.BLOCK_I * found.BLOCK_J / (32 * found.num_warps) >= 2
         and fits_registers(kind, found)
     ]  # fmt: skip
+    if arch == 90 and width and kind != "wide" and not double:
+        found += [
+            replace(one, max_registers=most, in_registers=True)
+            for one in found for most in (128, 168)
+            if one.BLOCK_I == 64 and one.num_warps == 4 and one.num_stages > 1
+        ]  # fmt: skip
+    return found
 
 
 def fits_registers(kind: str, config: Config) -> bool:

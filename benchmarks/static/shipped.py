@@ -122,6 +122,7 @@ def calls() -> list[Call]:
         call = Call(N, D, "bfloat16", part=part)
         found += [call, replace(call, variant="released-age"), *_flags(call)]
     found.append(Call(SWEEPS, 256, "bfloat16", L=3, part="table"))
+    found.append(Call(SWEEPS, 256, "bfloat16", "released-age", part="table"))
     found.append(Call(SWEEPS, UNEVEN, "bfloat16", part="wide"))
     found += [Call(SWEEPS, D, "float32 highest", L=3, part="table") for D in (64, CHUNKED)]
     found.append(Call(SWEEPS, 128, "bfloat16", "released-age", has_keys=True, part="order"))

@@ -152,6 +152,7 @@ _HEAVY = {
 #: 16-bit features with large exponents: two exponentials a pair.
 SHIFTED = "16-bit shifted"
 _SHIFTED = {
+    "forward": [(90, 128, (64, 64, None, 4, 2)), (90, 256, (64, 64, None, 4, 2))],
     "backward": [(90, 128, (64, 64, None, 4, 3))],
     "wide": [(90, None, (128, 128, 64, 4, 3))],
 }

@@ -198,8 +198,7 @@ def conr_wide_scores_kernel(
         if L == 1:  # whether not every pair lies in the anchors' bands, or one is an anchor's own
             is_full = ((c0 <= tile_j) & (tile_j < c1)) | ((d0 <= tile_j) & (tile_j < d1))
             is_edge = 1 - is_full.to(tl.int32)
-        # What the next tile needs is asked for before this one's work, so that nothing waits for
-        # it.
+        # Asked for before this tile's work, so that the next one does not wait for it.
         later_starts = _later_starts(entry, starts_ptr, n_entries)
         anchors = anchors_of(
             tile, y_i_ptr, p_i_ptr, self_ptr, n_anchors, h, push_scale, SAME, BLOCK_I, dtype
@@ -209,8 +208,6 @@ def conr_wide_scores_kernel(
             0, q_j_ptr + (behind_j + j0) * D_PAD, width, unit,
             D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
-        entry = _entry_of(number + n_programs, entry, later_starts, starts_ptr, n_entries)
-        start, n_a, a, b, c0, c1, d0, d1 = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
         coef_i_ptrs, slot = coef_i_ptr + tile * BLOCK_I + rows, number - first
         pairs = s_ij, anchors, coef_i_ptrs, j0, y_j_ptr, p_j_ptr, coef_j_ptr
         if LATE:
@@ -227,6 +224,8 @@ def conr_wide_scores_kernel(
                         pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, False, EDGE == 1,
                         False, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, BLOCK_K,
                     )  # fmt: skip
+        entry = _entry_of(number + n_programs, entry, later_starts, starts_ptr, n_entries)
+        start, n_a, a, b, c0, c1, d0, d1 = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
     if LATE:
         await_earlier(EARLY)
 
