@@ -169,12 +169,13 @@ def speed(stage: Stage) -> int:
     collapsed = [Size(65_536, d, regime=COLLAPSED) for d in (128, 512)]
     found |= cases(stage, collapsed[:1], ["triton", "dense fused"])
     found |= cases(stage, collapsed[1:], ["triton"])
+    found |= cases(stage, [Size(16_384, 512), Size(65_536, 128, F32)], ["triton", PRODUCT])
     for n in (128, 1024, 16_384):
         found[f"training, batch {n}"] = functools.partial(training, stage, n)
     found |= cases(stage, [Size(16_384, 128, F32), Size(1024), Size(2048), Size(4096)], with_eager)
     others = (
-        Size(16_384, 512), Size(16_384, 256), Size(16_384, 64), Size(65_536, 128, F32),
-        Size(16_384, 2048, F32), Size(65_536, 256), Size(65_536, 64),
+        Size(16_384, 256), Size(16_384, 64), Size(65_536, 256), Size(65_536, 64),
+        Size(16_384, 2048, F32),
     )  # fmt: skip
     return stage.run(found | cases(stage, others, ["triton", PRODUCT]))
 
