@@ -31,13 +31,13 @@ class Stage:
 
 
 STAGES = [
-    Stage("warm", 55, 0, "compiles Triton kernels in many processes"),
-    Stage("inductor", 55, 0, "compiles eager with inductor"),
-    Stage("build", 55, 0, "builds csrc/ with nvcc"),
-    Stage("tests", 65, 1, "tests of the Triton backend"),
-    Stage("integration", 65, 1, "tests of the loss inside PyTorch"),
-    Stage("cuda-tests", 65, 1, "tests of the CUDA backend"),
-    Stage("sanitizer", 65, 1, "compute-sanitizer"),
+    Stage("warm", 60, 0, "compiles Triton kernels in many processes"),
+    Stage("inductor", 60, 0, "compiles eager with inductor"),
+    Stage("build", 60, 0, "builds csrc/ with nvcc"),
+    Stage("tests", 90, 1, "tests of the Triton backend"),
+    Stage("integration", 90, 1, "tests of the loss inside PyTorch"),
+    Stage("cuda-tests", 90, 1, "tests of the CUDA backend"),
+    Stage("sanitizer", 90, 1, "compute-sanitizer"),
     Stage("speed", 75, 2, "what is claimed of the Triton backend's speed, and training steps"),
     Stage("compare", 25, 3, "dense fused kernels, ours and others', and compiled eager"),
     Stage("cuda", 12, 4, "the CUDA backend's speed"),

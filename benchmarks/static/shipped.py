@@ -78,7 +78,7 @@ class Call:
         return [launch for launch in found if self._has(launch)]
 
     def _has(self, launch: Launch) -> bool:
-        if self.part in ("wide", "order", "rank"):
+        if self.part in ("wide", "order", "rank", "merge"):
             return self.part in launch.name
         return self.part == "all" or "BLOCK_J" in launch.arguments
 
@@ -129,6 +129,7 @@ def calls() -> list[Call]:
     found += [
         Call(2**17, 128, "bfloat16", has_keys=has_keys, part="rank") for has_keys in (False, True)
     ]
+    found += [Call(N, 128, "bfloat16", part="merge") for N in (2**13, 2**16)]
     return found
 
 

@@ -16,9 +16,11 @@ from .launch import Launch, Parts
 #: Rows that are sorted by counting those before them, and of a program; searches of a program at a
 #: time.
 SORT_BLOCK, SORT_ROWS, SEARCHES = 256, 64, 1024
-#: Runs that one launch merges, up to so many rows and beyond. Of 32 an H200 spent 1.7 ps on each
-#: step of a row's search in each: four search least, but for launches, which few rows wait for.
-MERGE_FANS, FEW_MERGED = (8, 4), 2**14
+#: Runs that one launch merges, up to so many rows: one launch takes an H200 7 µs of 8,192 rows and
+#: two of eight runs 14 of 16,384. Beyond: four, as each step of a row's search in each of 32 runs
+#: took 1.7 ps.
+MERGE_FANS = {2**13: 32, 2**14: 8}
+MERGE_FAN = 4
 #: Rows beyond which PyTorch sorts scalar labels and predictions: many launches, but fewer steps.
 MOST_SORTED = 2**16
 RANK_ROWS = 256
@@ -109,7 +111,7 @@ class Ordering:
         other += "other_images_i other_sorted_i"
         launch = Launch(sort, n_orders * n_rows // SORT_ROWS, N, K)
         yield launch, self._sides(f"{columns} {here}")
-        fan = MERGE_FANS[max(N, K) > FEW_MERGED]
+        fan = next((fan for most, fan in MERGE_FANS.items() if max(N, K) <= most), MERGE_FAN)
         size, rows, is_last = SORT_BLOCK, SEARCHES // fan, False
         while not is_last:
             is_last = tiles(max(N, K), size) <= fan
@@ -193,4 +195,4 @@ class Ordering:
 
 def limits() -> tuple[Any, ...]:
     """What orders depend on beside the form of call."""
-    return SORT_BLOCK, SORT_ROWS, SEARCHES, MERGE_FANS, FEW_MERGED, MOST_SORTED
+    return SORT_BLOCK, SORT_ROWS, SEARCHES, *MERGE_FANS.items(), MERGE_FAN, MOST_SORTED

@@ -117,7 +117,7 @@ def forced(regime: str, allocations=guarded_allocations):
         mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.multiple(launch_sweeps, PROGRAMS=3, WIDE_SLICES=3),
-        mock.patch.multiple(launch_order, SORT_BLOCK=128, MERGE_FANS=(2, 2), SEARCHES=64),
+        mock.patch.multiple(launch_order, SORT_BLOCK=128, MERGE_FANS={}, MERGE_FAN=2, SEARCHES=64),
         mock.patch.object(
             launch_order, "MOST_SORTED", 2**16 * (regime not in ("parts", "in turn"))
         ),
