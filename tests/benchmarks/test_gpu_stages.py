@@ -126,6 +126,10 @@ def test_a_proposed_entry_has_the_form_of_the_shipped_ones(monkeypatch):
     assert line.startswith("bfloat16, backward: (") and "128, (64, 128, None, 4, 2))," in line
     proposed = eval(line.split(": ")[1].rstrip(","))
     for shipped in TABLE["bfloat16"]["backward"]:
-        assert len(shipped) == len(proposed) and len(shipped[2]) == len(proposed[2])
+        assert len(shipped) == len(proposed) and len(shipped[2]) in (len(proposed[2]), 7)
+    line = tune.entry("forward", Size(512), "high", Config(64, 64, 128, 4, 3, 128, True))
+    assert "128, (64, 64, None, 4, 3, 128, True))," in line
+    line = tune.entry("wide", Size(512, 512), "high", Config(128, 128, 64, 8, 3, 128))
+    assert "(128, 128, 64, 8, 3, 128))," in line
     line = tune.entry("forward", Size(512, 512, F32), "high", Config(64, 32, 16, 4, 3))
     assert line == "float32, forward: (90, 0, (64, 32, 16, 4, 3)),"

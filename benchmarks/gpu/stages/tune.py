@@ -90,7 +90,9 @@ def entry(kind: str, size: Size, how: str, config: Config) -> str:
     architecture, bucket, arithmetic = place(size, how)
     width = bucket or (0 if kind == "forward" else None)
     block_d = None if bucket == config.BLOCK_D else config.BLOCK_D
-    of = (config.BLOCK_I, config.BLOCK_J, block_d, *config.launch.values())
+    of = (config.BLOCK_I, config.BLOCK_J, block_d, config.num_warps, config.num_stages)
+    if config.max_registers or config.in_registers:
+        of += (config.max_registers, *[True] * config.in_registers)
     return f"{arithmetic}, {kind}: ({architecture}, {width}, {of}),"
 
 
