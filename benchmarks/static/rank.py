@@ -31,12 +31,12 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
     """Tile shapes, chunks, warps and stages worth a look; ``width`` 0 for rows read in chunks."""
     double = arithmetic == "float64"
     if kind == "product":  # its tiles of pairs are those of "wide"
-        wide = call.config("wide", arch, width, arithmetic)
+        wide = call.config("wide", arch, 0, arithmetic)
         steps, columns = ((16, 32), (16, 32, 64)) if double else ((32, 64, 128), (64, 128, 256))
         return [
             Config(wide.BLOCK_I, block_j, block_d, warps, stages)
             for block_j, block_d, warps, stages in itertools.product(
-                steps, columns, (4, 8), (1,) if double else (2, 3)
+                steps, columns, (4, 8), (1,) if double else (2, 3, 4)
             )
             if block_j <= wide.BLOCK_J and wide.BLOCK_I * block_d / (32 * warps) <= ACCUMULATORS
         ]
@@ -52,7 +52,7 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
     if arch == 90 and width and kind != "wide" and not double:
         found += [
             replace(one, max_registers=most, in_registers=True)
-            for one in found for most in (128, 168)
+            for one in found for most in (128, 168, 255)
             if one.BLOCK_I == 64 and one.num_warps == 4 and one.num_stages > 1
         ]  # fmt: skip
     return found
@@ -92,8 +92,9 @@ def judge(
             code = machine_code(binary)
         except Exception as error:  # the compiler's, of any type: this candidate is none
             return chosen, None, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-        if code.spill_bytes:
-            return chosen, None, f"spills {code.spill_bytes} bytes ({launch.name})"
+        spills = f" spills {code.spill_bytes}" if code.spill_bytes else ""
+        if spills and not chosen.max_registers:  # as much as a bound asks for may pay
+            return chosen, None, f"{spills} bytes ({launch.name})"
         if code.shared_bytes > SHARED_LIMIT[arch]:
             return chosen, None, f"shared memory {code.shared_bytes} bytes ({launch.name})"
         model = models[key] = Model(launch, binary.asm["ttir"], code, arch)
@@ -101,7 +102,8 @@ def judge(
         total += time
         bounds = "/".join(f"{name}:{model.bound(name)}" for name in model.phases())
         products = tensor_core_names(code) or "no tensor core"
-        remarks.append(f"{time:.0f} us {code.registers} regs x{model.resident} {bounds} {products}")
+        registers = f"{code.registers} regs{spills} x{model.resident}"
+        remarks.append(f"{time:.0f} us {registers} {bounds} {products}")
     if not remarks:
         return chosen, None, "no launch reads it"
     return chosen, total, " | ".join(remarks)
@@ -111,7 +113,7 @@ def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) ->
     """Prints the candidates, best first, and those that are rejected."""
     width = call.bucket(D, arithmetic)
     kind = "wide" if kind == "backward" and width == 0 else kind
-    width = 0 if kind in ("wide", "product") else width
+    width = {"wide": 0, "product": call.columns_of(D)}.get(kind, width)
     configs = candidates(kind, width, arithmetic, arch)
     judged = functools.partial(
         judge, kind, D=D, arithmetic=arithmetic, arch=arch, variant=variant, N=N

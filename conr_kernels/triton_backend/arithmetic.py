@@ -15,12 +15,13 @@ FOLD = tl.constexpr(8)
 
 @triton.jit
 def await_earlier(EARLY: tl.constexpr):
-    """Returns when every kernel launched before has completed; then the programs of the next one
-    may start, which wait here themselves. ``EARLY``: launched so that there is something to await.
+    """Returns when the kernel launched before has completed; then the programs of the next one may
+    start, which wait here themselves. ``EARLY``: launched so that there is something to await.
 
-    The first statement of a kernel, unless it says why not: its programs may start while the kernel
-    before still runs, which writes what this one reads and reads what it writes, for workspaces are
-    used again.
+    Every program of every kernel comes by here before it ends: so that what has completed says
+    that all before it has. It is a kernel's first statement, unless it says why not: its programs
+    may start while the kernel before still runs, which writes what this one reads and reads what
+    it writes, for workspaces are used again.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()

@@ -147,7 +147,7 @@ class Call:
     def config(self, kind: str) -> Config:
         rows, width = [], self.D_bucket
         if kind == "product":
-            width = 2 * WIDE_PAD if self.D_pad % (2 * WIDE_PAD) == 0 else WIDE_PAD
+            width = columns_of(self.D)
         key = (kind, self.form.architecture, width)
         is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
         if self.form.dtype.itemsize == 2:
@@ -261,6 +261,11 @@ def layout_size(n_anchors: int, n_keys: int, has_keys: bool, is_confused: bool) 
     anchors = padded(n_anchors)
     order = 2 * padded(n_keys) + (4 if has_keys else 2) * anchors
     return ROW_PAD + has_keys * anchors + (1 + is_confused) * order
+
+
+def columns_of(D: int) -> int:
+    """Of wide features, the columns of the largest tile that divides the padded row."""
+    return WIDE_PAD * (2 - tiles(D, WIDE_PAD) % 2)
 
 
 def tiles(n: int, block: int) -> int:

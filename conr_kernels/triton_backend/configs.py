@@ -44,7 +44,7 @@ REGISTER_D = {
     "float64": 64,
 }
 #: "product" is the second phase of "wide", of the same BLOCK_I: BLOCK_J keys a step into BLOCK_D
-#: columns; its buckets are numbers of columns that divide D.
+#: columns; its buckets are numbers of columns that divide the padded D.
 KINDS = ("forward", "backward", "wide", "product")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)

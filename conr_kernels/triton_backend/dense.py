@@ -382,6 +382,6 @@ def store_total(pid, loss_ptr, out_ptr, n_rows, factor, BLOCK: tl.constexpr):
 def conr_total_kernel(
     loss_ptr, out_ptr, n_rows, factor: tl.float64, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the row losses times a factor; one program."""
+    """The sum of losses, or of their parts' sums, times a factor; one program."""
     await_earlier(EARLY)
     store_total(tl.program_id(0), loss_ptr, out_ptr, n_rows, factor, BLOCK)

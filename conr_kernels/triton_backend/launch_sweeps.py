@@ -71,7 +71,7 @@ class Plan(Ordering):
         self.columns = columns
         #: No sweep's copies take the place of the other's: one launch serves both.
         self.stand_apart = is_apart or not call.is_confused
-        self.is_kept = is_reduced and size <= BOTH_ORDERS
+        self.is_kept = is_reduced and self.stand_apart and size <= BOTH_ORDERS
         chosen = call.config("forward")
         n_programs = WIDE_SLICES if is_wide else PROGRAMS
         self.n_slots = min(tiles(n_programs, tiles(N, chosen.BLOCK_I)), SLOTS)

@@ -184,9 +184,10 @@ def conr_wide_scores_kernel(
     coef_j_ptr += behind_j * COLUMNS
     rows = tl.arange(0, BLOCK_I)
     n_programs = tl.num_programs(0)
-    entry = tl.where(n_here > 0, entry, 0)  # of a window without pairs nothing is written
+    # Where a window without pairs begins nothing says; and behind the last tile nobody searches.
+    entry = tl.where(n_here > 0, entry, 0)
     later_starts = _later_starts(entry, starts_ptr, n_entries)
-    number = first + tl.program_id(0)
+    number = tl.where(tl.program_id(0) < n_here, first + tl.program_id(0), -1)
     entry = _entry_of(number, entry, later_starts, starts_ptr, n_entries)
     start, n_a, a, b, c0, c1, d0, d1 = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
     for number in range(first + tl.program_id(0), first + n_here, n_programs):
@@ -224,7 +225,8 @@ def conr_wide_scores_kernel(
                         pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, False, EDGE == 1,
                         False, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, BLOCK_K,
                     )  # fmt: skip
-        entry = _entry_of(number + n_programs, entry, later_starts, starts_ptr, n_entries)
+        next = tl.where(number + n_programs < first + n_here, number + n_programs, -1)
+        entry = _entry_of(next, entry, later_starts, starts_ptr, n_entries)
         start, n_a, a, b, c0, c1, d0, d1 = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
     if LATE:
         await_earlier(EARLY)

@@ -11,10 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from conr_kernels import conr_loss, ops, triton_backend
 from conr_kernels.core.labels import accumulation_dtype
-from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
+from conr_kernels.triton_backend import call, launch_dense, launch_order, launch_sweeps, wide
 from conr_kernels.triton_backend.call import arithmetic
 from conr_kernels.triton_backend.configs import bucket, config
 from conr_kernels.variants import PRESETS, Settings, resolve_variant
@@ -272,6 +274,20 @@ def test_tiles_of_positives_only(choice: dict) -> None:
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-42, 3.4e38, -3.4e38]
 
 
+@pytest.mark.parametrize("runs", [4, 8, 32])
+@pytest.mark.parametrize(("N", "K"), [(600, 0), (1300, 0), (300, 130)])
+def test_as_many_runs_as_shipped_are_merged_into_a_stable_order(N: int, K: int, runs: int) -> None:
+    @contextlib.contextmanager
+    def sizes():
+        with (
+            forced("sweeps"),
+            mock.patch.multiple(launch_order, MERGE_FANS={2**16: runs}, SEARCHES=32 * runs),
+        ):
+            yield
+
+    assert not assert_orders_are_stable(N, K, "paper", F32, sizes)
+
+
 @pytest.mark.parametrize("regime", ["sweeps", "in turn"])
 @pytest.mark.parametrize(
     ("N", "K", "variant", "dtype"),
@@ -284,8 +300,14 @@ SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-42, 
 def test_orders_and_ranks_are_those_of_a_stable_sort(
     N: int, K: int, variant: str, dtype: torch.dtype, regime: str
 ) -> None:
-    """Of many equal values, zeros of both signs, NaN of both, infinite and subnormal ones; in
-    blocks of 128, merged by twos, or sorted by PyTorch.
+    """In blocks of 128, merged by twos, or sorted by PyTorch."""
+    is_sorted_there = assert_orders_are_stable(N, K, variant, dtype, partial(forced, regime))
+    assert is_sorted_there == (regime == "in turn")
+
+
+def assert_orders_are_stable(N, K, variant, dtype, sizes) -> bool:
+    """Of many equal values, zeros of both signs, NaN of both, infinite and subnormal ones; whether
+    PyTorch has sorted.
     """
     g = torch.Generator().manual_seed(N + K)
     n, s, is_confused = N + K, Settings(1.0, 0.2, 0.01, PRESETS[variant]), variant == "paper"
@@ -301,7 +323,7 @@ def test_orders_and_ranks_are_those_of_a_stable_sort(
     )
     x = torch.randn(n, 3, generator=g)
     keys = (x, y, p) if K else None
-    with forced(regime):
+    with sizes():
         x_i, y_i, p_i = x[K:].clone(), y[K:].clone(), p[K:].clone()
         plan = launch_sweeps.plan_of(x_i, y_i, keys, K, s, "none")
         names = [launch.kernel.function.__name__ for launch, _ in plan.forward.steps]
@@ -312,7 +334,6 @@ def test_orders_and_ranks_are_those_of_a_stable_sort(
         rows = x_i, y_i, p_i, *(keys or (x_i, y_i, p_i))
         sorts = plan.sorts(y_i, p_i, keys)
         plan.forward(None, [work], *rows, None, None, *sorts, loss, stats, layout)
-    assert bool(sorts) == (regime == "in turn")
     parts = dict(zip(plan.work.parts, plan.work.tensors(work), strict=True))
     parts |= dict(zip(plan.names_of_sorts.split(), sorts, strict=True))
     keys, anchors = call.padded(n), call.padded(N)
@@ -334,6 +355,34 @@ def test_orders_and_ranks_are_those_of_a_stable_sort(
     if K:
         of = dict(zip(whose, orders, strict=False))
         assert torch.equal(self[:N], of["rank_j"][K + of["order_i"][:N].long()])
+    return bool(sorts)
+
+
+@triton.jit
+def entry_kernel(starts_ptr, found_ptr, n_entries, number: tl.int64):
+    later_starts = wide._later_starts(0, starts_ptr, n_entries)
+    entry = wide._entry_of(number, tl.zeros((), tl.int32), later_starts, starts_ptr, n_entries)
+    tl.store(found_ptr, entry)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 256, 257, 258, 513, 800])
+def test_the_entry_of_a_pair_of_tiles_is_found(n: int, dtype: torch.dtype) -> None:
+    """The last that does not begin behind it, of many without a pair, up to the largest numbers;
+    of numbers behind the last pair too, and of -1, which asks for none.
+    """
+    g = torch.Generator().manual_seed(n)
+    n_pairs = torch.randint(0, 3, (n,), generator=g) * (torch.rand(n, generator=g) < 0.1)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), n_pairs.cumsum(0)])
+    if dtype == torch.int32:
+        starts += 2**31 - 6 - starts[-1]
+    given = torch.cat([starts, torch.full((600,), -7)]).to(dtype)  # never read: an entry less
+    found = torch.zeros(1, dtype=torch.int32)
+    for number in {*starts[[0, n // 2, -1]].tolist(), int(starts[-1]) + 3}:
+        entry_kernel[(1,)](given, found, n, number)
+        assert found.item() == int((starts[:n] <= number).sum()) - 1
+    entry_kernel[(1,)](given, found, n, -1)
+    assert found.item() == 0
 
 
 @pytest.mark.parametrize("variant", ["paper", "released-age"])

@@ -195,7 +195,11 @@ def test_scores_wait_late_only_right_behind_products() -> None:
     for variant in ("paper", "released-age"):
         for K in (None, 20_000):
             for most in (2**20, 2**40):
-                with mock.patch("conr_kernels.triton_backend.launch_sweeps.WIDE_BOTH_ORDERS", most):
+                with mock.patch.multiple(
+                    "conr_kernels.triton_backend.launch_sweeps",
+                    BOTH_ORDERS=most,
+                    WIDE_BOTH_ORDERS=most,
+                ):
                     launches = recorded_launches(
                         20_000, 512, torch.bfloat16, 90, variant=variant, K=K
                     )
@@ -203,10 +207,13 @@ def test_scores_wait_late_only_right_behind_products() -> None:
                 for at, name in enumerate(names):
                     if name == "conr_wide_scores_kernel":
                         is_behind = names[at - 1] == "conr_wide_product_kernel"
-                        assert launches[at].arguments["LATE"] <= is_behind
+                        assert launches[at].arguments["LATE"] is is_behind
                         assert names[at + 1] == "conr_wide_product_kernel"
-                        late.append(launches[at].arguments["LATE"])
-    assert {*late} == {True, False}
+                        late.append((names[at - 1], launches[at].arguments["LATE"]))
+    assert {*late} == {
+        ("conr_wide_list_kernel", False), ("conr_order_kernel", False),
+        ("conr_wide_product_kernel", True),
+    }  # fmt: skip
 
 
 def test_the_negatives_wait_late_only_right_behind_the_positives() -> None:

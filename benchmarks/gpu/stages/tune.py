@@ -57,7 +57,7 @@ def place(size: Size, how: str) -> tuple[int, int, str]:
 
 def neighbours(kind: str, size: Size, how: str) -> list[Config]:
     """One step from the shipped entry: a side of the tile halved or doubled, the chunk of columns
-    where D is read in chunks, the other number of warps, one stage more or less.
+    where D is read in chunks, the other number of warps, one stage more or less; registers free.
     """
     architecture, bucket, arithmetic = place(size, how)
     shipped = call.config(kind, architecture, bucket, arithmetic)
@@ -67,7 +67,10 @@ def neighbours(kind: str, size: Size, how: str) -> list[Config]:
     steps = [(side, length) for side, length in steps if 32 <= length <= 128]
     steps.append(("num_warps", 4 if shipped.num_warps == 8 else 8))
     steps += [("num_stages", shipped.num_stages + more) for more in (1, -1)]
-    found = (replace(shipped, **{name: value}) for name, value in steps)
+    # What bounds the shipped tile's registers is no bound for another.
+    free = replace(shipped, max_registers=None, in_registers=False)
+    found = [free] * (free != shipped)
+    found += [replace(free, **{name: value}) for name, value in steps]
     return [config for config in found if rank.fits_registers(kind, config)]
 
 
