@@ -39,7 +39,7 @@ STAGES = [
     Stage("cuda-tests", 90, 1, "tests of the CUDA backend"),
     Stage("sanitizer", 90, 1, "compute-sanitizer"),
     Stage("speed", 75, 2, "what is claimed of the Triton backend's speed, and training steps"),
-    Stage("compare", 25, 3, "dense fused kernels, ours and others', and compiled eager"),
+    Stage("compare", 40, 3, "dense fused kernels, ours and others', and compiled eager"),
     Stage("cuda", 12, 4, "the CUDA backend's speed"),
     Stage("counters", 25, 5, "hardware counters of the kernels, by ncu"),
     Stage("grid", 25, 6, "time over N"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from conr_kernels.triton_backend.configs import BUCKETS, REGISTER_D
+from conr_kernels.triton_backend.configs import BUCKETS, REGISTER_D, SHORT_ROWS
 
 from . import compiled
 from .compiled import Launch
@@ -78,7 +78,7 @@ class Call:
         return [launch for launch in found if self._has(launch)]
 
     def _has(self, launch: Launch) -> bool:
-        if self.part in ("wide", "order", "rank", "merge"):
+        if self.part in ("wide", "order", "rank", "merge", "forward"):
             return self.part in launch.name
         return self.part == "all" or "BLOCK_J" in launch.arguments
 
@@ -130,6 +130,10 @@ def calls() -> list[Call]:
         Call(2**17, 128, "bfloat16", has_keys=has_keys, part="rank") for has_keys in (False, True)
     ]
     found += [Call(N, 128, "bfloat16", part="merge") for N in (2**13, 2**16)]
+    found += [
+        Call(2 * SHORT_ROWS, D, arithmetic, part="forward")
+        for arithmetic in ("bfloat16", "float16") for D in (64, 128, 256)
+    ]  # fmt: skip
     return found
 
 

@@ -14,7 +14,17 @@ from torch import Tensor
 from ..core.inputs import Keys
 from ..variants import Settings
 from .availability import interpreted
-from .configs import HALVES_HEAVY, HEAVY, SHIFTED, Config, bucket, config, entry
+from .configs import (
+    HALVES_HEAVY,
+    HEAVY,
+    SHIFTED,
+    SHORT,
+    SHORT_ROWS,
+    Config,
+    bucket,
+    config,
+    entry,
+)
 from .launch import bind
 
 #: What the rows of wide features, and the numbers of rows, are padded to.
@@ -152,6 +162,7 @@ class Call:
         is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
         if self.form.dtype.itemsize == 2:
             rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]
+            rows += [SHORT] * (self.N <= SHORT_ROWS)
         elif self.is_in_halves:
             rows = [HALVES_HEAVY] * is_heavy
         row = next((row for row in rows if entry(*key, row)), self.form.arithmetic)

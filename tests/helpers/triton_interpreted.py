@@ -115,6 +115,7 @@ def forced(regime: str, allocations=guarded_allocations):
         mock.patch.object(call, "PIECES", 2**31),
         mock.patch.object(call, "LIST_NUMBERS", 0 if regime == "parts" else 2**31 - 1),
         mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
+        mock.patch.object(call, "SHORT_ROWS", 2**14 if regime == "parts" else 0),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.multiple(launch_sweeps, PROGRAMS=3, WIDE_SLICES=3),
         mock.patch.multiple(launch_order, SORT_BLOCK=128, MERGE_FANS={}, MERGE_FAN=2, SEARCHES=64),
