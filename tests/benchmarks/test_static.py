@@ -332,12 +332,13 @@ def test_instructions_per_pair_are_within_the_targets(committed) -> None:
         ("conr_backward_kernel", "negatives"): 16,
     }
     for (kernel, sweep), most in targets.items():
-        (row,) = (
+        rows = [
             row for row in committed
             if (row["kernel"], row["sweep"], row["arch"], row["arithmetic"], row["D"], row["call"])
             == (kernel, sweep, "90", "bfloat16", "128", "paper")
-        )  # fmt: skip
-        assert 0 < float(row["per_pair_full"]) <= most
+        ]  # fmt: skip
+        assert len(rows) == (2 if kernel == "conr_forward_kernel" else 1)  # of few rows, of many
+        assert all(0 < float(row["per_pair_full"]) <= most for row in rows)
 
 
 def test_times_are_predicted_for_an_h200_at_the_sizes_that_a_kernel_serves(committed) -> None:
