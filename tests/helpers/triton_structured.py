@@ -358,6 +358,20 @@ def assert_orders_are_stable(N, K, variant, dtype, sizes) -> bool:
     return bool(sorts)
 
 
+def test_windows_without_pairs_read_nothing_that_was_not_written() -> None:
+    """Labels far apart leave most windows of wide features without any."""
+    g = torch.Generator().manual_seed(3)
+    y = torch.arange(200.0)
+    x, p = torch.randn(200, 150, generator=g), y + torch.randn(200, generator=g)
+    gradients = []
+    for byte in (0, 0x5A):
+        features = x.clone().requires_grad_()
+        with forced("windows", partial(fresh_tensors_full_of, byte)):
+            conr_loss(features, y, p, backend="triton").backward()
+        gradients.append(features.grad)
+    assert torch.equal(*gradients)
+
+
 @triton.jit
 def entry_kernel(starts_ptr, found_ptr, n_entries, number: tl.int64):
     later_starts = wide._later_starts(0, starts_ptr, n_entries)
