@@ -39,6 +39,9 @@ WORKSPACE = 2**27, 2**29
 #: before the next tile takes its turn: few enough that L2 keeps the keys for all of them.
 PIECES = 128
 PIECE_KEYS = 8192
+#: Rows, and of wide features, from which on the forward pass takes each pair once: fewer are too
+#: little work to add up parts of.
+MIRRORED_ROWS = 2**14 + 1, 2**13
 #: From this architecture on a kernel's programs start while the one before still runs; and the
 #: first driver that keeps such launches in a captured graph, CUDA 12.3's.
 EARLIEST = 90
@@ -154,6 +157,14 @@ class Call:
             both = min(both, tiles(n * (n_j + 4) + 3 * per_choice * n_j, window) + 1)
         return Windows(window, (both, 0), 0, piece, of_list, dtype)
 
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether a pair's exponential serves the sums of both of its rows."""
+        is_long = self.N >= MIRRORED_ROWS[0 if self.D_bucket else 1]
+        is_symmetric = not self.has_keys and self.is_confused and self.L == 1
+        is_plain = self.settings.exponent_is_small and self.dtype == torch.float32
+        return is_long and is_symmetric and is_plain
+
     def config(self, kind: str) -> Config:
         rows, width = [], self.D_bucket
         if kind == "product":
@@ -258,7 +269,7 @@ def _even(n: int, most: int) -> int:
 
 
 def limits_of_windows() -> tuple[Any, ...]:
-    return WIDE_FEATURES, WORKSPACE, PIECES, PIECE_KEYS, LIST_NUMBERS
+    return *MIRRORED_ROWS, WIDE_FEATURES, WORKSPACE, PIECES, PIECE_KEYS, LIST_NUMBERS
 
 
 def padded(n: int) -> int:

@@ -43,9 +43,10 @@ REGISTER_D = {
     "float32 highest": 128,
     "float64": 64,
 }
-#: "product" is the second phase of "wide", of the same BLOCK_I: BLOCK_J keys a step into BLOCK_D
+#: "mirrored" is the forward pass where the anchors are the keys, of square tiles, if there is an
+#: entry; "product" is the second phase of "wide", of the same BLOCK_I: BLOCK_J keys a step into BLOCK_D
 #: columns; its buckets are numbers of columns that divide the padded D.
-KINDS = ("forward", "backward", "wide", "product")
+KINDS = ("forward", "mirrored", "backward", "wide", "product")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
 
@@ -72,6 +73,14 @@ _HALVES = {
         (90, None, (64, 64, None, 4, 4)),
         (None, None, (128, 128, None, 8, 2)),
     ],
+    "mirrored": [
+        (80, 0, (64, 64, 64, 4, 3)),
+        (None, 0, (128, 128, 64, 8, 3)),
+        (90, 256, (64, 64, None, 4, 2)),
+        (90, None, (64, 64, None, 4, 3)),
+        (100, None, (128, 128, None, 8, 2)),
+        (None, None, (64, 64, None, 4, 2)),
+    ],
     # An architecture above 100 may have no more shared memory than 86: sm_120.
     "backward": [
         (90, 256, (64, 64, None, 4, 2)),
@@ -91,6 +100,7 @@ _HALVES = {
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "mirrored": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
     "backward": [
         (90, None, (64, 64, None, 4, 2)),
         (80, None, (64, 32, None, 4, 2)),
@@ -109,6 +119,7 @@ _FLOAT32_HIGHEST = {
         (100, 128, (64, 32, None, 4, 2)),
         (None, None, (64, 64, None, 4, 2)),
     ],
+    "mirrored": [(None, 0, (64, 64, 64, 4, 2)), (None, None, (64, 64, None, 4, 2))],
     "backward": [
         (90, 128, (64, 64, None, 4, 2, 255, True)),
         (90, None, (64, 64, None, 4, 2)),

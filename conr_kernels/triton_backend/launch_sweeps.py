@@ -72,9 +72,11 @@ class Plan(Ordering):
         #: No sweep's copies take the place of the other's: one launch serves both.
         self.stand_apart = is_apart or not call.is_confused
         self.is_kept = is_reduced and self.stand_apart and size <= BOTH_ORDERS
-        chosen = call.config("forward")
+        chosen = call.config("mirrored" if call.is_mirrored else "forward")
         n_programs = WIDE_SLICES if is_wide else PROGRAMS
-        self.n_slots = min(tiles(n_programs, tiles(N, chosen.BLOCK_I)), SLOTS)
+        #: Programs that a tile of rows has in the forward pass; and parts of a row's sums.
+        self.n_shares = min(tiles(n_programs, tiles(N, chosen.BLOCK_I)), SLOTS)
+        self.n_slots = 1 if call.is_mirrored else self.n_shares
 
         self.kept.add("layout", layout_size(N, K, call.has_keys, call.is_confused), torch.int32)
         if self.is_kept:
@@ -119,14 +121,21 @@ class Plan(Ordering):
         )  # fmt: skip
 
     def _forward(self) -> Iterator[Step]:
-        from . import dense, sweeps
+        from . import dense, layout, sweeps
 
         call, s, variant = self.call, self.call.settings, self.call.settings.variant
         chosen, n_slots = call.config("forward"), self.n_slots
         yield from self._sort()
         sweeps_of = {0: "both"} if self.stand_apart else {0: "positives", 1: "negatives"}
+        if call.is_mirrored:
+            n_sums = 1 + call.is_inside, 1 + call.is_tiny
+            most = sum(n_sums) if self.stand_apart else max(n_sums)
+            self.work.add("parts", most * layout.PARTS_OF_SUMS.value * padded(call.N), call.dtype)
         for order, which in sweeps_of.items():
             yield from self._copies(order, 0)
+            if call.is_mirrored:
+                yield from self._mirrored(which)
+                continue
             has_negatives = which != "positives"
             kernel = call.bind(
                 sweeps.conr_forward_kernel, chosen.launch | call.fusion, SWEEPS=which,
@@ -157,6 +166,32 @@ class Plan(Ordering):
         if call.form.reduction != "none":
             total = call.bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024)
             yield Launch(total, 1, n_programs, self.factor), "loss total"
+
+    def _mirrored(self, which: str) -> Iterator[Step]:
+        """The sums of one sweep, or of both."""
+        from . import mirrored
+
+        call, s, chosen = self.call, self.call.settings, self.call.config("mirrored")
+        n_sweeps, n_tiles = 1 + (which == "both"), tiles(call.N, chosen.BLOCK_I)
+        of_sums = dict(
+            SWEEPS=which, CONFUSED=which != "positives",
+            INSIDE=call.is_inside and which != "negatives",
+            TINY=call.is_tiny and which != "positives", BLOCK=chosen.BLOCK_I,
+        )  # fmt: skip
+        kernel = call.bind(
+            mirrored.conr_mirrored_kernel, chosen.launch | call.fusion, D_PAD=call.D_pad,
+            PUSHING=s.variant.pushing if which != "positives" else "none",
+            BLOCK_D=chosen.BLOCK_D, **of_sums,
+            **{name: call.pair_flags[name] for name in ("RMSE", "PRECISION", "UPCAST")},
+        )  # fmt: skip
+        launch = Launch(
+            kernel, n_sweeps * n_tiles * self.n_shares, call.N, call.D_pad, int(self.is_apart),
+            call.unit, call.window, s.push_scale,
+        )  # fmt: skip
+        yield launch, self._pick("layout q_i y_i p_i parts")
+        total = call.bind(mirrored.conr_mirrored_sums_kernel, {"num_warps": 4}, **of_sums)
+        launch = Launch(total, n_sweeps * n_tiles, call.N, n_tiles * self.n_shares)
+        yield launch, "layout parts sums n"
 
     @property
     def kappa(self) -> float:

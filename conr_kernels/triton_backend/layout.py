@@ -7,6 +7,13 @@ import triton.language as tl
 
 from .arithmetic import await_earlier
 
+#: Of the forward pass that takes each pair once: strips of rows that a row may meet, and programs
+#: that share a strip, at most: so many parts there are of a row's sums; where the head of the layout
+#: has a strip's size in blocks of 128 rows, the positives' and the negatives'.
+STRIPS, SLICES = tl.constexpr(32), tl.constexpr(16)
+PARTS_OF_SUMS = tl.constexpr(STRIPS + SLICES)
+POSITIVE_STRIPS, NEGATIVE_STRIPS = tl.constexpr(64), tl.constexpr(96)
+
 
 @triton.jit
 def padded(n):
@@ -16,9 +23,9 @@ def padded(n):
 
 @triton.jit
 def parts_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
-    """Behind a head of 128 numbers, each the choice of sweep (1: negatives outside the label bands;
-    2: there, and all predictions within one window): the anchors' places among the keys, unless
-    they are the keys (SAME). Then for the order of the labels, and ``step`` further on for that of
+    """Behind a head of 128 numbers, the choice of sweep (1: negatives outside the label bands; 2:
+    there, and all predictions within one window) and the sizes of strips: the anchors' places among
+    the keys, unless they are the keys (SAME). Then for the order of the labels, and ``step`` further on for that of
     the predictions: the order of the keys, the first keys of the anchors' bands, the first beyond
     and, unless SAME, the order of the anchors; the ranks of both (``ranks_of``).
     """
@@ -108,7 +115,8 @@ def choose_sweep(
     value_ptrs = values_ptr + tl.where(is_p, n_anchors, 0)
     key_value_ptrs = key_values_ptr + tl.where(is_p, n_keys, 0)
     sign = tl.where(is_lo, -1, 1)
-    excess = tl.zeros((BLOCK,), tl.int64)
+    excess, reach_p = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
+    reach_y = reach_p
     for start in range(0, n_anchors, BLOCK * ROWS):
         first = start + tl.arange(0, BLOCK)[None, :] * ROWS
         last = tl.minimum(first + ROWS, n_anchors) - 1
@@ -123,7 +131,14 @@ def choose_sweep(
         here = tl.maximum(tl.sum(tl.where(is_p, sign * ends, 0), axis=0), 0) - n_keys
         if EXACT:
             here += tl.maximum(tl.sum(tl.where(is_p, 0, sign * ends), axis=0), 0)
-        excess += tl.where(tl.reshape(is_tile, (BLOCK,)), here, 0)
+        is_tile = tl.reshape(is_tile, (BLOCK,))
+        excess += tl.where(is_tile, here, 0)
+        begin = start + tl.arange(0, BLOCK) * ROWS
+        reach_p = tl.maximum(reach_p, tl.sum(tl.where(number == 1, ends, 0), axis=0) - begin)
+        if EXACT:
+            # The last anchor's band ends no later than the next tile's first one's.
+            end_y = tl.sum(tl.where(number == 3, ends, 0), axis=0) + ROWS
+            reach_y = tl.maximum(reach_y, end_y - begin)
     choice = (tl.sum(excess, axis=0) >= 0).to(tl.int32)
     if EXACT:
         p_i, p_j = values_ptr + n_anchors, key_values_ptr + n_keys
@@ -131,7 +146,39 @@ def choose_sweep(
         is_near = tl.load(p_i + n_anchors - 1) - tl.load(p_j) <= reach
         is_near = is_near & (tl.load(p_j + n_keys - 1) - tl.load(p_i) <= reach)
         choice += choice & is_near.to(tl.int32)
-    tl.store(layout_ptr + tl.arange(0, 128), choice)
+    n_blocks, at = tl.cdiv(n_anchors, ROWS), tl.arange(0, 128)
+    of_all = tl.cdiv(n_blocks, STRIPS)
+    of_y = tl.minimum(_strip_size(tl.max(reach_y, axis=0), ROWS), of_all)
+    of_p = tl.minimum(_strip_size(tl.max(reach_p, axis=0), ROWS), of_all)
+    head = tl.where(at < NEGATIVE_STRIPS, of_y, tl.where(choice > 0, of_all, of_p))
+    tl.store(layout_ptr + at, tl.where(at < POSITIVE_STRIPS, choice, head))
+
+
+@triton.jit
+def _strip_size(reach, ROWS: tl.constexpr):
+    """Blocks of ROWS rows of a strip, so that no row meets more than STRIPS of them: those that
+    begin no more than ``reach``, their own length and a tile before it.
+    """
+    return tl.cdiv(tl.cdiv(reach, ROWS) + 1, STRIPS - 2)
+
+
+@triton.jit
+def strips_of(layout_ptr, n_rows, NEGATIVES: tl.constexpr, BLOCK: tl.constexpr):
+    """Tiles of a strip, and how many strips there are."""
+    size = tl.load(layout_ptr + (NEGATIVE_STRIPS if NEGATIVES else POSITIVE_STRIPS))
+    size *= 128 // BLOCK
+    return size, tl.cdiv(tl.cdiv(n_rows, BLOCK), size)
+
+
+@triton.jit
+def strip_end(
+    strip, size, layout_ptr, n_rows,
+    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Behind the last tile that a strip meets."""
+    last = tl.minimum((strip + 1) * size, tl.cdiv(n_rows, BLOCK)) - 1
+    _, end, _, _ = upper_tiles(last, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK)
+    return end
 
 
 @triton.jit

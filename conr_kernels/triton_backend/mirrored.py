@@ -1,0 +1,251 @@
+"""The Triton kernels of the banded sweeps' forward pass where the anchors are the keys: both sets
+and ``s_ij`` are symmetric, so that each pair's exponential is taken once, for the sums of both rows.
+
+A program has a *strip* of tiles of rows and a slice of the tiles that these meet, none of them
+before themselves. Its own rows' sums stay in the registers of a loop; what the rows that it meets
+get of the strip, it adds up in a memory of its own.
+"""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import await_earlier, load_tile, similarity
+from .layout import (
+    PARTS_OF_SUMS,
+    SLICES,
+    STRIPS,
+    chosen_copies,
+    padded,
+    strip_end,
+    strips_of,
+    sweep_of,
+    upper_tiles,
+)
+from .sweeps import anchors_of, pairs_of
+
+
+@triton.jit
+def _columns_sums(tile):
+    """Sums over pairs of rows that a thread has of a product's result, so that it exchanges nothing
+    with others: the rest is added behind the loop.
+    """
+    tile = tl.reshape(tile, (tile.shape[0] // 16, 2, 8, tile.shape[1]))
+    tile = tl.sum(tile, axis=1)
+    return tl.reshape(tile, (tile.shape[0] * 8, tile.shape[2]))
+
+
+@triton.jit
+def _add_tile(
+    sums, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows, width, unit, h,
+    push_scale, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
+    D_PAD: tl.constexpr, RMSE: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
+    TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sums of rows ``j`` with those of a tile of pairs added; those of rows ``i`` in memory."""
+    HAS_EXTRA: tl.constexpr = TINY if NEGATIVES else INSIDE
+    total, extra = sums
+    i0, j0 = tile_i.to(tl.int64) * BLOCK, tile_j.to(tl.int64) * BLOCK
+    met_ptrs = met_ptr + i0 + tl.arange(0, BLOCK)
+    q_i = load_tile(q_ptr + i0 * D_PAD, 0, D_PAD, BLOCK, BLOCK_D, PRECISION, UPCAST)
+    # Asked for before the product, so that they are there behind it.
+    met = tl.load(met_ptrs)
+    if HAS_EXTRA:
+        met_extra = tl.load(met_ptrs + of_extra)
+    anchors = anchors_of(
+        tile_i, y_ptr, p_ptr, y_ptr, n_rows, h, push_scale, True, BLOCK, total.dtype
+    )
+    s_ij = similarity(
+        q_i, q_ptr + i0 * D_PAD, q_j, q_ptr + j0 * D_PAD, width, unit,
+        D_PAD, BLOCK, BLOCK, BLOCK_D, PRECISION, UPCAST,
+    )  # fmt: skip
+    is_in, phi_ij, t_ij = pairs_of(
+        s_ij, anchors, j0, y_ptr, p_ptr, n_rows, NEGATIVES, EDGE, CONFUSED, 1, RMSE, PUSHING, BLOCK
+    )
+    terms = tl.exp2(t_ij) * phi_ij
+    total += _columns_sums(terms)
+    # A tile that meets itself has its pairs the other way round too.
+    is_other = tile_i != tile_j
+    tl.store(met_ptrs, met + tl.where(is_other, tl.sum(terms, axis=1), 0.0))
+    if HAS_EXTRA:
+        terms = is_in.to(total.dtype) if NEGATIVES else s_ij * phi_ij
+        extra += _columns_sums(terms)
+        terms = tl.where(is_other, tl.sum(terms, axis=1), 0.0)
+        tl.store(met_ptrs + of_extra, met_extra + terms)
+    return total, extra
+
+
+@triton.jit
+def _parts_of(layout_ptr, n_rows, n_programs, NEGATIVES: tl.constexpr, BLOCK: tl.constexpr):
+    """Tiles of a strip, how many strips there are, in how many slices they are; numbers of a row
+    of the parts, and of all parts of one of a row's sums.
+    """
+    size, n_strips = strips_of(layout_ptr, n_rows, NEGATIVES, BLOCK)
+    n_padded = padded(n_rows).to(tl.int64)
+    n_slices = tl.minimum(n_programs // n_strips, SLICES)
+    return size, n_strips, n_slices, n_padded, n_padded * PARTS_OF_SUMS
+
+
+@triton.jit
+def _sums_of_sweep(
+    here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart, unit, h,
+    push_scale, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr,
+    RMSE: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, TINY: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One sweep's parts of the sums, of the strip and the slice of program ``here``."""
+    HAS_EXTRA: tl.constexpr = TINY if NEGATIVES else INSIDE
+    dtype: tl.constexpr = parts_ptr.dtype.element_ty
+    if CONFUSED:
+        is_outside, _, _, _, _ = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
+        q_ptr, y_ptr, p_ptr, _ = chosen_copies(
+            q_ptr, y_ptr, p_ptr, n_rows, is_outside, apart, D_PAD, 1
+        )
+    size, n_strips, n_slices, n_padded, of_extra = _parts_of(
+        layout_ptr, n_rows, n_programs, NEGATIVES, BLOCK
+    )
+    strip, part = tl.minimum(here // n_slices, n_strips - 1), here % n_slices
+    first = strip * size
+    n = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK) - first
+    begin, end = first + n * part // n_slices, first + n * (part + 1) // n_slices
+    last = tl.minimum(first + size, tl.cdiv(n_rows, BLOCK))
+    last = tl.where(here < n_strips * n_slices, last, first)
+    end = tl.where(here < n_strips * n_slices, end, begin)
+    met_ptr = parts_ptr + strip % STRIPS * n_padded
+    own_ptr = parts_ptr + (STRIPS + part) * n_padded
+    rows = tl.arange(0, BLOCK)
+    for tile_i in range(begin, end):
+        i = tile_i.to(tl.int64) * BLOCK + rows
+        tl.store(met_ptr + i, tl.zeros((BLOCK,), dtype))
+        if HAS_EXTRA:
+            tl.store(met_ptr + of_extra + i, tl.zeros((BLOCK,), dtype))
+    # Loops may give the numbers of a tile to other threads: each finds what others have written.
+    tl.debug_barrier()
+    for tile_j in range(first, last):
+        a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK)
+        a, b = tl.maximum(a, begin), tl.minimum(b, end)
+        c, d = tl.minimum(tl.maximum(c, a), b), tl.minimum(tl.maximum(d, a), b)
+        j = tile_j.to(tl.int64) * BLOCK + rows
+        q_j = load_tile(
+            q_ptr + tile_j.to(tl.int64) * BLOCK * D_PAD, 0, D_PAD, BLOCK, BLOCK_D, PRECISION, UPCAST
+        )
+        total = tl.zeros((BLOCK // 2, BLOCK), dtype)
+        extra = tl.zeros((BLOCK // 2, BLOCK), dtype)
+        for tile_i in range(c, d):
+            total, extra = _add_tile(
+                (total, extra), tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
+                width, unit, h, push_scale, False, NEGATIVES, CONFUSED, D_PAD, RMSE, INSIDE,
+                PUSHING, TINY, PRECISION, UPCAST, BLOCK, BLOCK_D,
+            )  # fmt: skip
+        tl.debug_barrier()
+        for t in range(tl.maximum(b - a, 0) - (d - c)):
+            total, extra = _add_tile(
+                (total, extra), a + t + tl.where(t < c - a, 0, d - c), tile_j, met_ptr, of_extra,
+                q_j, q_ptr, y_ptr, p_ptr, n_rows, width, unit, h, push_scale, True, NEGATIVES,
+                CONFUSED, D_PAD, RMSE, INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK, BLOCK_D,
+            )  # fmt: skip
+        tl.store(own_ptr + j, tl.sum(total, axis=0))
+        if HAS_EXTRA:
+            tl.store(own_ptr + of_extra + j, tl.sum(extra, axis=0))
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["n_rows", "apart"])
+def conr_mirrored_kernel(
+    layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart, unit: tl.float64,
+    h: tl.float64, push_scale: tl.float64,
+    SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr, RMSE: tl.constexpr,
+    INSIDE: tl.constexpr, PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Parts of the sums of every row, in the sweep's order: of ``"positives"``, ``"negatives"``, or
+    ``"both"``, the negatives' programs behind the positives'.
+
+    parts [n_sums, STRIPS + SLICES, N padded]: of each of a sweep's sums what the rows get of the
+    strips before their own and of it (strip ``s`` in ``s % STRIPS``), and what those of the strip
+    itself get in each slice. The sums: ``Σ_P exp(s_ij)`` and, INSIDE, ``Σ_P s_ij/log 2``; ``Σ_M
+    φ_ij exp(s_ij)`` and, TINY, the number of negatives.
+    """
+    await_earlier(EARLY)
+    here, n_programs = tl.program_id(0), tl.num_programs(0)
+    negatives = SWEEPS == "negatives"
+    if SWEEPS == "both":
+        n_programs = n_programs // 2
+        negatives = here >= n_programs
+        here = here % n_programs
+    if negatives:
+        if SWEEPS == "both":
+            parts_ptr += (2 if INSIDE else 1) * padded(n_rows).to(tl.int64) * PARTS_OF_SUMS
+        _sums_of_sweep(
+            here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart,
+            unit, h, push_scale, True, CONFUSED, D_PAD, RMSE, False, PUSHING, TINY, PRECISION,
+            UPCAST, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _sums_of_sweep(
+            here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart,
+            unit, h, push_scale, False, False, D_PAD, RMSE, INSIDE, "none", False, PRECISION,
+            UPCAST, BLOCK, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _total_of_tile(
+    tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_rows,
+    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, HAS_EXTRA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums of one sweep, and the numbers of positives, of a tile of rows."""
+    size, _, n_slices, n_padded, of_extra = _parts_of(
+        layout_ptr, n_rows, n_programs, NEGATIVES, BLOCK
+    )
+    strip = tile // size - tl.arange(0, STRIPS)
+    is_strip, strip = strip >= 0, tl.maximum(strip, 0)
+    end = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK)
+    is_met = is_strip & (tile < end)
+    slices = tl.arange(0, SLICES)
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    _, order_ptr, _, lo_ptr, hi_ptr = sweep_of(
+        layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True
+    )
+    row = tl.load(order_ptr + rows)
+    met_ptrs = parts_ptr + (strip % STRIPS)[:, None] * n_padded + rows[None, :]
+    own_ptrs = parts_ptr + (STRIPS + slices)[:, None] * n_padded + rows[None, :]
+    sums_ptrs = sums_ptr + (3 * n_rows.to(tl.int64) if NEGATIVES else 0) + row
+    for extra in tl.static_range(2 if HAS_EXTRA else 1):
+        met = tl.load(met_ptrs + extra * of_extra, mask=is_met[:, None], other=0.0)
+        own = tl.load(own_ptrs + extra * of_extra, mask=(slices < n_slices)[:, None], other=0.0)
+        total = tl.sum(met.to(tl.float64), axis=0) + tl.sum(own.to(tl.float64), axis=0)
+        tl.store(sums_ptrs + 2 * extra * n_rows, total.to(met.dtype), mask=row < n_rows)
+    if not NEGATIVES:
+        in_band = tl.load(hi_ptr + rows) - tl.load(lo_ptr + rows) - 1
+        tl.store(n_ptr + row, in_band, mask=row < n_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_programs"])
+def conr_mirrored_sums_kernel(
+    layout_ptr, parts_ptr, sums_ptr, n_ptr, n_rows, n_programs,
+    SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, INSIDE: tl.constexpr, TINY: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts up that ``n_programs`` a sweep have left: sums [2 sweeps, 3, N] and n [N] as
+    of ``conr_forward_kernel`` with one slot, in the caller's order; a program per tile and sweep.
+    """
+    await_earlier(EARLY)
+    tile = tl.program_id(0)
+    negatives = SWEEPS == "negatives"
+    if SWEEPS == "both":
+        n_tiles = tl.num_programs(0) // 2
+        negatives = tile >= n_tiles
+        tile = tile % n_tiles
+    if negatives:
+        if SWEEPS == "both":
+            parts_ptr += (2 if INSIDE else 1) * padded(n_rows).to(tl.int64) * PARTS_OF_SUMS
+        _total_of_tile(
+            tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_rows,
+            True, CONFUSED, TINY, BLOCK,
+        )  # fmt: skip
+    else:
+        _total_of_tile(
+            tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_rows,
+            False, False, INSIDE, BLOCK,
+        )  # fmt: skip
