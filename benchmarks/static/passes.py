@@ -6,16 +6,20 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from conr_kernels.triton_backend import layout
+
 from . import tiles
 from .compiled import Launch
 from .loops import Matched, Nest
+
+STRIPS, SLICES = layout.STRIPS.value, layout.SLICES.value
 
 
 def sweep_of(launch: Launch) -> str | None:
     """``"positives"``, ``"negatives"`` or ``"both"`` for the kernels of the banded sweeps."""
     if "backward_parts" in launch.name:
         return "both"
-    if "SWEEPS" in launch.arguments:
+    if "SWEEPS" in launch.arguments and "BLOCK_J" in launch.arguments:
         return launch.arguments["SWEEPS"]
     if "negatives" in launch.name or launch.arguments.get("NEGATIVES") is True:
         return "negatives" if "gather" not in launch.name else None
@@ -111,12 +115,47 @@ def anchor_tiles(launch: Launch) -> tuple[tuple[int, ...], ...]:
 
 def _shares(launch: Launch, sweep: str) -> tuple[tuple[int, int], ...]:
     """Full and edge tiles of each program of a sweep."""
+    if is_mirrored(launch):
+        return _of_strips(launch, sweep)
     n_programs = programs_per_tile(launch)
     return tuple(
         (_share(full, slot, n_programs), _share(edge, slot, n_programs))
         for full, edge in _visits(launch, sweep)
         for slot in range(n_programs)
     )
+
+
+def is_mirrored(launch: Launch) -> bool:
+    """Whether each pair of tiles is visited once, for both of its rows."""
+    return "mirrored" in launch.name
+
+
+def strip_size(launch: Launch, sweep: str) -> int:
+    """Tiles of rows of a strip, as ``layout.choose_sweep`` sets it."""
+    n, own = launch.arguments["n_anchors"], launch.arguments["BLOCK_J"]
+    if sweep == "both":  # about
+        sweep = "positives"
+    ends = [end for _, end, _, _ in tiles.upper_runs(n, 128, 128, sweep)]
+    reach = max(end - block for block, end in enumerate(ends)) + (sweep == "positives")
+    return min(-(-(reach + 1) // (STRIPS - 2)), -(-len(ends) // STRIPS)) * (128 // own)
+
+
+def _of_strips(launch: Launch, sweep: str) -> tuple[tuple[int, int], ...]:
+    """Full and edge tiles of each program of a sweep, of a slice of what a strip meets."""
+    given = launch.arguments
+    n_programs = launch.grid[0] // (2 if given["SWEEPS"] == "both" else 1)
+    runs = tiles.upper_runs(given["n_anchors"], given["BLOCK_J"], given["BLOCK_I"], sweep)
+    size, found = strip_size(launch, sweep), []
+    n_slices = min(n_programs // -(-len(runs) // size), SLICES)
+    for first in range(0, len(runs), size):
+        own = runs[first : first + size]
+        begin, n = own[0][0], own[-1][1] - own[0][0]
+        for part in range(n_slices):
+            left, right = (begin + n * at // n_slices for at in (part, part + 1))
+            of_all = sum(max(min(b, right) - max(a, left), 0) for a, b, _, _ in own)
+            full = sum(max(min(d, right) - max(c, left), 0) for _, _, c, d in own)
+            found.append((full, of_all - full))
+    return (*found, *[(0, 0)] * (n_programs - len(found)))
 
 
 def _turns(launch: Launch) -> tuple[tuple[int, int], ...]:
@@ -161,11 +200,17 @@ def phases_of(
     names = iter(kinds)
     rest: list[tuple[Matched, float]] = []
 
-    def walk(m: Matched, times: float):
+    def walk(m: Matched, times: float) -> Iterator:
+        nonlocal names
         rest.append((m, times))
         for loop in m.loops:
             known = _trips(loop.nest, given)
-            if loop.nest.exponentials and has_pairs:
+            if is_mirrored(launch) and any(inner.nest.exponentials for inner in loop.loops):
+                here = list(itertools.islice(names, 2))  # once for each of a strip's tiles of rows
+                names = itertools.chain(here, names)
+                is_here = sum(kinds[kind] for kind in here) > 0
+                yield from walk(loop, strip_size(launch, sweep_of(launch)) * is_here)
+            elif loop.nest.exponentials and has_pairs:
                 kind = next(names)
                 n = kinds[kind] if known is None else times * known
                 yield kind, list(_subtree(loop, given, n)), n

@@ -58,6 +58,21 @@ def visits(
 
 
 @functools.cache
+def upper_runs(n: int, own: int, met: int, sweep: str) -> tuple[tuple[int, int, int, int], ...]:
+    """Of each tile of ``own`` rows, where each pair of rows is visited once, its tiles of ``met``
+    keys, none before its own rows: the first and the end of all, and those of the full ones.
+    """
+    values = batch(n)[sweep]
+    hi = torch.searchsorted(values, values + 1, right=True)
+    first = torch.arange(0, n, own)
+    last = (first + own - 1).clamp(max=n - 1)
+    begin = first // met
+    c = begin + (sweep == "positives") * (own // met)
+    runs = begin, -(-hi[last] // met), c, torch.maximum(hi[first] // met, c)
+    return tuple(zip(*(run.tolist() for run in runs), strict=True))
+
+
+@functools.cache
 def band_rows(n: int, sweep: str) -> int:
     """Keys in a row's band, on average; of both sweeps, in both bands."""
     if sweep == "both":

@@ -160,7 +160,7 @@ class Call:
     @property
     def is_mirrored(self) -> bool:
         """Whether a pair's exponential serves the sums of both of its rows."""
-        is_long = self.N >= MIRRORED_ROWS[0 if self.D_bucket else 1]
+        is_long = MIRRORED_ROWS[0 if self.D_bucket else 1] <= self.N
         is_symmetric = not self.has_keys and self.is_confused and self.L == 1
         is_plain = self.settings.exponent_is_small and self.dtype == torch.float32
         return is_long and is_symmetric and is_plain

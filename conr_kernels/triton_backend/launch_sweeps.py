@@ -75,7 +75,8 @@ class Plan(Ordering):
         chosen = call.config("mirrored" if call.is_mirrored else "forward")
         n_programs = WIDE_SLICES if is_wide else PROGRAMS
         #: Programs that a tile of rows has in the forward pass; and parts of a row's sums.
-        self.n_shares = min(tiles(n_programs, tiles(N, chosen.BLOCK_I)), SLOTS)
+        n_tiles = tiles(N, chosen.BLOCK_J if call.is_mirrored else chosen.BLOCK_I)
+        self.n_shares = min(tiles(n_programs, n_tiles), SLOTS)
         self.n_slots = 1 if call.is_mirrored else self.n_shares
 
         self.kept.add("layout", layout_size(N, K, call.has_keys, call.is_confused), torch.int32)
@@ -172,16 +173,16 @@ class Plan(Ordering):
         from . import mirrored
 
         call, s, chosen = self.call, self.call.settings, self.call.config("mirrored")
-        n_sweeps, n_tiles = 1 + (which == "both"), tiles(call.N, chosen.BLOCK_I)
+        n_sweeps, n_tiles = 1 + (which == "both"), tiles(call.N, chosen.BLOCK_J)
         of_sums = dict(
             SWEEPS=which, CONFUSED=which != "positives",
             INSIDE=call.is_inside and which != "negatives",
-            TINY=call.is_tiny and which != "positives", BLOCK=chosen.BLOCK_I,
+            TINY=call.is_tiny and which != "positives", BLOCK_I=chosen.BLOCK_I,
         )  # fmt: skip
         kernel = call.bind(
             mirrored.conr_mirrored_kernel, chosen.launch | call.fusion, D_PAD=call.D_pad,
             PUSHING=s.variant.pushing if which != "positives" else "none",
-            BLOCK_D=chosen.BLOCK_D, **of_sums,
+            BLOCK_J=chosen.BLOCK_J, BLOCK_D=chosen.BLOCK_D, **of_sums,
             **{name: call.pair_flags[name] for name in ("RMSE", "PRECISION", "UPCAST")},
         )  # fmt: skip
         launch = Launch(
@@ -190,7 +191,8 @@ class Plan(Ordering):
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i parts")
         total = call.bind(mirrored.conr_mirrored_sums_kernel, {"num_warps": 4}, **of_sums)
-        launch = Launch(total, n_sweeps * n_tiles, call.N, n_tiles * self.n_shares)
+        n_sums = n_sweeps * tiles(call.N, chosen.BLOCK_I)
+        launch = Launch(total, n_sums, call.N, n_tiles * self.n_shares)
         yield launch, "layout parts sums n"
 
     @property

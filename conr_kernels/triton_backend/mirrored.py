@@ -25,13 +25,17 @@ from .sweeps import anchors_of, pairs_of
 
 
 @triton.jit
-def _columns_sums(tile):
-    """Sums over pairs of rows that a thread has of a product's result, so that it exchanges nothing
-    with others: the rest is added behind the loop.
+def _fold_rows(tile, FOLDED: tl.constexpr):
+    """Sums over the pairs of rows of a tile that a thread has of a product's result: no exchange
+    with others, whose rest is added behind the loop; or all of it.
     """
-    tile = tl.reshape(tile, (tile.shape[0] // 16, 2, 8, tile.shape[1]))
-    tile = tl.sum(tile, axis=1)
-    return tl.reshape(tile, (tile.shape[0] * 8, tile.shape[2]))
+    if FOLDED:
+        tile = tl.reshape(tile, (tile.shape[0] // 16, 2, 8, tile.shape[1]))
+        tile = tl.sum(tile, axis=1)
+        tile = tl.reshape(tile, (tile.shape[0] * 8, tile.shape[2]))
+    else:
+        tile = tl.sum(tile, axis=0, keep_dims=True)
+    return tile
 
 
 @triton.jit
@@ -40,47 +44,49 @@ def _add_tile(
     push_scale, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
     D_PAD: tl.constexpr, RMSE: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
     TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums of rows ``j`` with those of a tile of pairs added; those of rows ``i`` in memory."""
     HAS_EXTRA: tl.constexpr = TINY if NEGATIVES else INSIDE
+    FOLDED: tl.constexpr = D_PAD == BLOCK_D
     total, extra = sums
-    i0, j0 = tile_i.to(tl.int64) * BLOCK, tile_j.to(tl.int64) * BLOCK
-    met_ptrs = met_ptr + i0 + tl.arange(0, BLOCK)
-    q_i = load_tile(q_ptr + i0 * D_PAD, 0, D_PAD, BLOCK, BLOCK_D, PRECISION, UPCAST)
+    i0, j0 = tile_i.to(tl.int64) * BLOCK_I, tile_j.to(tl.int64) * BLOCK_J
+    met_ptrs = met_ptr + i0 + tl.arange(0, BLOCK_I)
+    q_i = load_tile(q_ptr + i0 * D_PAD, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
     # Asked for before the product, so that they are there behind it.
     met = tl.load(met_ptrs)
     if HAS_EXTRA:
         met_extra = tl.load(met_ptrs + of_extra)
     anchors = anchors_of(
-        tile_i, y_ptr, p_ptr, y_ptr, n_rows, h, push_scale, True, BLOCK, total.dtype
+        tile_i, y_ptr, p_ptr, y_ptr, n_rows, h, push_scale, True, BLOCK_I, total.dtype
     )
     s_ij = similarity(
         q_i, q_ptr + i0 * D_PAD, q_j, q_ptr + j0 * D_PAD, width, unit,
-        D_PAD, BLOCK, BLOCK, BLOCK_D, PRECISION, UPCAST,
+        D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
     )  # fmt: skip
     is_in, phi_ij, t_ij = pairs_of(
-        s_ij, anchors, j0, y_ptr, p_ptr, n_rows, NEGATIVES, EDGE, CONFUSED, 1, RMSE, PUSHING, BLOCK
-    )
+        s_ij, anchors, j0, y_ptr, p_ptr, n_rows,
+        NEGATIVES, EDGE, CONFUSED, 1, RMSE, PUSHING, BLOCK_J,
+    )  # fmt: skip
     terms = tl.exp2(t_ij) * phi_ij
-    total += _columns_sums(terms)
-    # A tile that meets itself has its pairs the other way round too.
-    is_other = tile_i != tile_j
+    total += _fold_rows(terms, FOLDED)
+    # Of its own rows' pairs a tile has both ways.
+    is_other = i0 >= j0 + BLOCK_J
     tl.store(met_ptrs, met + tl.where(is_other, tl.sum(terms, axis=1), 0.0))
     if HAS_EXTRA:
         terms = is_in.to(total.dtype) if NEGATIVES else s_ij * phi_ij
-        extra += _columns_sums(terms)
+        extra += _fold_rows(terms, FOLDED)
         terms = tl.where(is_other, tl.sum(terms, axis=1), 0.0)
         tl.store(met_ptrs + of_extra, met_extra + terms)
     return total, extra
 
 
 @triton.jit
-def _parts_of(layout_ptr, n_rows, n_programs, NEGATIVES: tl.constexpr, BLOCK: tl.constexpr):
+def _parts_of(layout_ptr, n_rows, n_programs, NEGATIVES: tl.constexpr, BLOCK_J: tl.constexpr):
     """Tiles of a strip, how many strips there are, in how many slices they are; numbers of a row
     of the parts, and of all parts of one of a row's sums.
     """
-    size, n_strips = strips_of(layout_ptr, n_rows, NEGATIVES, BLOCK)
+    size, n_strips = strips_of(layout_ptr, n_rows, NEGATIVES, BLOCK_J)
     n_padded = padded(n_rows).to(tl.int64)
     n_slices = tl.minimum(n_programs // n_strips, SLICES)
     return size, n_strips, n_slices, n_padded, n_padded * PARTS_OF_SUMS
@@ -91,10 +97,12 @@ def _sums_of_sweep(
     here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart, unit, h,
     push_scale, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr,
     RMSE: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, TINY: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One sweep's parts of the sums, of the strip and the slice of program ``here``."""
     HAS_EXTRA: tl.constexpr = TINY if NEGATIVES else INSIDE
+    FOLDED: tl.constexpr = BLOCK_I // 2 if D_PAD == BLOCK_D else 1
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
     if CONFUSED:
         is_outside, _, _, _, _ = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
@@ -102,47 +110,47 @@ def _sums_of_sweep(
             q_ptr, y_ptr, p_ptr, n_rows, is_outside, apart, D_PAD, 1
         )
     size, n_strips, n_slices, n_padded, of_extra = _parts_of(
-        layout_ptr, n_rows, n_programs, NEGATIVES, BLOCK
+        layout_ptr, n_rows, n_programs, NEGATIVES, BLOCK_J
     )
     strip, part = tl.minimum(here // n_slices, n_strips - 1), here % n_slices
     first = strip * size
-    n = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK) - first
-    begin, end = first + n * part // n_slices, first + n * (part + 1) // n_slices
-    last = tl.minimum(first + size, tl.cdiv(n_rows, BLOCK))
-    last = tl.where(here < n_strips * n_slices, last, first)
-    end = tl.where(here < n_strips * n_slices, end, begin)
+    last = tl.minimum(first + size, tl.cdiv(n_rows, BLOCK_J))
+    begin = first * (BLOCK_J // BLOCK_I)
+    n = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK_J, BLOCK_I) - begin
+    begin, end = begin + n * part // n_slices, begin + n * (part + 1) // n_slices
+    if here >= n_strips * n_slices:  # no strip is left for this program
+        last, end = first, begin
     met_ptr = parts_ptr + strip % STRIPS * n_padded
     own_ptr = parts_ptr + (STRIPS + part) * n_padded
-    rows = tl.arange(0, BLOCK)
     for tile_i in range(begin, end):
-        i = tile_i.to(tl.int64) * BLOCK + rows
-        tl.store(met_ptr + i, tl.zeros((BLOCK,), dtype))
+        i = tile_i.to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+        tl.store(met_ptr + i, tl.zeros((BLOCK_I,), dtype))
         if HAS_EXTRA:
-            tl.store(met_ptr + of_extra + i, tl.zeros((BLOCK,), dtype))
+            tl.store(met_ptr + of_extra + i, tl.zeros((BLOCK_I,), dtype))
     # Loops may give the numbers of a tile to other threads: each finds what others have written.
     tl.debug_barrier()
     for tile_j in range(first, last):
-        a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK)
+        a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK_J, BLOCK_I)
         a, b = tl.maximum(a, begin), tl.minimum(b, end)
         c, d = tl.minimum(tl.maximum(c, a), b), tl.minimum(tl.maximum(d, a), b)
-        j = tile_j.to(tl.int64) * BLOCK + rows
-        q_j = load_tile(
-            q_ptr + tile_j.to(tl.int64) * BLOCK * D_PAD, 0, D_PAD, BLOCK, BLOCK_D, PRECISION, UPCAST
-        )
-        total = tl.zeros((BLOCK // 2, BLOCK), dtype)
-        extra = tl.zeros((BLOCK // 2, BLOCK), dtype)
+        j = tile_j.to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
+        q_j_ptr = q_ptr + tile_j.to(tl.int64) * BLOCK_J * D_PAD
+        q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST)
+        total = tl.zeros((FOLDED, BLOCK_J), dtype)
+        extra = total
         for tile_i in range(c, d):
             total, extra = _add_tile(
                 (total, extra), tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
                 width, unit, h, push_scale, False, NEGATIVES, CONFUSED, D_PAD, RMSE, INSIDE,
-                PUSHING, TINY, PRECISION, UPCAST, BLOCK, BLOCK_D,
+                PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
         tl.debug_barrier()
         for t in range(tl.maximum(b - a, 0) - (d - c)):
             total, extra = _add_tile(
                 (total, extra), a + t + tl.where(t < c - a, 0, d - c), tile_j, met_ptr, of_extra,
                 q_j, q_ptr, y_ptr, p_ptr, n_rows, width, unit, h, push_scale, True, NEGATIVES,
-                CONFUSED, D_PAD, RMSE, INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK, BLOCK_D,
+                CONFUSED, D_PAD, RMSE, INSIDE, PUSHING, TINY, PRECISION, UPCAST,
+                BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
         tl.store(own_ptr + j, tl.sum(total, axis=0))
         if HAS_EXTRA:
@@ -150,13 +158,14 @@ def _sums_of_sweep(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n_rows", "apart"])
+@triton.jit(do_not_specialize=["n_anchors", "apart"])
 def conr_mirrored_kernel(
-    layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart, unit: tl.float64,
+    layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart, unit: tl.float64,
     h: tl.float64, push_scale: tl.float64,
     SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr, RMSE: tl.constexpr,
     INSIDE: tl.constexpr, PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Parts of the sums of every row, in the sweep's order: of ``"positives"``, ``"negatives"``, or
     ``"both"``, the negatives' programs behind the positives'.
@@ -166,6 +175,7 @@ def conr_mirrored_kernel(
     itself get in each slice. The sums: ``Σ_P exp(s_ij)`` and, INSIDE, ``Σ_P s_ij/log 2``; ``Σ_M
     φ_ij exp(s_ij)`` and, TINY, the number of negatives.
     """
+    tl.static_assert(BLOCK_J % BLOCK_I == 0)
     await_earlier(EARLY)
     here, n_programs = tl.program_id(0), tl.num_programs(0)
     negatives = SWEEPS == "negatives"
@@ -173,19 +183,19 @@ def conr_mirrored_kernel(
         n_programs = n_programs // 2
         negatives = here >= n_programs
         here = here % n_programs
-    if negatives:
-        if SWEEPS == "both":
-            parts_ptr += (2 if INSIDE else 1) * padded(n_rows).to(tl.int64) * PARTS_OF_SUMS
+        behind = padded(n_anchors).to(tl.int64) * (PARTS_OF_SUMS * (2 if INSIDE else 1))
+        parts_ptr += tl.where(negatives, behind, 0)
+    if negatives == 0:
         _sums_of_sweep(
-            here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart,
-            unit, h, push_scale, True, CONFUSED, D_PAD, RMSE, False, PUSHING, TINY, PRECISION,
-            UPCAST, BLOCK, BLOCK_D,
+            here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart,
+            unit, h, push_scale, False, False, D_PAD, RMSE, INSIDE, "none", False, PRECISION,
+            UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     else:
         _sums_of_sweep(
-            here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart,
-            unit, h, push_scale, False, False, D_PAD, RMSE, INSIDE, "none", False, PRECISION,
-            UPCAST, BLOCK, BLOCK_D,
+            here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart,
+            unit, h, push_scale, True, CONFUSED, D_PAD, RMSE, False, PUSHING, TINY, PRECISION,
+            UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
 
 
@@ -200,7 +210,7 @@ def _total_of_tile(
     )
     strip = tile // size - tl.arange(0, STRIPS)
     is_strip, strip = strip >= 0, tl.maximum(strip, 0)
-    end = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK)
+    end = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK, BLOCK)
     is_met = is_strip & (tile < end)
     slices = tl.arange(0, SLICES)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
@@ -221,11 +231,11 @@ def _total_of_tile(
         tl.store(n_ptr + row, in_band, mask=row < n_rows)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_programs"])
+@triton.jit(do_not_specialize=["n_anchors", "n_programs"])
 def conr_mirrored_sums_kernel(
-    layout_ptr, parts_ptr, sums_ptr, n_ptr, n_rows, n_programs,
+    layout_ptr, parts_ptr, sums_ptr, n_ptr, n_anchors, n_programs,
     SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, INSIDE: tl.constexpr, TINY: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_I: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts up that ``n_programs`` a sweep have left: sums [2 sweeps, 3, N] and n [N] as
     of ``conr_forward_kernel`` with one slot, in the caller's order; a program per tile and sweep.
@@ -237,15 +247,15 @@ def conr_mirrored_sums_kernel(
         n_tiles = tl.num_programs(0) // 2
         negatives = tile >= n_tiles
         tile = tile % n_tiles
-    if negatives:
-        if SWEEPS == "both":
-            parts_ptr += (2 if INSIDE else 1) * padded(n_rows).to(tl.int64) * PARTS_OF_SUMS
+        behind = padded(n_anchors).to(tl.int64) * (PARTS_OF_SUMS * (2 if INSIDE else 1))
+        parts_ptr += tl.where(negatives, behind, 0)
+    if negatives == 0:
         _total_of_tile(
-            tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_rows,
-            True, CONFUSED, TINY, BLOCK,
+            tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_anchors,
+            False, False, INSIDE, BLOCK_I,
         )  # fmt: skip
     else:
         _total_of_tile(
-            tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_rows,
-            False, False, INSIDE, BLOCK,
+            tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_anchors,
+            True, CONFUSED, TINY, BLOCK_I,
         )  # fmt: skip
