@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import await_earlier, load_tile, similarity
+from .gradient import in_parts
 from .layout import (
     PARTS_OF_SUMS,
     SLICES,
@@ -40,8 +41,8 @@ def _fold_rows(tile, FOLDED: tl.constexpr):
 
 @triton.jit
 def _add_tile(
-    sums, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows, width, unit, h,
-    push_scale, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
+    totals, extras, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows, width,
+    unit, h, push_scale, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
     D_PAD: tl.constexpr, RMSE: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
     TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -49,7 +50,9 @@ def _add_tile(
     """The sums of rows ``j`` with those of a tile of pairs added; those of rows ``i`` in memory."""
     HAS_EXTRA: tl.constexpr = TINY if NEGATIVES else INSIDE
     FOLDED: tl.constexpr = D_PAD == BLOCK_D
-    total, extra = sums
+    PARTS: tl.constexpr = len(totals)
+    WIDTH: tl.constexpr = BLOCK_J // PARTS
+    dtype: tl.constexpr = totals[0].dtype
     i0, j0 = tile_i.to(tl.int64) * BLOCK_I, tile_j.to(tl.int64) * BLOCK_J
     met_ptrs = met_ptr + i0 + tl.arange(0, BLOCK_I)
     q_i = load_tile(q_ptr + i0 * D_PAD, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
@@ -57,28 +60,34 @@ def _add_tile(
     met = tl.load(met_ptrs)
     if HAS_EXTRA:
         met_extra = tl.load(met_ptrs + of_extra)
-    anchors = anchors_of(
-        tile_i, y_ptr, p_ptr, y_ptr, n_rows, h, push_scale, True, BLOCK_I, total.dtype
-    )
+    anchors = anchors_of(tile_i, y_ptr, p_ptr, y_ptr, n_rows, h, push_scale, True, BLOCK_I, dtype)
     s_ij = similarity(
         q_i, q_ptr + i0 * D_PAD, q_j, q_ptr + j0 * D_PAD, width, unit,
         D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
     )  # fmt: skip
-    is_in, phi_ij, t_ij = pairs_of(
-        s_ij, anchors, j0, y_ptr, p_ptr, n_rows,
-        NEGATIVES, EDGE, CONFUSED, 1, RMSE, PUSHING, BLOCK_J,
-    )  # fmt: skip
-    terms = tl.exp2(t_ij) * phi_ij
-    total += _fold_rows(terms, FOLDED)
     # Of its own rows' pairs a tile has both ways.
     is_other = i0 >= j0 + BLOCK_J
-    tl.store(met_ptrs, met + tl.where(is_other, tl.sum(terms, axis=1), 0.0))
+    parts = in_parts(s_ij, PARTS)
+    done, done_extra = (), ()
+    of_i, extra_of_i = tl.zeros((BLOCK_I,), dtype), tl.zeros((BLOCK_I,), dtype)
+    for c in tl.static_range(PARTS):
+        is_in, phi_ij, t_ij = pairs_of(
+            parts[c], anchors, j0 + c * WIDTH, y_ptr, p_ptr, n_rows,
+            NEGATIVES, EDGE, CONFUSED, 1, RMSE, PUSHING, WIDTH,
+        )  # fmt: skip
+        terms = tl.exp2(t_ij) * phi_ij
+        done = done + (totals[c] + _fold_rows(terms, FOLDED),)
+        of_i += tl.sum(terms, axis=1)
+        if HAS_EXTRA:
+            terms = is_in.to(dtype) if NEGATIVES else parts[c] * phi_ij
+            done_extra = done_extra + (extras[c] + _fold_rows(terms, FOLDED),)
+            extra_of_i += tl.sum(terms, axis=1)
+        else:
+            done_extra = done_extra + (extras[c],)
+    tl.store(met_ptrs, met + tl.where(is_other, of_i, 0.0))
     if HAS_EXTRA:
-        terms = is_in.to(total.dtype) if NEGATIVES else s_ij * phi_ij
-        extra += _fold_rows(terms, FOLDED)
-        terms = tl.where(is_other, tl.sum(terms, axis=1), 0.0)
-        tl.store(met_ptrs + of_extra, met_extra + terms)
-    return total, extra
+        tl.store(met_ptrs + of_extra, met_extra + tl.where(is_other, extra_of_i, 0.0))
+    return done, done_extra
 
 
 @triton.jit
@@ -103,6 +112,9 @@ def _sums_of_sweep(
     """One sweep's parts of the sums, of the strip and the slice of program ``here``."""
     HAS_EXTRA: tl.constexpr = TINY if NEGATIVES else INSIDE
     FOLDED: tl.constexpr = BLOCK_I // 2 if D_PAD == BLOCK_D else 1
+    # Of all columns at once, what the pairs need would spill.
+    PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
+    WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
     if CONFUSED:
         is_outside, _, _, _, _ = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
@@ -133,28 +145,29 @@ def _sums_of_sweep(
         a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK_J, BLOCK_I)
         a, b = tl.maximum(a, begin), tl.minimum(b, end)
         c, d = tl.minimum(tl.maximum(c, a), b), tl.minimum(tl.maximum(d, a), b)
-        j = tile_j.to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-        q_j_ptr = q_ptr + tile_j.to(tl.int64) * BLOCK_J * D_PAD
-        q_j = load_tile(q_j_ptr, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST)
-        total = tl.zeros((FOLDED, BLOCK_J), dtype)
-        extra = total
+        j0 = tile_j.to(tl.int64) * BLOCK_J
+        q_j = load_tile(q_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST)
+        totals = in_parts(tl.zeros((FOLDED, BLOCK_J), dtype), PARTS)
+        extras = totals
         for tile_i in range(c, d):
-            total, extra = _add_tile(
-                (total, extra), tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
+            totals, extras = _add_tile(
+                totals, extras, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
                 width, unit, h, push_scale, False, NEGATIVES, CONFUSED, D_PAD, RMSE, INSIDE,
                 PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
         tl.debug_barrier()
         for t in range(tl.maximum(b - a, 0) - (d - c)):
-            total, extra = _add_tile(
-                (total, extra), a + t + tl.where(t < c - a, 0, d - c), tile_j, met_ptr, of_extra,
+            totals, extras = _add_tile(
+                totals, extras, a + t + tl.where(t < c - a, 0, d - c), tile_j, met_ptr, of_extra,
                 q_j, q_ptr, y_ptr, p_ptr, n_rows, width, unit, h, push_scale, True, NEGATIVES,
                 CONFUSED, D_PAD, RMSE, INSIDE, PUSHING, TINY, PRECISION, UPCAST,
                 BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
-        tl.store(own_ptr + j, tl.sum(total, axis=0))
-        if HAS_EXTRA:
-            tl.store(own_ptr + of_extra + j, tl.sum(extra, axis=0))
+        for c in tl.static_range(PARTS):
+            j = j0 + c * WIDTH + tl.arange(0, WIDTH)
+            tl.store(own_ptr + j, tl.sum(totals[c], axis=0))
+            if HAS_EXTRA:
+                tl.store(own_ptr + of_extra + j, tl.sum(extras[c], axis=0))
         tl.debug_barrier()
 
 
