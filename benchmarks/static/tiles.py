@@ -66,9 +66,11 @@ def upper_runs(n: int, own: int, met: int, sweep: str) -> tuple[tuple[int, int, 
     hi = torch.searchsorted(values, values + 1, right=True)
     first = torch.arange(0, n, own)
     last = (first + own - 1).clamp(max=n - 1)
-    begin = first // met
-    c = begin + (sweep == "positives") * (own // met)
-    runs = begin, -(-hi[last] // met), c, torch.maximum(hi[first] // met, c)
+    begin, reached = first // met, hi[first] // met
+    c = own_end = begin + own // met
+    if sweep == "negatives":
+        c = torch.where(reached >= own_end, begin, own_end)
+    runs = begin, -(-hi[last] // met), c, torch.maximum(reached, c)
     return tuple(zip(*(run.tolist() for run in runs), strict=True))
 
 

@@ -171,6 +171,7 @@ class Call:
             width = columns_of(self.D)
         key = (kind, self.form.architecture, width)
         is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
+        is_heavy |= self.is_inside and kind == "mirrored"
         if self.form.dtype.itemsize == 2:
             rows = [HEAVY] * is_heavy + [SHIFTED] * self.pair_flags["SHIFTED"]
             rows += [SHORT] * (self.N <= SHORT_ROWS)

@@ -43,9 +43,10 @@ REGISTER_D = {
     "float32 highest": 128,
     "float64": 64,
 }
-#: "mirrored" is the forward pass where the anchors are the keys, of square tiles, if there is an
-#: entry; "product" is the second phase of "wide", of the same BLOCK_I: BLOCK_J keys a step into BLOCK_D
-#: columns; its buckets are numbers of columns that divide the padded D.
+#: "mirrored" is the forward pass that takes each pair once, where there is an entry: BLOCK_J is the
+#: tile of a program's own rows. "product" is the second phase of "wide", of the same BLOCK_I:
+#: BLOCK_J keys a step into BLOCK_D columns; its buckets are numbers of columns that divide the
+#: padded D.
 KINDS = ("forward", "mirrored", "backward", "wide", "product")
 BUCKETS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
@@ -74,12 +75,10 @@ _HALVES = {
         (None, None, (128, 128, None, 8, 2)),
     ],
     "mirrored": [
-        (80, 0, (64, 64, 64, 4, 3)),
-        (None, 0, (128, 128, 64, 8, 3)),
-        (90, 256, (64, 64, None, 4, 2)),
-        (90, None, (64, 64, None, 4, 3)),
-        (100, None, (128, 128, None, 8, 2)),
-        (None, None, (64, 64, None, 4, 2)),
+        (90, 0, (128, 128, 64, 4, 3)),
+        (90, 256, (64, 128, None, 4, 1)),
+        (90, 128, (64, 128, None, 4, 2, 168)),
+        (90, None, (64, 128, None, 4, 3, 168)),
     ],
     # An architecture above 100 may have no more shared memory than 86: sm_120.
     "backward": [
@@ -100,7 +99,11 @@ _HALVES = {
 }
 _FLOAT32 = {
     "forward": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
-    "mirrored": [(None, 0, (64, 64, 32, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "mirrored": [
+        (90, 0, (128, 128, 32, 4, 3)),
+        (90, 128, (64, 128, None, 4, 1)),
+        (90, None, (64, 128, None, 4, 2, 168)),
+    ],
     "backward": [
         (90, None, (64, 64, None, 4, 2)),
         (80, None, (64, 32, None, 4, 2)),
@@ -119,7 +122,11 @@ _FLOAT32_HIGHEST = {
         (100, 128, (64, 32, None, 4, 2)),
         (None, None, (64, 64, None, 4, 2)),
     ],
-    "mirrored": [(None, 0, (64, 64, 64, 4, 2)), (None, None, (64, 64, None, 4, 2))],
+    "mirrored": [
+        (90, 0, (64, 128, 64, 4, 2)),
+        (90, 128, (64, 128, None, 4, 1)),
+        (90, None, (64, 128, None, 4, 2)),
+    ],
     "backward": [
         (90, 128, (64, 64, None, 4, 2, 255, True)),
         (90, None, (64, 64, None, 4, 2)),
@@ -148,9 +155,11 @@ _FLOAT16 = {
     ],
     "product": [(None, None, (128, 64, 128, 8, 3))],
 }
-#: 16-bit features with vector labels or a window near 0, whose pairs take more registers.
+#: 16-bit features with vector labels or a window near 0, whose pairs take more registers, or with
+#: two sums of positives.
 HEAVY = "16-bit heavy"
 _HEAVY = {
+    "mirrored": [(90, 128, (64, 128, None, 4, 2)), (90, 64, (64, 128, None, 4, 3))],
     "forward": [(None, 0, (64, 32, 64, 4, 3)), (None, None, (64, 32, None, 4, 2))],
     "backward": [(None, 256, (64, 32, None, 8, 2)), (None, None, (64, 32, None, 4, 2))],
     "wide": [

@@ -73,7 +73,7 @@ class Plan(Ordering):
         self.stand_apart = is_apart or not call.is_confused
         self.is_kept = is_reduced and self.stand_apart and size <= BOTH_ORDERS
         chosen = call.config("mirrored" if call.is_mirrored else "forward")
-        n_programs = WIDE_SLICES if is_wide else PROGRAMS
+        n_programs = WIDE_SLICES if is_wide and not call.is_mirrored else PROGRAMS
         #: Programs that a tile of rows has in the forward pass; and parts of a row's sums.
         n_tiles = tiles(N, chosen.BLOCK_J if call.is_mirrored else chosen.BLOCK_I)
         self.n_shares = min(tiles(n_programs, n_tiles), SLOTS)
@@ -129,9 +129,9 @@ class Plan(Ordering):
         yield from self._sort()
         sweeps_of = {0: "both"} if self.stand_apart else {0: "positives", 1: "negatives"}
         if call.is_mirrored:
-            n_sums = 1 + call.is_inside, 1 + call.is_tiny
-            most = sum(n_sums) if self.stand_apart else max(n_sums)
-            self.work.add("parts", most * layout.PARTS_OF_SUMS.value * padded(call.N), call.dtype)
+            n_sums = 1 + call.is_inside + self.stand_apart
+            n_parts = n_sums * layout.PARTS_OF_SUMS.value * padded(call.N)
+            self.work.add("parts", n_parts, call.dtype)
         for order, which in sweeps_of.items():
             yield from self._copies(order, 0)
             if call.is_mirrored:
@@ -174,23 +174,21 @@ class Plan(Ordering):
 
         call, s, chosen = self.call, self.call.settings, self.call.config("mirrored")
         n_sweeps, n_tiles = 1 + (which == "both"), tiles(call.N, chosen.BLOCK_J)
-        of_sums = dict(
-            SWEEPS=which, CONFUSED=which != "positives",
-            INSIDE=call.is_inside and which != "negatives",
-            TINY=call.is_tiny and which != "positives", BLOCK_I=chosen.BLOCK_I,
-        )  # fmt: skip
+        of_sums = {"SWEEPS": which, "INSIDE": call.is_inside and which != "negatives"}
         kernel = call.bind(
-            mirrored.conr_mirrored_kernel, chosen.launch | call.fusion, D_PAD=call.D_pad,
+            mirrored.conr_mirrored_kernel, chosen.launch, **of_sums, D_PAD=call.D_pad,
             PUSHING=s.variant.pushing if which != "positives" else "none",
-            BLOCK_J=chosen.BLOCK_J, BLOCK_D=chosen.BLOCK_D, **of_sums,
-            **{name: call.pair_flags[name] for name in ("RMSE", "PRECISION", "UPCAST")},
+            PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"],
+            **chosen.tiles,
         )  # fmt: skip
         launch = Launch(
             kernel, n_sweeps * n_tiles * self.n_shares, call.N, call.D_pad, int(self.is_apart),
             call.unit, call.window, s.push_scale,
         )  # fmt: skip
         yield launch, self._pick("layout q_i y_i p_i parts")
-        total = call.bind(mirrored.conr_mirrored_sums_kernel, {"num_warps": 4}, **of_sums)
+        total = call.bind(
+            mirrored.conr_mirrored_sums_kernel, {"num_warps": 4}, **of_sums, BLOCK_I=chosen.BLOCK_I
+        )
         n_sums = n_sweeps * tiles(call.N, chosen.BLOCK_I)
         launch = Launch(total, n_sums, call.N, n_tiles * self.n_shares)
         yield launch, "layout parts sums n"

@@ -8,8 +8,8 @@ import triton.language as tl
 from .arithmetic import await_earlier
 
 #: Of the forward pass that takes each pair once: strips of rows that a row may meet, and programs
-#: that share a strip, at most: so many parts there are of a row's sums; where the head of the layout
-#: has a strip's size in blocks of 128 rows, the positives' and the negatives'.
+#: that share a strip, at most: so many parts there are of a row's sums. Where the head of the
+#: layout has a strip's size in blocks of 128 rows, the positives' and the negatives'.
 STRIPS, SLICES = tl.constexpr(32), tl.constexpr(16)
 PARTS_OF_SUMS = tl.constexpr(STRIPS + SLICES)
 POSITIVE_STRIPS, NEGATIVE_STRIPS = tl.constexpr(64), tl.constexpr(96)
@@ -24,10 +24,10 @@ def padded(n):
 @triton.jit
 def parts_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
     """Behind a head of 128 numbers, the choice of sweep (1: negatives outside the label bands; 2:
-    there, and all predictions within one window) and the sizes of strips: the anchors' places among
-    the keys, unless they are the keys (SAME). Then for the order of the labels, and ``step`` further on for that of
-    the predictions: the order of the keys, the first keys of the anchors' bands, the first beyond
-    and, unless SAME, the order of the anchors; the ranks of both (``ranks_of``).
+    there, and all predictions within one window) and sizes of strips: the anchors' places among the
+    keys, unless they are the keys (SAME). Then for the order of the labels, and ``step`` further on
+    for that of the predictions: the order of the keys, the first keys of the anchors' bands, the
+    first beyond and, unless SAME, the order of the anchors; the ranks of both (``ranks_of``).
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
     self_ptr = layout_ptr + 128
@@ -275,19 +275,21 @@ def upper_tiles(
 
     ``a`` and ``b`` grow with the tile: a row between two others is within the window of both.
     """
-    PER_TILE_J: tl.constexpr = BLOCK_I // BLOCK_J
     is_outside, _, _, _, hi_ptr = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
     first = tile * BLOCK_I
     last = tl.minimum(first + BLOCK_I, n_rows) - 1
-    a, end = tile * PER_TILE_J, tl.cdiv(n_rows, BLOCK_J)
-    of_all = tl.load(hi_ptr + first) // BLOCK_J
+    a = tile * (BLOCK_I // BLOCK_J)
+    own_end = a + BLOCK_I // BLOCK_J
+    # What the first anchor reaches all of them do: behind their own rows, or if it reaches these.
+    reached = tl.load(hi_ptr + first) // BLOCK_J
     b = tl.maximum(tl.cdiv(tl.load(hi_ptr + last), BLOCK_J), a)
-    c = a + (0 if NEGATIVES else PER_TILE_J)
-    d = tl.minimum(of_all, b)
+    c, d = own_end, tl.minimum(reached, b)
+    if NEGATIVES:
+        c = tl.where(reached >= own_end, a, own_end)
     if NEGATIVES and CONFUSED:
         # Outside: all but the tiles that hold positives alone; predictions as in ``key_tiles``.
-        is_near = tl.load(layout_ptr) == 2
-        a = tl.where(is_outside, tl.minimum(tl.maximum(a, of_all), end), a)
+        end, is_near = tl.cdiv(n_rows, BLOCK_J), tl.load(layout_ptr) == 2
+        a = tl.where(is_outside & (reached >= own_end), tl.minimum(reached, end), a)
         b = tl.where(is_outside, end, b)
         c = tl.where(is_outside, a, c)
         d = tl.where(is_outside, tl.where(is_near, b, a), d)

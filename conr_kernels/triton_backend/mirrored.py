@@ -1,9 +1,9 @@
-"""The Triton kernels of the banded sweeps' forward pass where the anchors are the keys: both sets
-and ``s_ij`` are symmetric, so that each pair's exponential is taken once, for the sums of both rows.
+"""The Triton kernels of the banded sweeps, forward, where the anchors are the keys: both sets and
+``s_ij`` are symmetric, so that each pair's exponential is taken once, for the sums of both rows.
 
 A program has a *strip* of tiles of rows and a slice of the tiles that these meet, none of them
 before themselves. Its own rows' sums stay in the registers of a loop; what the rows that it meets
-get of the strip, it adds up in a memory of its own.
+get of the strip, it adds up in memory that no other program touches.
 """
 
 import triton
@@ -42,13 +42,11 @@ def _fold_rows(tile, FOLDED: tl.constexpr):
 @triton.jit
 def _add_tile(
     totals, extras, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows, width,
-    unit, h, push_scale, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
-    D_PAD: tl.constexpr, RMSE: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
-    TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    unit, h, push_scale, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, D_PAD: tl.constexpr,
+    INSIDE: tl.constexpr, PUSHING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums of rows ``j`` with those of a tile of pairs added; those of rows ``i`` in memory."""
-    HAS_EXTRA: tl.constexpr = TINY if NEGATIVES else INSIDE
     FOLDED: tl.constexpr = D_PAD == BLOCK_D
     PARTS: tl.constexpr = len(totals)
     WIDTH: tl.constexpr = BLOCK_J // PARTS
@@ -58,7 +56,7 @@ def _add_tile(
     q_i = load_tile(q_ptr + i0 * D_PAD, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
     # Asked for before the product, so that they are there behind it.
     met = tl.load(met_ptrs)
-    if HAS_EXTRA:
+    if INSIDE:
         met_extra = tl.load(met_ptrs + of_extra)
     anchors = anchors_of(tile_i, y_ptr, p_ptr, y_ptr, n_rows, h, push_scale, True, BLOCK_I, dtype)
     s_ij = similarity(
@@ -71,21 +69,21 @@ def _add_tile(
     done, done_extra = (), ()
     of_i, extra_of_i = tl.zeros((BLOCK_I,), dtype), tl.zeros((BLOCK_I,), dtype)
     for c in tl.static_range(PARTS):
-        is_in, phi_ij, t_ij = pairs_of(
+        _, phi_ij, t_ij = pairs_of(
             parts[c], anchors, j0 + c * WIDTH, y_ptr, p_ptr, n_rows,
-            NEGATIVES, EDGE, CONFUSED, 1, RMSE, PUSHING, WIDTH,
+            NEGATIVES, EDGE, NEGATIVES, 1, False, PUSHING, WIDTH,
         )  # fmt: skip
         terms = tl.exp2(t_ij) * phi_ij
         done = done + (totals[c] + _fold_rows(terms, FOLDED),)
         of_i += tl.sum(terms, axis=1)
-        if HAS_EXTRA:
-            terms = is_in.to(dtype) if NEGATIVES else parts[c] * phi_ij
+        if INSIDE:
+            terms = parts[c] * phi_ij
             done_extra = done_extra + (extras[c] + _fold_rows(terms, FOLDED),)
             extra_of_i += tl.sum(terms, axis=1)
         else:
             done_extra = done_extra + (extras[c],)
     tl.store(met_ptrs, met + tl.where(is_other, of_i, 0.0))
-    if HAS_EXTRA:
+    if INSIDE:
         tl.store(met_ptrs + of_extra, met_extra + tl.where(is_other, extra_of_i, 0.0))
     return done, done_extra
 
@@ -104,20 +102,18 @@ def _parts_of(layout_ptr, n_rows, n_programs, NEGATIVES: tl.constexpr, BLOCK_J: 
 @triton.jit
 def _sums_of_sweep(
     here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart, unit, h,
-    push_scale, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr,
-    RMSE: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, TINY: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    push_scale, NEGATIVES: tl.constexpr, D_PAD: tl.constexpr, INSIDE: tl.constexpr,
+    PUSHING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One sweep's parts of the sums, of the strip and the slice of program ``here``."""
-    HAS_EXTRA: tl.constexpr = TINY if NEGATIVES else INSIDE
     FOLDED: tl.constexpr = BLOCK_I // 2 if D_PAD == BLOCK_D else 1
     # Of all columns at once, what the pairs need would spill.
     PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
     WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
-    if CONFUSED:
-        is_outside, _, _, _, _ = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
+    if NEGATIVES:
+        is_outside, _, _, _, _ = sweep_of(layout_ptr, n_rows, n_rows, True, True, True)
         q_ptr, y_ptr, p_ptr, _ = chosen_copies(
             q_ptr, y_ptr, p_ptr, n_rows, is_outside, apart, D_PAD, 1
         )
@@ -128,7 +124,7 @@ def _sums_of_sweep(
     first = strip * size
     last = tl.minimum(first + size, tl.cdiv(n_rows, BLOCK_J))
     begin = first * (BLOCK_J // BLOCK_I)
-    n = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK_J, BLOCK_I) - begin
+    n = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK_J, BLOCK_I) - begin
     begin, end = begin + n * part // n_slices, begin + n * (part + 1) // n_slices
     if here >= n_strips * n_slices:  # no strip is left for this program
         last, end = first, begin
@@ -137,12 +133,12 @@ def _sums_of_sweep(
     for tile_i in range(begin, end):
         i = tile_i.to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
         tl.store(met_ptr + i, tl.zeros((BLOCK_I,), dtype))
-        if HAS_EXTRA:
+        if INSIDE:
             tl.store(met_ptr + of_extra + i, tl.zeros((BLOCK_I,), dtype))
     # Loops may give the numbers of a tile to other threads: each finds what others have written.
     tl.debug_barrier()
     for tile_j in range(first, last):
-        a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK_J, BLOCK_I)
+        a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK_J, BLOCK_I)
         a, b = tl.maximum(a, begin), tl.minimum(b, end)
         c, d = tl.minimum(tl.maximum(c, a), b), tl.minimum(tl.maximum(d, a), b)
         j0 = tile_j.to(tl.int64) * BLOCK_J
@@ -152,21 +148,21 @@ def _sums_of_sweep(
         for tile_i in range(c, d):
             totals, extras = _add_tile(
                 totals, extras, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
-                width, unit, h, push_scale, False, NEGATIVES, CONFUSED, D_PAD, RMSE, INSIDE,
-                PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+                width, unit, h, push_scale, False, NEGATIVES, D_PAD, INSIDE, PUSHING, PRECISION,
+                UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
         tl.debug_barrier()
         for t in range(tl.maximum(b - a, 0) - (d - c)):
+            tile_i = a + t + tl.where(t < c - a, 0, d - c)
             totals, extras = _add_tile(
-                totals, extras, a + t + tl.where(t < c - a, 0, d - c), tile_j, met_ptr, of_extra,
-                q_j, q_ptr, y_ptr, p_ptr, n_rows, width, unit, h, push_scale, True, NEGATIVES,
-                CONFUSED, D_PAD, RMSE, INSIDE, PUSHING, TINY, PRECISION, UPCAST,
-                BLOCK_I, BLOCK_J, BLOCK_D,
+                totals, extras, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
+                width, unit, h, push_scale, True, NEGATIVES, D_PAD, INSIDE, PUSHING, PRECISION,
+                UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
         for c in tl.static_range(PARTS):
             j = j0 + c * WIDTH + tl.arange(0, WIDTH)
             tl.store(own_ptr + j, tl.sum(totals[c], axis=0))
-            if HAS_EXTRA:
+            if INSIDE:
                 tl.store(own_ptr + of_extra + j, tl.sum(extras[c], axis=0))
         tl.debug_barrier()
 
@@ -175,10 +171,9 @@ def _sums_of_sweep(
 def conr_mirrored_kernel(
     layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart, unit: tl.float64,
     h: tl.float64, push_scale: tl.float64,
-    SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr, RMSE: tl.constexpr,
-    INSIDE: tl.constexpr, PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    EARLY: tl.constexpr,
+    SWEEPS: tl.constexpr, D_PAD: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Parts of the sums of every row, in the sweep's order: of ``"positives"``, ``"negatives"``, or
     ``"both"``, the negatives' programs behind the positives'.
@@ -186,7 +181,7 @@ def conr_mirrored_kernel(
     parts [n_sums, STRIPS + SLICES, N padded]: of each of a sweep's sums what the rows get of the
     strips before their own and of it (strip ``s`` in ``s % STRIPS``), and what those of the strip
     itself get in each slice. The sums: ``Σ_P exp(s_ij)`` and, INSIDE, ``Σ_P s_ij/log 2``; ``Σ_M
-    φ_ij exp(s_ij)`` and, TINY, the number of negatives.
+    φ_ij exp(s_ij)``.
     """
     tl.static_assert(BLOCK_J % BLOCK_I == 0)
     await_earlier(EARLY)
@@ -201,21 +196,21 @@ def conr_mirrored_kernel(
     if negatives == 0:
         _sums_of_sweep(
             here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart,
-            unit, h, push_scale, False, False, D_PAD, RMSE, INSIDE, "none", False, PRECISION,
-            UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            unit, h, push_scale, False, D_PAD, INSIDE, "none", PRECISION, UPCAST,
+            BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     else:
         _sums_of_sweep(
             here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart,
-            unit, h, push_scale, True, CONFUSED, D_PAD, RMSE, False, PUSHING, TINY, PRECISION,
-            UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            unit, h, push_scale, True, D_PAD, False, PUSHING, PRECISION, UPCAST,
+            BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit
 def _total_of_tile(
     tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_rows,
-    NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, HAS_EXTRA: tl.constexpr, BLOCK: tl.constexpr,
+    NEGATIVES: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums of one sweep, and the numbers of positives, of a tile of rows."""
     size, _, n_slices, n_padded, of_extra = _parts_of(
@@ -223,18 +218,18 @@ def _total_of_tile(
     )
     strip = tile // size - tl.arange(0, STRIPS)
     is_strip, strip = strip >= 0, tl.maximum(strip, 0)
-    end = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK, BLOCK)
+    end = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK, BLOCK)
     is_met = is_strip & (tile < end)
     slices = tl.arange(0, SLICES)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     _, order_ptr, _, lo_ptr, hi_ptr = sweep_of(
-        layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True
+        layout_ptr, n_rows, n_rows, NEGATIVES, NEGATIVES, True
     )
     row = tl.load(order_ptr + rows)
     met_ptrs = parts_ptr + (strip % STRIPS)[:, None] * n_padded + rows[None, :]
     own_ptrs = parts_ptr + (STRIPS + slices)[:, None] * n_padded + rows[None, :]
     sums_ptrs = sums_ptr + (3 * n_rows.to(tl.int64) if NEGATIVES else 0) + row
-    for extra in tl.static_range(2 if HAS_EXTRA else 1):
+    for extra in tl.static_range(2 if INSIDE else 1):
         met = tl.load(met_ptrs + extra * of_extra, mask=is_met[:, None], other=0.0)
         own = tl.load(own_ptrs + extra * of_extra, mask=(slices < n_slices)[:, None], other=0.0)
         total = tl.sum(met.to(tl.float64), axis=0) + tl.sum(own.to(tl.float64), axis=0)
@@ -247,7 +242,7 @@ def _total_of_tile(
 @triton.jit(do_not_specialize=["n_anchors", "n_programs"])
 def conr_mirrored_sums_kernel(
     layout_ptr, parts_ptr, sums_ptr, n_ptr, n_anchors, n_programs,
-    SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, INSIDE: tl.constexpr, TINY: tl.constexpr,
+    SWEEPS: tl.constexpr, INSIDE: tl.constexpr,
     BLOCK_I: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts up that ``n_programs`` a sweep have left: sums [2 sweeps, 3, N] and n [N] as
@@ -265,10 +260,10 @@ def conr_mirrored_sums_kernel(
     if negatives == 0:
         _total_of_tile(
             tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_anchors,
-            False, False, INSIDE, BLOCK_I,
+            False, INSIDE, BLOCK_I,
         )  # fmt: skip
     else:
         _total_of_tile(
             tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_anchors,
-            True, CONFUSED, TINY, BLOCK_I,
+            True, False, BLOCK_I,
         )  # fmt: skip

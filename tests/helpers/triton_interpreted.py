@@ -99,6 +99,7 @@ def forced(regime: str, allocations=guarded_allocations):
     a list of their pairs in 64 bits;
     "in turn": sweeps that add up the gradient one after the other;
     "windows": of three tiles of float32, and copies of both orders;
+    "parts", "sweeps", "windows": the forward pass takes each pair once;
     "pieces": a window has every tile of anchors, one tile of keys at a time.
     """
     pairs = launch_dense.DENSE_PAIRS if "dense" in regime else -1
@@ -115,6 +116,9 @@ def forced(regime: str, allocations=guarded_allocations):
         mock.patch.object(call, "PIECES", 2**31),
         mock.patch.object(call, "LIST_NUMBERS", 0 if regime == "parts" else 2**31 - 1),
         mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
+        mock.patch.object(
+            call, "MIRRORED_ROWS", (2 if regime in ("parts", "sweeps", "windows") else 2**31,) * 2
+        ),
         mock.patch.object(call, "SHORT_ROWS", 2**14 if regime == "parts" else 0),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.multiple(launch_sweeps, PROGRAMS=3, WIDE_SLICES=3),
