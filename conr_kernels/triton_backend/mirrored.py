@@ -9,7 +9,7 @@ get of the strip, it adds up in memory that no other program touches.
 import triton
 import triton.language as tl
 
-from .arithmetic import await_earlier, load_tile, similarity
+from .arithmetic import FOLD, await_earlier, fold, load_tile, similarity
 from .gradient import in_parts
 from .layout import (
     PARTS_OF_SUMS,
@@ -67,7 +67,8 @@ def _add_tile(
     is_other = i0 >= j0 + BLOCK_J
     parts = in_parts(s_ij, PARTS)
     done, done_extra = (), ()
-    of_i, extra_of_i = tl.zeros((BLOCK_I,), dtype), tl.zeros((BLOCK_I,), dtype)
+    of_i = tl.zeros((BLOCK_I, FOLD), dtype)
+    extra_of_i = of_i
     for c in tl.static_range(PARTS):
         _, phi_ij, t_ij = pairs_of(
             parts[c], anchors, j0 + c * WIDTH, y_ptr, p_ptr, n_rows,
@@ -75,16 +76,17 @@ def _add_tile(
         )  # fmt: skip
         terms = tl.exp2(t_ij) * phi_ij
         done = done + (totals[c] + _fold_rows(terms, FOLDED),)
-        of_i += tl.sum(terms, axis=1)
+        of_i += fold(terms)
         if INSIDE:
             terms = parts[c] * phi_ij
             done_extra = done_extra + (extras[c] + _fold_rows(terms, FOLDED),)
-            extra_of_i += tl.sum(terms, axis=1)
+            extra_of_i += fold(terms)
         else:
             done_extra = done_extra + (extras[c],)
-    tl.store(met_ptrs, met + tl.where(is_other, of_i, 0.0))
+    tl.store(met_ptrs, met + tl.where(is_other, tl.sum(of_i, axis=1), 0.0))
     if INSIDE:
-        tl.store(met_ptrs + of_extra, met_extra + tl.where(is_other, extra_of_i, 0.0))
+        extra_of_i = tl.where(is_other, tl.sum(extra_of_i, axis=1), 0.0)
+        tl.store(met_ptrs + of_extra, met_extra + extra_of_i)
     return done, done_extra
 
 
