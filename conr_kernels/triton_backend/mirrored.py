@@ -41,7 +41,7 @@ def _fold_rows(tile, FOLDED: tl.constexpr):
 
 @triton.jit
 def _add_tile(
-    totals, extras, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows, width,
+    totals, extras, tile_i, j0, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows, width,
     unit, h, push_scale, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, D_PAD: tl.constexpr,
     INSIDE: tl.constexpr, PUSHING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -51,7 +51,7 @@ def _add_tile(
     PARTS: tl.constexpr = len(totals)
     WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = totals[0].dtype
-    i0, j0 = tile_i.to(tl.int64) * BLOCK_I, tile_j.to(tl.int64) * BLOCK_J
+    i0 = tile_i * tl.full((), BLOCK_I, tl.int64)
     met_ptrs = met_ptr + i0 + tl.arange(0, BLOCK_I)
     q_i = load_tile(q_ptr + i0 * D_PAD, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
     # Asked for before the product, so that they are there behind it.
@@ -133,7 +133,7 @@ def _sums_of_sweep(
     met_ptr = parts_ptr + strip % STRIPS * n_padded
     own_ptr = parts_ptr + (STRIPS + part) * n_padded
     for tile_i in range(begin, end):
-        i = tile_i.to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+        i = tile_i * tl.full((), BLOCK_I, tl.int64) + tl.arange(0, BLOCK_I)
         tl.store(met_ptr + i, tl.zeros((BLOCK_I,), dtype))
         if INSIDE:
             tl.store(met_ptr + of_extra + i, tl.zeros((BLOCK_I,), dtype))
@@ -143,13 +143,13 @@ def _sums_of_sweep(
         a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK_J, BLOCK_I)
         a, b = tl.maximum(a, begin), tl.minimum(b, end)
         c, d = tl.minimum(tl.maximum(c, a), b), tl.minimum(tl.maximum(d, a), b)
-        j0 = tile_j.to(tl.int64) * BLOCK_J
+        j0 = tile_j * tl.full((), BLOCK_J, tl.int64)
         q_j = load_tile(q_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST)
         totals = in_parts(tl.zeros((FOLDED, BLOCK_J), dtype), PARTS)
         extras = totals
         for tile_i in range(c, d):
             totals, extras = _add_tile(
-                totals, extras, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
+                totals, extras, tile_i, j0, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
                 width, unit, h, push_scale, False, NEGATIVES, D_PAD, INSIDE, PUSHING, PRECISION,
                 UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
@@ -157,7 +157,7 @@ def _sums_of_sweep(
         for t in range(tl.maximum(b - a, 0) - (d - c)):
             tile_i = a + t + tl.where(t < c - a, 0, d - c)
             totals, extras = _add_tile(
-                totals, extras, tile_i, tile_j, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
+                totals, extras, tile_i, j0, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
                 width, unit, h, push_scale, True, NEGATIVES, D_PAD, INSIDE, PUSHING, PRECISION,
                 UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
