@@ -226,7 +226,8 @@ def upper_tiles(
     round. Within them ``[c, d)``, all of whose pairs lie in the anchors' bands, but for tiles that
     hold an anchor's pair with itself. BLOCK_J divides BLOCK_I.
 
-    ``a`` and ``b`` grow with the tile: a row between two others is within the window of both.
+    ``b`` grows with the tile, and ``a`` where the sides are equal: a row between two others is
+    within the window of both.
     """
     is_outside, _, _, _, hi_ptr = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
     first = tile * BLOCK_I
