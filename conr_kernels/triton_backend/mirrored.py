@@ -131,7 +131,7 @@ def _sums_of_sweep(
     if here >= n_strips * n_slices:  # no strip is left for this program
         last, end = first, begin
     met_ptr = parts_ptr + strip % STRIPS * n_padded
-    own_ptr = parts_ptr + (STRIPS + part) * n_padded
+    own_ptr = parts_ptr + (part + STRIPS) * n_padded
     for tile_i in range(begin, end):
         i = tile_i * tl.full((), BLOCK_I, tl.int64) + tl.arange(0, BLOCK_I)
         tl.store(met_ptr + i, tl.zeros((BLOCK_I,), dtype))
@@ -229,7 +229,7 @@ def _total_of_tile(
     )
     row = tl.load(order_ptr + rows)
     met_ptrs = parts_ptr + (strip % STRIPS)[:, None] * n_padded + rows[None, :]
-    own_ptrs = parts_ptr + (STRIPS + slices)[:, None] * n_padded + rows[None, :]
+    own_ptrs = parts_ptr + (slices + STRIPS)[:, None] * n_padded + rows[None, :]
     sums_ptrs = sums_ptr + (3 * n_rows.to(tl.int64) if NEGATIVES else 0) + row
     for extra in tl.static_range(2 if INSIDE else 1):
         met = tl.load(met_ptrs + extra * of_extra, mask=is_met[:, None], other=0.0)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conr_kernels import conr_loss
 from conr_kernels.triton_backend import call, launch_sweeps, layout, mirrored
 from conr_kernels.triton_backend.configs import Config
 
@@ -149,20 +150,19 @@ def strips(n: int, slices: int, tile: tuple[int, int]):
 
 
 SEVERAL = [
-    Case(700, 16, labels="ages"),
-    Case(700, 16, "released-depth", labels="ages", regime="parts"),
-    Case(513, 20, "no-pushing", labels="rare"),
-    Case(641, 16, labels="halves"),
-    Case(600, 16, labels="equal"),
-    Case(385, 16, window=3.0, labels="halves", regime="parts"),
-    Case(300, 300, "released-depth", labels="ages"),
-    Case(385, 70, labels="ages", dtype=BF16),
-    Case(385, 300, labels="halves", dtype=F16, regime="parts"),
+    (Case(400, 16, labels="ages"), (64, 128)),
+    (Case(400, 16, "released-depth", labels="ages", regime="parts"), (64, 128)),
+    (Case(301, 20, "no-pushing", labels="decimal", window=0.2), (64, 64)),
+    (Case(257, 16, labels="halves"), (64, 128)),
+    (Case(260, 16, labels="equal"), (64, 64)),
+    (Case(257, 16, window=3.0, labels="halves", regime="parts"), (64, 64)),
+    (Case(300, 300, "released-depth", labels="ages"), (128, 128)),
+    (Case(257, 70, labels="ages", dtype=BF16), (64, 128)),
+    (Case(257, 300, labels="halves", dtype=F16, regime="parts"), (128, 128)),
 ]
 
 
-@pytest.mark.parametrize("tile", [(64, 64), (64, 128), (128, 128)], ids=str)
-@pytest.mark.parametrize("case", SEVERAL, ids=str)
+@pytest.mark.parametrize(("case", "tile"), SEVERAL, ids=str)
 def test_losses_of_several_strips_and_slices(case: Case, tile: tuple[int, int]) -> None:
     given = case.inputs()
     exact, _ = case.run("reference", torch.float64, given)
@@ -172,7 +172,12 @@ def test_losses_of_several_strips_and_slices(case: Case, tile: tuple[int, int]) 
             forced(case.regime),
             strips(n, slices, tile),
             mock.patch.object(launch_sweeps, "PROGRAMS", n_programs),
+            torch.no_grad(),
         ):
-            losses, _ = case.run("triton", case.dtype, given)
+            losses = conr_loss(
+                given["x"], given["y"], given["p"], given["w"], window=case.window,
+                push_scale=case.push_scale, variant=case.variant, reduction="none",
+                backend="triton",
+            )  # fmt: skip
         assert (losses - exact).abs().max() <= unit * exact.abs().max()
-    assert exact.count_nonzero() > case.N / 4
+    assert exact.count_nonzero() > case.N / 4 or case.labels == "equal"
