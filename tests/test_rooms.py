@@ -34,9 +34,9 @@ ALLOWED = {
     "benchmarks.examples": set(),
     "benchmarks.gpu": {"benchmarks", "benchmarks.static"},
 }
-MOST_FILES_A_FOLDER = 16
+MOST_FILES_A_FOLDER = 18
 MOST_LINES_A_FILE = {"conr_kernels": 400, "benchmarks": 320}
-MOST_LINES = {"conr_kernels": 9_660, "benchmarks": 5_390}
+MOST_LINES = {"conr_kernels": 9_990, "benchmarks": 5_480}
 
 Modules = dict[str, tuple[Path, str]]
 
@@ -168,4 +168,5 @@ def test_a_folder_with_too_many_files_is_found() -> None:
     known = modules()
     for n in range(MOST_FILES_A_FOLDER + 1):
         known[f"benchmarks.flat.module_{n}"] = (Path(f"benchmarks/flat/module_{n}.py"), "")
-    assert any("benchmarks/flat has 17 Python files" in each for each in problems(known))
+    text = f"benchmarks/flat has {MOST_FILES_A_FOLDER + 1} Python files"
+    assert any(text in each for each in problems(known))

@@ -48,8 +48,9 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
         found for found in itertools.starmap(Config, tiles)
         if found.BLOCK_I * found.BLOCK_J / (32 * found.num_warps) >= 2
         and fits_registers(kind, found)
+        and (kind != "mirrored" or found.BLOCK_J % found.BLOCK_I == 0)
     ]  # fmt: skip
-    if arch == 90 and width and kind != "wide" and not double:
+    if arch == 90 and width and kind not in ("wide", "mirrored") and not double:
         found += [
             replace(one, max_registers=most, in_registers=True)
             for one in found for most in (128, 168, 255)
@@ -61,6 +62,8 @@ def candidates(kind: str, width: int, arithmetic: str, arch: int = 90) -> list[C
 def fits_registers(kind: str, config: Config) -> bool:
     """Whether what a program holds from one tile to the next and the tile's own numbers do."""
     kept = {"backward": config.BLOCK_D, "wide": 0}.get(kind, config.BLOCK_J)
+    if kind == "mirrored":  # pairs of rows
+        kept = config.BLOCK_J // 2
     numbers = config.BLOCK_I * (config.BLOCK_J + kept)
     return numbers / (32 * config.num_warps) <= ACCUMULATORS
 

@@ -78,7 +78,7 @@ class Call:
         return [launch for launch in found if self._has(launch)]
 
     def _has(self, launch: Launch) -> bool:
-        if self.part in ("wide", "order", "rank", "merge", "forward"):
+        if self.part in ("wide", "order", "rank", "merge", "forward", "mirrored"):
             return self.part in launch.name
         return self.part == "all" or "BLOCK_J" in launch.arguments
 
@@ -131,8 +131,17 @@ def calls() -> list[Call]:
     ]
     found += [Call(N, 128, "bfloat16", part="merge") for N in (2**13, 2**16)]
     found += [
-        Call(2 * SHORT_ROWS, D, arithmetic, part="forward")
+        Call(2 * SHORT_ROWS, D, arithmetic, has_keys=True, part="forward")
         for arithmetic in ("bfloat16", "float16") for D in (64, 128, 256)
+    ]  # fmt: skip
+    for arithmetic, largest in REGISTER_D.items():
+        found += [
+            Call(2 * SHORT_ROWS, D, arithmetic, part="mirrored") for D in BUCKETS if largest >= D
+        ]
+    found += [
+        Call(N, D, "bfloat16", variant, part="mirrored")
+        for N in (2 * SHORT_ROWS, LARGE) for D in (64, 128)
+        for variant in ("paper", "released-depth")
     ]  # fmt: skip
     return found
 

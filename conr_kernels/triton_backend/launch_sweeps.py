@@ -1,5 +1,5 @@
-"""The two sweeps over exact bands: plans and workspaces of launch_order.py, then sweeps.py; and
-gradient.py or wide.py.
+"""The two sweeps over exact bands: plans and workspaces of launch_forward.py; then gradient.py or
+wide.py.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .call import (
     tiles,
 )
 from .launch import OWN_KEYS, Launch, Place, Steps, place_of
-from .launch_order import Ordering, Step
+from .launch_forward import FINISH_ROWS, SLOTS, Forward
+from .launch_order import Step
 
 #: Programs of one sweep at least, about: two for each multiprocessor of an H200, so that those of
-#: both sweeps fill it; and the most that share a forward pass's tile of anchors.
+#: both sweeps fill it.
 PROGRAMS = 264
-SLOTS = 8
 #: The same of wide features, whose programs take long for a tile of keys: the last ones end alike.
 WIDE_SLICES = 768
 #: Of wide features, programs of four warps that take turns at most: four for each multiprocessor of
@@ -46,7 +46,6 @@ WIDE_BOTH_ORDERS = 2**28
 #: gradient's memory.
 PARTS_BYTES = 2**25
 PARTS_PROGRAMS = {2: 256, 4: 512, 8: 512}
-FINISH_ROWS = 64
 PROJECTED_ROWS = 16
 #: Numbers of a program for wide gradients: rows, or columns of one row at a time.
 GRADIENT_TILE = 4096
@@ -56,7 +55,7 @@ _plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
 PLANS = 64
 
 
-class Plan(Ordering):
+class Plan(Forward):
     """The launches of one form of call, with all but their pointers, and its workspaces."""
 
     def __init__(self, form: Form, s: Settings) -> None:
@@ -120,78 +119,6 @@ class Plan(Ordering):
             D_PAD=call.D_pad, INSIDE=call.is_inside and not negatives,
             PUSHING=call.settings.variant.pushing if negatives else "none",
         )  # fmt: skip
-
-    def _forward(self) -> Iterator[Step]:
-        from . import dense, layout, sweeps
-
-        call, s, variant = self.call, self.call.settings, self.call.settings.variant
-        chosen, n_slots = call.config("forward"), self.n_slots
-        yield from self._sort()
-        sweeps_of = {0: "both"} if self.stand_apart else {0: "positives", 1: "negatives"}
-        if call.is_mirrored:
-            n_sums = 1 + call.is_inside + self.stand_apart
-            n_parts = n_sums * layout.PARTS_OF_SUMS.value * padded(call.N)
-            self.work.add("parts", n_parts, call.dtype)
-        for order, which in sweeps_of.items():
-            yield from self._copies(order, 0)
-            if call.is_mirrored:
-                yield from self._mirrored(which)
-                continue
-            has_negatives = which != "positives"
-            kernel = call.bind(
-                sweeps.conr_forward_kernel, chosen.launch | call.fusion, SWEEPS=which,
-                CONFUSED=call.is_confused and has_negatives, SAME=not call.has_keys,
-                D_PAD=call.D_pad, INSIDE=call.is_inside and which != "negatives",
-                PUSHING=variant.pushing if has_negatives else "none",
-                TINY=call.is_tiny and has_negatives, **call.pair_flags, **chosen.tiles,
-                RESIDENT=chosen.in_registers,
-            )  # fmt: skip
-            n_programs = tiles(call.N, chosen.BLOCK_I) * n_slots * (1 + (which == "both"))
-            launch = Launch(
-                kernel, n_programs, call.N, call.K, n_slots, call.D_pad, int(self.is_apart),
-                call.unit, call.window, s.push_scale,
-            )  # fmt: skip
-            yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
-        finish = call.bind(
-            sweeps.conr_finish_kernel, {"num_warps": 4}, SAME=not call.has_keys,
-            SHIFTED=call.pair_flags["SHIFTED"], INSIDE=call.is_inside, PUSHING=variant.pushing,
-            UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
-            WEIGHTED_ROWS=variant.weighted_rows, TINY=call.is_tiny, ORDERS=1 + self.is_apart,
-            ROWS=FINISH_ROWS, SLOTS=SLOTS, REDUCED=call.form.reduction != "none",
-        )  # fmt: skip
-        n_programs = tiles(padded(call.N), FINISH_ROWS)
-        launch = Launch(finish, n_programs, call.N, call.K, n_slots, s.push_scale)
-        stats = "coef_j" if self.is_kept else "stats"
-        layout = "layout" if self.is_kept else "nothing"
-        yield launch, self._pick(f"sums n poison w n_absent {layout} loss {stats}")
-        if call.form.reduction != "none":
-            total = call.bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024)
-            yield Launch(total, 1, n_programs, self.factor), "loss total"
-
-    def _mirrored(self, which: str) -> Iterator[Step]:
-        """The sums of one sweep, or of both."""
-        from . import mirrored
-
-        call, s, chosen = self.call, self.call.settings, self.call.config("mirrored")
-        n_sweeps, n_tiles = 1 + (which == "both"), tiles(call.N, chosen.BLOCK_J)
-        of_sums = {"SWEEPS": which, "INSIDE": call.is_inside and which != "negatives"}
-        kernel = call.bind(
-            mirrored.conr_mirrored_kernel, chosen.launch, **of_sums, D_PAD=call.D_pad,
-            PUSHING=s.variant.pushing if which != "positives" else "none",
-            PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"],
-            **chosen.tiles,
-        )  # fmt: skip
-        launch = Launch(
-            kernel, n_sweeps * n_tiles * self.n_shares, call.N, call.D_pad, int(self.is_apart),
-            call.unit, call.window, s.push_scale,
-        )  # fmt: skip
-        yield launch, self._pick("layout q_i y_i p_i parts")
-        total = call.bind(
-            mirrored.conr_mirrored_sums_kernel, {"num_warps": 4}, **of_sums, BLOCK_I=chosen.BLOCK_I
-        )
-        n_sums = n_sweeps * tiles(call.N, chosen.BLOCK_I)
-        launch = Launch(total, n_sums, call.N, n_tiles * self.n_shares)
-        yield launch, "layout parts sums n"
 
     @property
     def kappa(self) -> float:

@@ -123,23 +123,35 @@ def rates(stage: Stage) -> None:
 
 
 def visited_pairs(stage: Stage, size: Size) -> None:
-    """Pairs inside the bands, and pairs of the tiles that meet them, of both sweeps together."""
+    """Pairs inside the bands, and pairs of the tiles that meet them, of both sweeps together; half
+    as many where a pass takes each once.
+    """
     arithmetic = call.arithmetic(size.dtype)
     bucket = call.bucket(size.D, arithmetic)
     where = call.architecture(torch.device(device.DEVICE))
     row = dict(provider="triton", **size.row())
     stage.add("pairs in bands", _pairs(size.N, 1, 1), **row)
-    for mode, kind in (("forward", "forward"), ("backward", "backward" if bucket else "wide")):
-        tile = call.config(kind, where, bucket, arithmetic)
-        stage.add("visited pairs", _pairs(size.N, tile.BLOCK_I, tile.BLOCK_J), mode=mode, **row)
-
-
-def _pairs(n: int, block_i: int, block_j: int) -> int:
-    visits = (
-        tiles.visits(n, n, block_i, block_j, sweep, WINDOW, exact=True, outside=False)
-        for sweep in ("positives", "negatives")
+    is_mirrored = call.MIRRORED_ROWS[0 if bucket else 1] <= size.N and call.entry(
+        "mirrored", where, bucket, arithmetic
     )
-    return block_i * block_j * sum(full + edge for sweep in visits for full, edge in sweep)
+    kinds = {"forward": "mirrored" if is_mirrored else "forward"}
+    kinds["backward"] = "backward" if bucket else "wide"
+    for mode, kind in kinds.items():
+        tile = call.config(kind, where, bucket, arithmetic)
+        n = _pairs(size.N, tile.BLOCK_I, tile.BLOCK_J, kind == "mirrored")
+        stage.add("visited pairs", n, mode=mode, **row)
+
+
+def _pairs(n: int, block_i: int, block_j: int, once: bool = False) -> int:
+    found = 0
+    for sweep in ("positives", "negatives"):
+        if once:
+            runs = tiles.upper_runs(n, block_j, block_i, sweep)
+            found += sum(end - begin for begin, end, _, _ in runs)
+        else:
+            visits = tiles.visits(n, n, block_i, block_j, sweep, WINDOW, exact=True, outside=False)
+            found += sum(full + edge for full, edge in visits)
+    return block_i * block_j * found
 
 
 def training(stage: Stage, n: int) -> None:

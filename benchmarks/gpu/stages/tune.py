@@ -25,14 +25,14 @@ from .providers import F32, PROVIDERS, Size
 
 #: Kind, size and precision of float32 products, the most wanted first.
 ITEMS = [
-    ("forward", Size(32_768), "highest"),
+    ("mirrored", Size(32_768), "highest"),
     ("backward", Size(32_768), "highest"),
     ("wide", Size(16_384, 512), "highest"),
-    ("forward", Size(16_384, 512), "highest"),
+    ("mirrored", Size(16_384, 512), "highest"),
     ("wide", Size(16_384, 2048), "highest"),
     ("backward", Size(32_768, 256), "highest"),
-    ("forward", Size(32_768, 256), "highest"),
-    ("forward", Size(32_768, 64), "highest"),
+    ("mirrored", Size(32_768, 256), "highest"),
+    ("mirrored", Size(32_768, 64), "highest"),
     ("backward", Size(32_768, 64), "highest"),
     ("forward", Size(16_384, 128, F32), "highest"),
     ("backward", Size(16_384, 128, F32), "highest"),
@@ -71,6 +71,8 @@ def neighbours(kind: str, size: Size, how: str) -> list[Config]:
     free = replace(shipped, max_registers=None, in_registers=False)
     found = [free] * (free != shipped)
     found += [replace(free, **{name: value}) for name, value in steps]
+    if kind == "mirrored":
+        found = [config for config in found if config.BLOCK_J % config.BLOCK_I == 0]
     return [config for config in found if rank.fits_registers(kind, config)]
 
 
@@ -91,7 +93,7 @@ def entry(kind: str, size: Size, how: str, config: Config) -> str:
     read in chunks.
     """
     architecture, bucket, arithmetic = place(size, how)
-    width = bucket or (0 if kind == "forward" else None)
+    width = bucket or (0 if kind in ("forward", "mirrored") else None)
     block_d = None if bucket == config.BLOCK_D else config.BLOCK_D
     of = (config.BLOCK_I, config.BLOCK_J, block_d, config.num_warps, config.num_stages)
     if config.max_registers or config.in_registers:
