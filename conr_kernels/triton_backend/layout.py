@@ -163,25 +163,6 @@ def _strip_size(reach, ROWS: tl.constexpr):
 
 
 @triton.jit
-def strips_of(layout_ptr, n_rows, NEGATIVES: tl.constexpr, BLOCK: tl.constexpr):
-    """Tiles of a strip, and how many strips there are."""
-    size = tl.load(layout_ptr + (NEGATIVE_STRIPS if NEGATIVES else POSITIVE_STRIPS))
-    size *= 128 // BLOCK
-    return size, tl.cdiv(tl.cdiv(n_rows, BLOCK), size)
-
-
-@triton.jit
-def strip_end(
-    strip, size, layout_ptr, n_rows, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """Behind the last tile that a strip of tiles of BLOCK_I rows meets."""
-    last = tl.minimum((strip + 1) * size, tl.cdiv(n_rows, BLOCK_I)) - 1
-    _, end, _, _ = upper_tiles(last, layout_ptr, n_rows, NEGATIVES, CONFUSED, BLOCK_I, BLOCK_J)
-    return end
-
-
-@triton.jit
 def chosen_copies(
     q_ptr, y_ptr, p_ptr, n, is_outside, apart, D_PAD: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip

@@ -12,17 +12,36 @@ import triton.language as tl
 from .arithmetic import FOLD, await_earlier, fold, load_tile, similarity
 from .gradient import in_parts
 from .layout import (
+    NEGATIVE_STRIPS,
     PARTS_OF_SUMS,
+    POSITIVE_STRIPS,
     SLICES,
     STRIPS,
     chosen_copies,
     padded,
-    strip_end,
-    strips_of,
     sweep_of,
     upper_tiles,
 )
 from .sweeps import anchors_of, pairs_of
+
+
+@triton.jit
+def _strips_of(layout_ptr, n_rows, NEGATIVES: tl.constexpr, BLOCK: tl.constexpr):
+    """Tiles of a strip, and how many strips there are."""
+    size = tl.load(layout_ptr + (NEGATIVE_STRIPS if NEGATIVES else POSITIVE_STRIPS))
+    size *= 128 // BLOCK
+    return size, tl.cdiv(tl.cdiv(n_rows, BLOCK), size)
+
+
+@triton.jit
+def _strip_end(
+    strip, size, layout_ptr, n_rows,
+    NEGATIVES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Behind the last tile that a strip of tiles of BLOCK_I rows meets."""
+    last = tl.minimum((strip + 1) * size, tl.cdiv(n_rows, BLOCK_I)) - 1
+    _, end, _, _ = upper_tiles(last, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK_I, BLOCK_J)
+    return end
 
 
 @triton.jit
@@ -95,7 +114,7 @@ def _parts_of(layout_ptr, n_rows, n_programs, NEGATIVES: tl.constexpr, BLOCK_J: 
     """Tiles of a strip, how many strips there are, in how many slices they are; numbers of a row
     of the parts, and of all parts of one of a row's sums.
     """
-    size, n_strips = strips_of(layout_ptr, n_rows, NEGATIVES, BLOCK_J)
+    size, n_strips = _strips_of(layout_ptr, n_rows, NEGATIVES, BLOCK_J)
     n_padded = padded(n_rows).to(tl.int64)
     n_slices = tl.minimum(n_programs // n_strips, SLICES)
     return size, n_strips, n_slices, n_padded, n_padded * PARTS_OF_SUMS
@@ -126,7 +145,7 @@ def _sums_of_sweep(
     first = strip * size
     last = tl.minimum(first + size, tl.cdiv(n_rows, BLOCK_J))
     begin = first * (BLOCK_J // BLOCK_I)
-    n = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK_J, BLOCK_I) - begin
+    n = _strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, BLOCK_J, BLOCK_I) - begin
     begin, end = begin + n * part // n_slices, begin + n * (part + 1) // n_slices
     if here >= n_strips * n_slices:  # no strip is left for this program
         last, end = first, begin
@@ -220,7 +239,7 @@ def _total_of_tile(
     )
     strip = tile // size - tl.arange(0, STRIPS)
     is_strip, strip = strip >= 0, tl.maximum(strip, 0)
-    end = strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK, BLOCK)
+    end = _strip_end(strip, size, layout_ptr, n_rows, NEGATIVES, BLOCK, BLOCK)
     is_met = is_strip & (tile < end)
     slices = tl.arange(0, SLICES)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
