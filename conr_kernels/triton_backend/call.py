@@ -160,10 +160,11 @@ class Call:
     @property
     def is_mirrored(self) -> bool:
         """Whether a pair's exponential serves the sums of both of its rows."""
-        is_long = MIRRORED_ROWS[0 if self.D_bucket else 1] <= self.N
+        form, is_wide = self.form, self.D_bucket == 0
+        has_tile = entry("mirrored", form.architecture, self.D_bucket, form.arithmetic) is not None
         is_symmetric = not self.has_keys and self.is_confused and self.L == 1
-        is_plain = self.settings.exponent_is_small and self.dtype == torch.float32
-        return is_long and is_symmetric and is_plain
+        is_plain = not (self.pair_flags["SHIFTED"] or self.is_tiny)
+        return has_tile and is_symmetric and is_plain and MIRRORED_ROWS[is_wide] <= self.N
 
     def config(self, kind: str) -> Config:
         rows, width = [], self.D_bucket
