@@ -128,6 +128,7 @@ def _sums_of_sweep(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One sweep's parts of the sums, of the strip and the slice of program ``here``."""
+    tl.static_assert(BLOCK_J % BLOCK_I == 0)
     FOLDED: tl.constexpr = BLOCK_I // 2 if D_PAD == BLOCK_D else 1
     # Of all columns at once, what the pairs need would spill.
     PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
@@ -204,7 +205,6 @@ def conr_mirrored_kernel(
     itself get in each slice. The sums: ``Σ_P exp(s_ij)`` and, INSIDE, ``Σ_P s_ij/log 2``; ``Σ_M
     φ_ij exp(s_ij)``.
     """
-    tl.static_assert(BLOCK_J % BLOCK_I == 0)
     await_earlier(EARLY)
     here, n_programs = tl.program_id(0), tl.num_programs(0)
     negatives = SWEEPS == "negatives"

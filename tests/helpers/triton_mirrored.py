@@ -25,6 +25,8 @@ LABELS = {
     "one": lambda n, g: torch.zeros(n),
     "far": lambda n, g: torch.randint(0, 3, (n,), generator=g) * 100.0,
     "ladder": lambda n, g: torch.arange(n) / 40.0,
+    # As far as strips of two blocks must reach, of which nearly as many as may meet one row.
+    "long ladder": lambda n, g: torch.arange(n) / 4042.0,
     "few": lambda n, g: torch.randn(n, generator=g).round(),
     "crowds": lambda n, g: torch.cat((torch.zeros(n // 2), torch.arange(n - n // 2) / 3.0)),
     "steps": lambda n, g: torch.arange(n).div(n / 7, rounding_mode="floor"),
