@@ -134,10 +134,10 @@ def calls() -> list[Call]:
         Call(2 * SHORT_ROWS, D, arithmetic, has_keys=True, part="forward")
         for arithmetic in ("bfloat16", "float16") for D in (64, 128, 256)
     ]  # fmt: skip
-    for arithmetic, largest in REGISTER_D.items():
-        found += [
-            Call(2 * SHORT_ROWS, D, arithmetic, part="mirrored") for D in BUCKETS if largest >= D
-        ]
+    found += [
+        Call(2 * SHORT_ROWS, D, arithmetic, part="mirrored")
+        for arithmetic, largest in REGISTER_D.items() for D in (64, 128, 256) if largest >= D
+    ]  # fmt: skip
     found += [
         Call(N, D, "bfloat16", variant, part="mirrored")
         for N in (2 * SHORT_ROWS, LARGE) for D in (64, 128)

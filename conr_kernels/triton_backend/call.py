@@ -42,6 +42,9 @@ PIECE_KEYS = 8192
 #: Rows, and of wide features, from which on the forward pass takes each pair once: fewer are too
 #: little work to add up parts of.
 MIRRORED_ROWS = 2**14 + 1, 2**13
+#: Bytes of a row of features from which on it does: of narrower ones the parts of sums would be
+#: most of the memory.
+MIRRORED_BYTES = 128
 #: From this architecture on a kernel's programs start while the one before still runs; and the
 #: first driver that keeps such launches in a captured graph, CUDA 12.3's.
 EARLIEST = 90
@@ -164,7 +167,9 @@ class Call:
         has_tile = entry("mirrored", form.architecture, self.D_bucket, form.arithmetic) is not None
         is_symmetric = not self.has_keys and self.is_confused and self.L == 1
         is_plain = not (self.pair_flags["SHIFTED"] or self.is_tiny)
-        return has_tile and is_symmetric and is_plain and MIRRORED_ROWS[is_wide] <= self.N
+        is_large = MIRRORED_ROWS[is_wide] <= self.N
+        is_large &= self.D_pad * form.dtype.itemsize >= MIRRORED_BYTES
+        return has_tile and is_symmetric and is_plain and is_large
 
     def config(self, kind: str) -> Config:
         rows, width = [], self.D_bucket
@@ -271,7 +276,15 @@ def _even(n: int, most: int) -> int:
 
 
 def limits_of_windows() -> tuple[Any, ...]:
-    return *MIRRORED_ROWS, WIDE_FEATURES, WORKSPACE, PIECES, PIECE_KEYS, LIST_NUMBERS
+    return (
+        *MIRRORED_ROWS,
+        MIRRORED_BYTES,
+        WIDE_FEATURES,
+        WORKSPACE,
+        PIECES,
+        PIECE_KEYS,
+        LIST_NUMBERS,
+    )
 
 
 def padded(n: int) -> int:

@@ -119,6 +119,7 @@ def forced(regime: str, allocations=guarded_allocations):
         mock.patch.object(
             call, "MIRRORED_ROWS", (2 if regime in ("parts", "sweeps", "windows") else 2**31,) * 2
         ),
+        mock.patch.object(call, "MIRRORED_BYTES", 0),
         mock.patch.object(call, "SHORT_ROWS", 2**14 if regime == "parts" else 0),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
         mock.patch.multiple(launch_sweeps, PROGRAMS=3, WIDE_SLICES=3),
