@@ -140,9 +140,11 @@ def calls() -> list[Call]:
     ]  # fmt: skip
     found += [
         Call(N, D, "bfloat16", variant, part="mirrored")
-        for N in (2 * SHORT_ROWS, LARGE) for D in (64, 128)
+        for N in (2 * SHORT_ROWS, 2 * LARGE) for D in (64, 128)
         for variant in ("paper", "released-depth")
     ]  # fmt: skip
+    variants = "no-pushing", "no-weight", "no-similarity"
+    found += [Call(2 * SHORT_ROWS, 128, "bfloat16", v, part="mirrored") for v in variants]
     return found
 
 
