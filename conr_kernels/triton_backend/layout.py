@@ -317,6 +317,7 @@ def _list_sweep(
                     here, layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME, L == 1,
                     BLOCK_I, BLOCK_J,
                 )  # fmt: skip
+                a0, a1, b0, _, _, _ = every
                 n = count_of(every)
             # Anchors that are no positives of themselves are not finite: NaN, whatever is in G.
             n = tl.where(is_tile, n, 0)
@@ -328,7 +329,6 @@ def _list_sweep(
                     )
                     numbers = (b - a, a, reached, c, d, lower, lower)
                 else:
-                    a0, a1, b0, _, _, _ = every
                     c0, c1, d0, d1, _, _ = full
                     numbers = (a1 - a0, a0, b0 - (a1 - a0), c0, c1, d0, d1)
                 for row in tl.static_range(PER_TILE):

@@ -112,7 +112,7 @@ def test_every_branch_is_compiled(arch: int) -> None:
         if key[1] == "EARLY":
             assert values == {arch >= 90}, key
             continue
-        if key[1] == "RESIDENT":  # read from shared memory by no other
+        if key[1] in ("RESIDENT", "MIRRORED"):  # read from shared memory, square tiles: no other's
             assert values == (BOOL if arch == 90 else {False}), key
             continue
         domain = EXCEPTIONS.get(key, CONSTANTS[key[1]])  # a new constant needs a line there

@@ -264,6 +264,8 @@ HALVES = [
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
     *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
     *(Case(140, 257, dtype=F16, regime=regime) for regime in ("parts", "pieces")),
+    *(Case(300, 257, v, BF16, labels="ages", regime=r) for v, r in (
+        ("paper", "windows"), ("released-age", "pieces"), ("paper", "parts"))),
 ]  # fmt: skip
 
 
@@ -347,6 +349,7 @@ SOME = [
     Case(20, 20, regime="dense"),
     Case(40, 20, "released-age", K=20),
     Case(20, 150),
+    Case(130, 257, dtype=BF16),
 ]
 
 
