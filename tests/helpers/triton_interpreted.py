@@ -349,7 +349,6 @@ SOME = [
     Case(20, 20, regime="dense"),
     Case(40, 20, "released-age", K=20),
     Case(20, 150),
-    Case(130, 257, dtype=BF16),
 ]
 
 
