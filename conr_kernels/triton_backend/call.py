@@ -138,8 +138,8 @@ class Call:
         features = max(self.N, self.K) * self.D * itemsize
         least, most = WORKSPACE
         kept = max(least, min(WIDE_FEATURES * features, max(most, features // 2)))
-        # Labels as keys, whose order says which they are. Tensor cores read a transposed factor in
-        # 16 bits alone, and in float16 H_ij has a scale for each row of a tile.
+        # Where bands of scalars decide and the anchors are the keys. Tensor cores read a transposed
+        # factor in 16 bits alone, and float16 has a scale for each row of a tile.
         is_mirrored = self.L == 1 and self.is_confused and not self.has_keys
         is_mirrored &= self.form.dtype == torch.bfloat16 and chosen.BLOCK_I == chosen.BLOCK_J
         n_pairs = n * (n + 1) // 2 if is_mirrored else n * n_j
@@ -160,8 +160,9 @@ class Call:
             per_choice = ROW_PAD // chosen.BLOCK_I
             of_both = n * (n_j + 4) + 3 * per_choice * n_j
             if is_mirrored:
-                # Half of them and of the tiles' pairs with themselves. Of a tile of fewer rows the
-                # list has n more where all labels are near; the above counts K keys too many then.
+                # Half of them and of the tiles' pairs with themselves. Outside the label bands a
+                # last tile of fewer rows is listed for tiles with which it has positives alone too:
+                # n pairs at most, where the above has room for K keys more than there are.
                 of_both = tiles(of_both + 2 * n, 2)
             both = min(both, tiles(of_both, window) + 1)
         return Windows(is_mirrored, window, (both, 0), 0, piece, of_list, dtype)

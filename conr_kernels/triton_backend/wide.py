@@ -298,7 +298,7 @@ def conr_wide_product_kernel(
         for item in range(tl.program_id(0), n_items * N_BLOCKS, tl.num_programs(0)):
             tile = (first_entry + item // N_BLOCKS) % n_tiles
             k = item % N_BLOCKS * tl.full((), BLOCK_D, tl.int64)
-            G, n_pairs = tl.zeros((BLOCK_I, BLOCK_D), dtype), tl.zeros((), tl.int64)
+            G, n_pairs = tl.zeros((BLOCK_I, BLOCK_D), dtype), tl.zeros((), tl.int32)
             for nth in range(first_entry // n_tiles, last_entry // n_tiles + 1):
                 if MIRRORED:
                     entry, end = _lower_entries(
@@ -326,9 +326,9 @@ def conr_wide_product_kernel(
                 start, n_a, a, b, _, _, _, _ = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
                 begin = tl.maximum(start.to(tl.int64), first)
                 n = tl.minimum(tl.load(starts_ptr + entry + 1), first + n_here) - begin
-                n = tl.maximum(n, 0)
+                n = tl.maximum(n, 0).to(tl.int32)
                 key, slot = begin - start + nth * piece, begin - first
-                for v in range((n * STEPS).to(tl.int32)):
+                for v in range(n * STEPS):
                     step = key * STEPS + v
                     run = a if MIRRORED else tl.where(step < n_a * STEPS, a, b)
                     j0 = step * BLOCK_K + run * BLOCK_J

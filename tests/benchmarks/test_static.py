@@ -233,6 +233,7 @@ KNOWN_SPILLS = {
     ("conr_dense_gradient_kernel", "float32 highest", "128", "paper 4096 rows"): "24",
     ("conr_forward_kernel", "float64", "2048", "paper"): "24",
     ("conr_wide_product_kernel", "float64", "2048", "paper"): "8",
+    ("conr_wide_product_kernel", "bfloat16", "384", "paper"): "32",  # for each tile of anchors once
     ("conr_order_kernel", "bfloat16", "128", "released-depth keys"): "8",
     ("conr_dense_rows_kernel", "bfloat16", "128", "no-similarity 1024 rows t=0.02 no weights"): "8",
     ("conr_backward_parts_kernel", "bfloat16", "256", "released-age"): "32",
