@@ -218,26 +218,32 @@ def key_tiles(
 
 @triton.jit
 def upper_tiles(
-    tile, layout_ptr, n_rows, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, BLOCK: tl.constexpr
+    tile, layout_ptr, n_rows, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Of the tiles of keys that a tile of anchors visits those not before itself, ``[a, b)``, where
-    the anchors are the keys, labels are scalars and tiles are square; the other pairs are these the
-    other way round. Within them ``[c, d)``, all of whose pairs lie in the anchors' bands, but for a
-    tile that holds an anchor's pair with itself.
+    """Of the tiles of keys that a tile of anchors visits those not before its own rows, ``[a, b)``,
+    where the anchors are the keys and labels are scalars; the other pairs are these the other way
+    round. Within them ``[c, d)``, all of whose pairs lie in the anchors' bands, but for tiles that
+    hold an anchor's pair with itself. BLOCK_J divides BLOCK_I.
 
-    ``a`` and ``b`` grow with the tile: a row between two others is within the window of both.
+    ``b`` grows with the tile, and ``a`` where the sides are equal: a row between two others is
+    within the window of both.
     """
     is_outside, _, _, _, hi_ptr = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
-    first = tile * BLOCK
-    last = tl.minimum(first + BLOCK, n_rows) - 1
-    of_all = tl.load(hi_ptr + first) // BLOCK
-    a, b = tile, tl.maximum(tl.cdiv(tl.load(hi_ptr + last), BLOCK), tile)
-    c, d = tile + (0 if NEGATIVES else 1), tl.minimum(of_all, b)
+    first = tile * BLOCK_I
+    last = tl.minimum(first + BLOCK_I, n_rows) - 1
+    a = tile * (BLOCK_I // BLOCK_J)
+    own_end = a + BLOCK_I // BLOCK_J
+    # What the first anchor reaches all of them do: behind their own rows, or if it reaches these.
+    reached = tl.load(hi_ptr + first) // BLOCK_J
+    b = tl.maximum(tl.cdiv(tl.load(hi_ptr + last), BLOCK_J), a)
+    c, d = own_end, tl.minimum(reached, b)
+    if NEGATIVES:
+        c = tl.where(reached >= own_end, a, own_end)
     if NEGATIVES and CONFUSED:
         # Outside: all but the tiles that hold positives alone; predictions as in ``key_tiles``.
-        end = tl.cdiv(n_rows, BLOCK)
-        is_near = tl.load(layout_ptr) == 2
-        a = tl.where(is_outside, tl.minimum(tl.maximum(tile, of_all), end), a)
+        end, is_near = tl.cdiv(n_rows, BLOCK_J), tl.load(layout_ptr) == 2
+        a = tl.where(is_outside & (reached >= own_end), tl.minimum(reached, end), a)
         b = tl.where(is_outside, end, b)
         c = tl.where(is_outside, a, c)
         d = tl.where(is_outside, tl.where(is_near, b, a), d)
