@@ -316,7 +316,9 @@ def _list_sweep(
             is_tile = tile < n_tiles
             here = tl.minimum(tile, n_tiles - 1)
             if MIRRORED:
-                a, b, c, d = upper_tiles(here, layout_ptr, n_anchors, NEGATIVES, CONFUSED, BLOCK_I)
+                a, b, c, d = upper_tiles(
+                    here, layout_ptr, n_anchors, NEGATIVES, CONFUSED, BLOCK_I, BLOCK_J
+                )
                 n = b - a
             else:
                 every, full, _ = key_tiles(
