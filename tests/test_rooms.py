@@ -36,7 +36,7 @@ ALLOWED = {
 }
 MOST_FILES_A_FOLDER = 16
 MOST_LINES_A_FILE = {"conr_kernels": 400, "benchmarks": 320}
-MOST_LINES = {"conr_kernels": 9_810, "benchmarks": 5_440}
+MOST_LINES = {"conr_kernels": 9_820, "benchmarks": 5_440}
 
 Modules = dict[str, tuple[Path, str]]
 

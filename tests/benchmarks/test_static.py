@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime.jit import JITFunction
 
-from benchmarks.static import compiled, loops, rank, shipped, table, tiles
+from benchmarks.static import compiled, loops, passes, rank, shipped, table, tiles
 from benchmarks.static.machine import MachineCode, machine_code
 from benchmarks.static.shipped import CHUNKED, FEW, KEPT, SWEEPS, Call
 from conr_kernels.triton_backend import call as call_module
@@ -388,6 +388,23 @@ def test_visited_tiles_are_those_with_pairs_in_the_window(sweep: str) -> None:
     inside = pad[:15].amin((1, 3)).sum(1).int()
     own = torch.tensor([2 if sweep == "positives" else 0]).clamp(max=inside)
     assert [full for full, _ in visits[:15]] == (inside - own).tolist()
+
+
+def test_pairs_of_tiles_that_are_listed_once_have_two_products() -> None:
+    """Of all windows' programs; a pair of a tile with itself has one."""
+    sweeps = ("positives", "negatives")
+    listed = [tiles.not_before(SWEEPS, 128, sweep, 1.0) for sweep in sweeps]
+    visits = [tiles.visits(SWEEPS, SWEEPS, 128, 128, sweep, 1.0, True, False) for sweep in sweeps]
+    both = sum(full + edge for of_sweep in visits for full, edge in of_sweep)
+    assert both == 2 * sum(map(sum, listed)) - sum(map(len, listed))
+    done = Counter()
+    for launch in launches_of(Call(SWEEPS, CHUNKED, "bfloat16", part="wide"), 90):
+        if "H_ptr" in launch.arguments:
+            assert passes.is_mirrored(launch)
+            done[launch.name] += sum(n for _, n in passes.anchor_tiles(launch))
+    columns = CHUNKED // 256
+    assert done["conr_wide_scores_kernel"] == sum(map(sum, listed))
+    assert done["conr_wide_product_kernel"] == both * columns
 
 
 def test_natural_loops_are_found_across_cold_blocks_behind_the_end() -> None:
