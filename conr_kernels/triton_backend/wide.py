@@ -293,9 +293,14 @@ def conr_wide_product_kernel(
     rows = tl.arange(0, BLOCK_I)
     await_earlier(EARLY)
     if n_here > 0:
-        # All entries of a tile of anchors are one program's. Mirrored, every tile may be keys here.
-        n_items = n_tiles if MIRRORED else tl.minimum(last_entry - first_entry + 1, n_tiles)
-        for item in range(tl.program_id(0), n_items * N_BLOCKS, tl.num_programs(0)):
+        # All entries of a tile of anchors are one program's.
+        n_items = last_entry - first_entry + 1
+        if MIRRORED:  # and tiles behind the last one that are its keys: no other's are further on
+            n_last, last = _of_entry(last_entry, list_ptr, starts_ptr, n_tiles)[1:3]
+            last += tl.minimum(n_last, (last_entry // n_tiles + 1) * piece) - 1
+            n_items += (last - last_entry % n_tiles).to(tl.int32)
+        n_items = tl.minimum(n_items, n_tiles) * N_BLOCKS
+        for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
             tile = (first_entry + item // N_BLOCKS) % n_tiles
             k = item % N_BLOCKS * tl.full((), BLOCK_D, tl.int64)
             G, n_pairs = tl.zeros((BLOCK_I, BLOCK_D), dtype), tl.zeros((), tl.int32)
@@ -304,8 +309,8 @@ def conr_wide_product_kernel(
                     entry, end = _lower_entries(
                         tile, nth, list_ptr, first, n_here, first_entry, last_entry, n_tiles, piece
                     )
-                    x = entry - nth * n_tiles
-                    start_ptr, a_ptr = starts_ptr + entry, list_ptr + n_tiles + x
+                    x, start_ptr = entry - nth * n_tiles, starts_ptr + entry
+                    a_ptr = list_ptr + n_tiles + x
                     next_start, next_a = tl.load(start_ptr), tl.load(a_ptr)
                     for v in range((end - entry) * STEPS):
                         # Where bands of what is not finite disagree, another's slot.
@@ -323,7 +328,7 @@ def conr_wide_product_kernel(
                         G = dot(H_ij, q_j, G, PRECISION)
                     n_pairs += end - entry
                 entry = nth * n_tiles + tile
-                start, n_a, a, b, _, _, _, _ = _of_entry(entry, list_ptr, starts_ptr, n_tiles)
+                start, n_a, a, b = _of_entry(entry, list_ptr, starts_ptr, n_tiles)[:4]
                 begin = tl.maximum(start.to(tl.int64), first)
                 n = tl.minimum(tl.load(starts_ptr + entry + 1), first + n_here) - begin
                 n = tl.maximum(n, 0).to(tl.int32)
@@ -344,9 +349,8 @@ def conr_wide_product_kernel(
                         G = dot(H_ij, q_j, G, PRECISION)
                 n_pairs += n
             if n_pairs > 0:
-                own = tile
-                if MIRRORED:  # whose piece is the first that the tile is in
-                    own, _ = _lower_run(tile, 0, list_ptr, n_tiles, piece)
+                # Whose first piece has the tile's first pair: no later piece stands before.
+                own = _lower_run(tile, 0, list_ptr, n_tiles, piece)[0] if MIRRORED else tile
                 is_first = (negatives == 0) & (tl.load(starts_ptr + own) + tile - own >= first)
                 row = tl.load(order_ptr + tile * BLOCK_I + rows)
                 parts = in_parts(G, PARTS)
