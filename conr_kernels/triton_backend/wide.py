@@ -243,7 +243,7 @@ def _number_of(entry, tile, list_ptr, n_tiles, piece):
 
 @triton.jit
 def _lower_run(tile, nth, list_ptr, n_tiles, piece):
-    """The earlier tiles whose nth pieces have this one as keys: one run, as ``a`` and ``b`` grow."""
+    """The earlier tiles whose nth pieces have this one as keys: a run, as ``a`` and ``b`` grow."""
     reached_ptr = list_ptr + 2 * n_tiles
     near, far = tile - nth * piece, tile - (nth + 1) * piece
     begin = tl.where(far < 0, 0, tl.load(reached_ptr + tl.maximum(far, 0))).to(tl.int32)
@@ -272,7 +272,7 @@ def conr_wide_product_kernel(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """``Σ H_ij q_j`` over those pairs, mirrored both ways round, added to what windows before left in
+    """``Σ H_ij q_j`` over those pairs, mirrored both ways, added to what windows before left in
     G [N, D], in the caller's order: tiles of anchors × BLOCK_D columns, in turns of programs.
 
     The launch before is the scores', which writes H alone: what leads to H does not await it.
