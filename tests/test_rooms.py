@@ -35,8 +35,8 @@ ALLOWED = {
     "benchmarks.gpu": {"benchmarks", "benchmarks.static"},
 }
 MOST_FILES_A_FOLDER = 18
-MOST_LINES_A_FILE = {"conr_kernels": 400, "benchmarks": 320}
-MOST_LINES = {"conr_kernels": 9_990, "benchmarks": 5_480}
+MOST_LINES_A_FILE = {"conr_kernels": 425, "benchmarks": 320}
+MOST_LINES = {"conr_kernels": 10_300, "benchmarks": 5_540}
 
 Modules = dict[str, tuple[Path, str]]
 

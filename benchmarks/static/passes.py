@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import torch
+
 from conr_kernels.triton_backend import layout
 
 from . import tiles
@@ -59,27 +61,50 @@ def window_of(launch: Launch) -> tuple[str, tuple[int, ...], float]:
     """Of a window of the list for wide features: its sweep, the tiles of keys of each entry that
     has some in it, and their share of the sweep's.
     """
+    sweep, runs, n_pairs = _runs_of(launch)
+    here = tuple(len(run) for _, run in runs)
+    return sweep, here, sum(here) / max(n_pairs, 1)
+
+
+def _runs_of(launch: Launch) -> tuple[str, list[tuple[int, range]], int]:
+    """Its sweep; of each entry that has some in it the tile of anchors, and which of its tiles of
+    keys; how many pairs the sweep has.
+    """
     given = launch.arguments
-    first, window = given["first"], given["window"]
-    sweeps = ("positives", "negatives")
-    counts = {sweep: [sum(visit) for visit in _visits(launch, sweep)] for sweep in sweeps}
+    first, window, piece = given["first"], given["window"], given["piece"]
+    counts = {sweep: _counts(launch, sweep) for sweep in ("positives", "negatives")}
+    n_tiles = len(counts["positives"])
     start = -(-sum(counts["positives"]) // window) * window
     if given["CONFUSED"] and not given["apart"]:
-        of_all = len(counts["positives"]) * -(-given["n_keys"] // given["BLOCK_J"])
+        n_keys = -(-given["n_keys"] // given["BLOCK_J"])
+        of_all = n_tiles * (n_tiles + 1) // 2 if is_mirrored(launch) else n_tiles * n_keys
         start = -(-of_all // window) * window
-    sweep, at = ("negatives", start) if first >= start else ("positives", 0)
-    piece = given["piece"]
-    ends = itertools.accumulate(
-        (
-            min(max(n - before, 0), piece)
-            for before in range(0, max(counts[sweep]), piece)
-            for n in counts[sweep]
-        ),
-        initial=at,
-    )
-    here = itertools.pairwise(min(max(end - first, 0), window) for end in ends)
-    here = tuple(b - a for a, b in here if b > a)
-    return sweep, here, sum(here) / max(sum(counts[sweep]), 1)
+    sweep, begin = ("negatives", start) if first >= start else ("positives", 0)
+    runs = []
+    for before in range(0, max(counts[sweep]), piece):
+        for tile, n in enumerate(counts[sweep]):
+            n = min(max(n - before, 0), piece)
+            here = range(max(first - begin, 0), min(first + window - begin, n))
+            if here:
+                runs.append((tile, range(before + here.start, before + here.stop)))
+            begin += n
+    return sweep, runs, sum(counts[sweep])
+
+
+def _counts(launch: Launch, sweep: str) -> list[int]:
+    """Tiles of keys of every tile of anchors in a sweep's part of the list."""
+    given = launch.arguments
+    if is_mirrored(launch):
+        return tiles.not_before(given["n_anchors"], given["BLOCK_I"], sweep, launch.reach)
+    return [sum(visit) for visit in _visits(launch, sweep)]
+
+
+def is_mirrored(launch: Launch) -> bool:
+    """Whether that list has each pair of tiles once; of the scores nothing depends on it."""
+    given = launch.arguments
+    is_square = given["BLOCK_I"] == given["BLOCK_J"] and given["H_ptr"].dtype == torch.bfloat16
+    is_alone = given["SAME"] and given["CONFUSED"] and given.get("L", 1) == 1
+    return given.get("MIRRORED", is_alone and is_square)
 
 
 def is_of_few_rows(launch: Launch) -> bool:
@@ -115,7 +140,7 @@ def anchor_tiles(launch: Launch) -> tuple[tuple[int, ...], ...]:
 
 def _shares(launch: Launch, sweep: str) -> tuple[tuple[int, int], ...]:
     """Full and edge tiles of each program of a sweep."""
-    if is_mirrored(launch):
+    if has_strips(launch):
         return _of_strips(launch, sweep)
     n_programs = programs_per_tile(launch)
     return tuple(
@@ -125,8 +150,8 @@ def _shares(launch: Launch, sweep: str) -> tuple[tuple[int, int], ...]:
     )
 
 
-def is_mirrored(launch: Launch) -> bool:
-    """Whether each pair of tiles is visited once, for both of its rows."""
+def has_strips(launch: Launch) -> bool:
+    """Whether a forward pass takes each pair of rows once."""
     return "mirrored" in launch.name
 
 
@@ -160,15 +185,30 @@ def _of_strips(launch: Launch, sweep: str) -> tuple[tuple[int, int], ...]:
 
 def _turns(launch: Launch) -> tuple[tuple[int, int], ...]:
     """Of each program of a launch for wide features: none and the tiles of pairs of its scores; the
-    entries of its products, once for each of their columns, and their tiles of pairs.
+    tiles of anchors of its products, once for each of their columns, and their tiles of pairs.
     """
     n_programs, (_, here, _) = launch.grid[0], window_of(launch)
     if not is_product(launch):
         return tuple((0, len(range(p, sum(here), n_programs))) for p in range(n_programs))
-    items = [n for n in here for _ in range(columns_of(launch))]
+    per_tile = _mirrored_counts(launch) if is_mirrored(launch) else here
+    items = [n for n in per_tile for _ in range(columns_of(launch))]
     return tuple(
-        (len(mine), sum(mine)) for p in range(n_programs) for mine in [items[p::n_programs]]
+        (sum(n > 0 for n in mine), sum(mine))
+        for p in range(n_programs)
+        for mine in [items[p::n_programs]]
     )
+
+
+def _mirrored_counts(launch: Launch) -> list[int]:
+    """Pairs of the window that a tile is anchors or keys of, of all tiles from the first's on."""
+    _, runs, _ = _runs_of(launch)
+    found = [0] * -(-launch.arguments["n_anchors"] // launch.arguments["BLOCK_I"])
+    for tile, run in runs:
+        found[tile] += len(run)
+        for distance in run:
+            found[tile + distance] += distance > 0
+    first = runs[0][0] if runs else 0
+    return found[first:] + found[:first]
 
 
 def _share(n: int, slot: int, n_slots: int) -> int:
@@ -205,7 +245,7 @@ def phases_of(
         rest.append((m, times))
         for loop in m.loops:
             known = _trips(loop.nest, given)
-            if is_mirrored(launch) and any(inner.nest.exponentials for inner in loop.loops):
+            if has_strips(launch) and any(inner.nest.exponentials for inner in loop.loops):
                 here = list(itertools.islice(names, 2))  # once for each of a strip's tiles of rows
                 names = itertools.chain(here, names)
                 is_here = sum(kinds[kind] for kind in here) > 0
@@ -230,7 +270,8 @@ def _products(loop: Matched, given: dict, times: float, n: float) -> Iterator:
     """
     if "BLOCK_K" in given:
         (entries,) = loop.loops
-        steps = n * (given["BLOCK_J"] // given["BLOCK_K"])
+        # Half of them transposed, in a loop of their own, where pairs are listed once.
+        steps = n * (given["BLOCK_J"] // given["BLOCK_K"]) / len(entries.loops)
         yield from ((loop, times), (entries, times), *((child, steps) for child in entries.loops))
         return
     known = _trips(loop.nest, given)

@@ -75,6 +75,15 @@ def upper_runs(n: int, own: int, met: int, sweep: str) -> tuple[tuple[int, int, 
 
 
 @functools.cache
+def not_before(n: int, block: int, sweep: str, reach: float) -> list[int]:
+    """How many tiles of keys every tile of anchors visits that are not before itself."""
+    values = batch(n)[sweep]
+    last = torch.arange(block - 1, n + block - 1, block).clamp(max=n - 1)
+    stop = torch.searchsorted(values, values[last] + reach, right=True)
+    return (-(-stop // block) - torch.arange(len(last))).tolist()
+
+
+@functools.cache
 def band_rows(n: int, sweep: str) -> int:
     """Keys in a row's band, on average; of both sweeps, in both bands."""
     if sweep == "both":

@@ -83,6 +83,24 @@ def store_tile(tile, row_ptrs, columns, mask, D_PAD: tl.constexpr, IN_HALVES: tl
 
 
 @triton.jit
+def store_part(ptr, tile, first, COLS: tl.constexpr, IN_HALVES: tl.constexpr):
+    """Columns ``first …`` of a tile of ROWS rows, to [columns / COLS, ROWS, COLS]."""
+    rows, columns = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1]) + first
+    rows = columns[None, :] // COLS * tile.shape[0] + rows[:, None]
+    store_tile(tile, ptr + rows * COLS, columns[None, :] % COLS, None, COLS, IN_HALVES)
+
+
+@triton.jit
+def load_transposed(ptr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr):
+    """The first COLS rows of such a tile, of ROWS columns too, as columns."""
+    i, j = tl.arange(0, COLS)[:, None], tl.arange(0, ROWS)[None, :]
+    tile = tl.load(ptr + (j // COLS * ROWS + i) * COLS + j % COLS)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tl.trans(tile)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``a·b + acc``, accumulated in float32, or in float64 for float64. Of factors in halves: all
     products but the smallest, the largest last.

@@ -54,12 +54,13 @@ LIST_NUMBERS = 2**31 - 1
 
 
 class Windows(NamedTuple):
-    """Of the list of wide features' pairs of tiles: how many are a window; how many windows suffice
-    for any bands, before the negatives' copies replace the positives' and after; the number where
-    negatives begin at the earliest; tiles of keys of a piece; numbers of the list itself and their
-    dtype.
+    """Of the list of wide features' pairs of tiles: whether it has two tiles once for both, as H_ij
+    is symmetric; how many are a window; how many windows suffice for any bands, before the
+    negatives' copies replace the positives' and after; the number where negatives begin at the
+    earliest; tiles of keys of a piece; numbers of the list itself and their dtype.
     """
 
+    is_mirrored: bool
     pairs: int
     passes: tuple[int, int]
     second: int
@@ -143,13 +144,19 @@ class Call:
         features = max(self.N, self.K) * self.D * itemsize
         least, most = WORKSPACE
         kept = max(least, min(WIDE_FEATURES * features, max(most, features // 2)))
+        # Where bands of scalars decide and the anchors are the keys. Tensor cores read a transposed
+        # factor in 16 bits alone, and float16 has a scale for each row of a tile.
+        is_mirrored = self.L == 1 and self.is_confused and not self.has_keys
+        is_mirrored &= self.form.dtype == torch.bfloat16 and chosen.BLOCK_I == chosen.BLOCK_J
+        n_pairs = n * (n + 1) // 2 if is_mirrored else n * n_j
         window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
+        window = min(window, n_pairs)
         piece = min(max(PIECE_KEYS // chosen.BLOCK_J, window // PIECES, 1), window)
         of_list = 8 + 2 * ((7 + tiles(n_j, piece)) * n + 1)
-        dtype = torch.int32 if 2 * n * n_j + 3 * window <= LIST_NUMBERS else torch.int64
-        each = tiles(n * n_j, window)
+        dtype = torch.int32 if 2 * n_pairs + 3 * window <= LIST_NUMBERS else torch.int64
+        each = tiles(n_pairs, window)
         if self.is_confused and not is_apart:
-            return Windows(window, (each, each), each * window, piece, of_list, dtype)
+            return Windows(is_mirrored, window, (each, each), each * window, piece, of_list, dtype)
         both = 2 * each
         if self.L == 1:
             # The negatives' keys are no more than those outside the label bands, so that both have
@@ -157,8 +164,14 @@ class Call:
             # from one tile to the next, and all the borders together have 2 K keys. The choice is
             # made for ROW_PAD anchors; each of four ends adds less than a tile.
             per_choice = ROW_PAD // chosen.BLOCK_I
-            both = min(both, tiles(n * (n_j + 4) + 3 * per_choice * n_j, window) + 1)
-        return Windows(window, (both, 0), 0, piece, of_list, dtype)
+            of_both = n * (n_j + 4) + 3 * per_choice * n_j
+            if is_mirrored:
+                # Half of them and of the tiles' pairs with themselves. Outside the label bands a
+                # last tile of fewer rows is listed for tiles with which it has positives alone too:
+                # n pairs at most, where the above has room for K keys more than there are.
+                of_both = tiles(of_both + 2 * n, 2)
+            both = min(both, tiles(of_both, window) + 1)
+        return Windows(is_mirrored, window, (both, 0), 0, piece, of_list, dtype)
 
     @property
     def is_mirrored(self) -> bool:

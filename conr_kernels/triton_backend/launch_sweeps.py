@@ -209,7 +209,9 @@ class Plan(Forward):
         columns = product.BLOCK_D if call.D_pad % product.BLOCK_D == 0 else WIDE_PAD
         tile = {"BLOCK_I": chosen.BLOCK_I, "BLOCK_J": chosen.BLOCK_J}
         n_tiles = tiles(N, chosen.BLOCK_I)
-        window, passes, second, piece, of_list, dtype = call.windows(chosen, self.is_apart)
+        is_mirrored, window, passes, second, piece, of_list, dtype = call.windows(
+            chosen, self.is_apart
+        )
         parts, G, H = self.work_of_gradient, "G nothing", "H nothing"
         parts.add("list", of_list, dtype)
         parts.add("windows", sum(passes) + 1, torch.int32)
@@ -223,7 +225,8 @@ class Plan(Forward):
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
         of_pairs = {"RESCALE": call.is_rescaled, "BLOCK_K": product.BLOCK_J}
         pairs = call.bind(
-            layout.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L, **tile,
+            layout.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L,
+            MIRRORED=is_mirrored, **tile,
             BLOCK=min(max(1 << (n_tiles - 1).bit_length(), 128), 1024),
         )  # fmt: skip
         scores, later_scores = (
@@ -245,7 +248,8 @@ class Plan(Forward):
         products = call.bind(
             wide.conr_wide_product_kernel, product.launch, overlaps=True, **of_all, D=call.D,
             D_PAD=call.D_pad, PRECISION=call.pair_flags["PRECISION"],
-            UPCAST=call.pair_flags["UPCAST"], **of_pairs, **tile, BLOCK_D=columns,
+            UPCAST=call.pair_flags["UPCAST"], MIRRORED=is_mirrored, **of_pairs, **tile,
+            BLOCK_D=columns,
         )  # fmt: skip
         of_scores = self._pick(f"layout list windows q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
         of_products = self._pick(f"layout list windows q_j {H} {G}")

@@ -279,6 +279,24 @@ def upper_tiles(
 
 
 @triton.jit
+def lower_tiles(
+    tile, layout_ptr, n_rows, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The same pairs from their later tile: no tile before ``begin`` visits it; and of how many
+    tiles the ``a`` is not behind it.
+    """
+    is_outside, _, _, lo_ptr, _ = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
+    begin, n = tl.minimum(tl.load(lo_ptr + tile * BLOCK) // BLOCK, tile), tile + 1
+    if NEGATIVES and CONFUSED:
+        # Outside: rows whose band ends in this tile are in the band of its last row.
+        last = tile * BLOCK + BLOCK - 1
+        before = tl.cdiv(tl.load(lo_ptr + tl.minimum(last, n_rows - 1)), BLOCK)
+        n = tl.where(is_outside & (last < n_rows), tl.minimum(before, n), n)
+        begin = tl.where(is_outside, 0, begin)
+    return begin, n
+
+
+@triton.jit
 def _union(a0, a1, b0, b1):
     return a0, a1, b0, b1, b1, b1
 
@@ -315,7 +333,7 @@ def sizes_of(n_anchors, n_keys, piece, BLOCK_I: tl.constexpr, BLOCK_J: tl.conste
 def _list_sweep(
     list_ptr, windows_ptr, start, n_tiles, layout_ptr, n_anchors, n_keys, window, piece,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
+    MIRRORED: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes a sweep's part; the number behind its last pair, and how many entries it has."""
     n_entries, before = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
@@ -324,17 +342,31 @@ def _list_sweep(
         for t in range(0, n_tiles, BLOCK):
             tile = t + tl.arange(0, BLOCK)
             is_tile = tile < n_tiles
-            every, full, _ = key_tiles(
-                tl.minimum(tile, n_tiles - 1), layout_ptr, n_anchors, n_keys,
-                NEGATIVES, CONFUSED, SAME, L == 1, BLOCK_I, BLOCK_J,
-            )  # fmt: skip
-            a0, a1, b0, _, _, _ = every
+            here = tl.minimum(tile, n_tiles - 1)
+            if MIRRORED:
+                a, b, c, d = upper_tiles(
+                    here, layout_ptr, n_anchors, NEGATIVES, CONFUSED, BLOCK_I, BLOCK_J
+                )
+                n = b - a
+            else:
+                every, full, _ = key_tiles(
+                    here, layout_ptr, n_anchors, n_keys, NEGATIVES, CONFUSED, SAME, L == 1,
+                    BLOCK_I, BLOCK_J,
+                )  # fmt: skip
+                a0, a1, b0, _, _, _ = every
+                n = count_of(every)
             # Anchors that are no positives of themselves are not finite: NaN, whatever is in G.
-            n = tl.where(is_tile, count_of(every), 0)
+            n = tl.where(is_tile, n, 0)
             longest = tl.maximum(longest, tl.max(n, axis=0))
             if before == 0:
-                c0, c1, d0, d1, _, _ = full
-                numbers = (a1 - a0, a0, b0 - (a1 - a0), c0, c1, d0, d1)
+                if MIRRORED:
+                    lower, reached = lower_tiles(
+                        here, layout_ptr, n_anchors, NEGATIVES, CONFUSED, BLOCK_I
+                    )
+                    numbers = (b - a, a, reached, c, d, lower, lower)
+                else:
+                    c0, c1, d0, d1, _, _ = full
+                    numbers = (a1 - a0, a0, b0 - (a1 - a0), c0, c1, d0, d1)
                 for row in tl.static_range(PER_TILE):
                     tl.store(list_ptr + row * n_tiles + tile, numbers[row], mask=is_tile)
             n = tl.minimum(tl.maximum(n - before, 0), piece).to(start.dtype)
@@ -353,7 +385,7 @@ def _list_sweep(
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "window", "piece", "second"])
 def conr_wide_list_kernel(
     layout_ptr, list_ptr, windows_ptr, n_anchors, n_keys, window, piece, second,
-    CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr,
+    CONFUSED: tl.constexpr, SAME: tl.constexpr, L: tl.constexpr, MIRRORED: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The list: a head (the number of the negatives' first pair; those behind each sweep's last
@@ -363,6 +395,10 @@ def conr_wide_list_kernel(
     pair. Entries are the first ``piece`` tiles of keys, no more than a window, of every tile of
     anchors, then the next ones of every tile, …
 
+    ``MIRRORED``: each pair of tiles once, of ``upper_tiles``. Instead of the second run's begin the
+    list has how many tiles' runs begin not behind this tile, and the second run of full tiles is
+    empty and begins where the tiles do that have a pair with it (``lower_tiles``).
+
     The negatives' numbers begin with a window, not before ``second``. Windows: the entry that each
     begins in. One program.
     """
@@ -371,7 +407,7 @@ def conr_wide_list_kernel(
     end, n_entries = _list_sweep(
         list_ptr + HEAD, windows_ptr, tl.zeros((), list_ptr.dtype.element_ty), n_tiles,
         layout_ptr, n_anchors, n_keys, window, piece,
-        False, CONFUSED, SAME, L, BLOCK_I, BLOCK_J, BLOCK,
+        False, CONFUSED, SAME, L, MIRRORED, BLOCK_I, BLOCK_J, BLOCK,
     )  # fmt: skip
     start = tl.maximum(tl.cdiv(end, window) * window, second)
     tl.store(list_ptr, start)
@@ -380,7 +416,7 @@ def conr_wide_list_kernel(
     end, n_entries = _list_sweep(
         list_ptr + HEAD + size, windows_ptr, start, n_tiles,
         layout_ptr, n_anchors, n_keys, window, piece,
-        True, CONFUSED, SAME, L, BLOCK_I, BLOCK_J, BLOCK,
+        True, CONFUSED, SAME, L, MIRRORED, BLOCK_I, BLOCK_J, BLOCK,
     )  # fmt: skip
     tl.store(list_ptr + 2, end)
     tl.store(list_ptr + 4, n_entries)

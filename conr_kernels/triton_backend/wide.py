@@ -10,7 +10,15 @@ products are work for all multiprocessors.
 import triton
 import triton.language as tl
 
-from .arithmetic import await_earlier, dot, load_tile, similarity, start_next, store_tile
+from .arithmetic import (
+    await_earlier,
+    dot,
+    load_tile,
+    load_transposed,
+    similarity,
+    start_next,
+    store_part,
+)
 from .gradient import (
     coefficients_of,
     factor_of,
@@ -83,7 +91,7 @@ def _entry_of(number, entry, later_starts, starts_ptr, n_entries):
 def _of_entry(entry, list_ptr, starts_ptr, n_tiles):
     """Its first pair; of its tile of anchors the runs of keys, and of those in full tiles."""
     ptr = list_ptr + entry % n_tiles
-    n_a, a, b = _runs_of(entry % n_tiles, list_ptr, n_tiles)
+    n_a, a, b = tl.load(ptr), tl.load(ptr + n_tiles), tl.load(ptr + 2 * n_tiles)
     c0, c1 = tl.load(ptr + 3 * n_tiles), tl.load(ptr + 4 * n_tiles)
     d0, d1 = tl.load(ptr + 5 * n_tiles), tl.load(ptr + 6 * n_tiles)
     return tl.load(starts_ptr + entry), n_a, a, b, c0, c1, d0, d1
@@ -115,7 +123,7 @@ def _store_gradients(
             largest = tl.maximum(largest, tl.max(tl.abs(H_ij), axis=1))
             done = done + (H_ij,)
         elif IS_HEAVY:
-            _store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K, False)
+            store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K, False)
         else:
             done = done + (H_ij.to(H_ptr.dtype.element_ty),)
         if IS_HEAVY:
@@ -126,17 +134,10 @@ def _store_gradients(
         tl.store(H_scale_ptr + slot * s_ij.shape[0] + tl.arange(0, s_ij.shape[0]), scale)
         for c in tl.static_range(PARTS):
             H_ij = done[c] * (1.0 / scale)[:, None]
-            _store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K, IN_HALVES)
+            store_part(H_ptr, H_ij, c * WIDTH, BLOCK_K, IN_HALVES)
     elif not IS_HEAVY:
         for c in tl.static_range(PARTS):
-            _store_part(H_ptr, done[c], c * WIDTH, BLOCK_K, False)
-
-
-@triton.jit
-def _store_part(H_ptr, H_ij, first, BLOCK_K: tl.constexpr, IN_HALVES: tl.constexpr):
-    rows, columns = tl.arange(0, H_ij.shape[0]), tl.arange(0, H_ij.shape[1]) + first
-    rows = columns[None, :] // BLOCK_K * H_ij.shape[0] + rows[:, None]
-    store_tile(H_ij, H_ptr + rows * BLOCK_K, columns[None, :] % BLOCK_K, None, BLOCK_K, IN_HALVES)
+            store_part(H_ptr, done[c], c * WIDTH, BLOCK_K, False)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "piece", "apart"])
@@ -233,10 +234,33 @@ def conr_wide_scores_kernel(
 
 
 @triton.jit
-def _runs_of(tile, list_ptr, n_tiles):
-    """The runs of keys of a tile of anchors, as the list has them."""
-    ptr = list_ptr + tile
-    return tl.load(ptr), tl.load(ptr + n_tiles), tl.load(ptr + 2 * n_tiles)
+def _number_of(entry, tile, list_ptr, n_tiles, piece):
+    """The number of a pair: of an entry's tile of anchors and this one as its keys."""
+    a = tl.load(list_ptr + n_tiles + entry % n_tiles)
+    start = tl.load(list_ptr + PER_TILE * n_tiles + entry).to(tl.int64)
+    return start + tile - a - entry // n_tiles * piece
+
+
+@triton.jit
+def _lower_run(tile, nth, list_ptr, n_tiles, piece):
+    """The earlier tiles whose nth pieces have this one as keys: a run, as ``a`` and ``b`` grow."""
+    reached_ptr = list_ptr + 2 * n_tiles
+    near, far = tile - nth * piece, tile - (nth + 1) * piece
+    begin = tl.where(far < 0, 0, tl.load(reached_ptr + tl.maximum(far, 0))).to(tl.int32)
+    end = tl.where(near < 0, 0, tl.load(reached_ptr + tl.maximum(near, 0))).to(tl.int32)
+    lower = tl.load(list_ptr + 5 * n_tiles + tile).to(tl.int32)
+    return tl.maximum(begin, lower), tl.minimum(end, tile)
+
+
+@triton.jit
+def _lower_entries(tile, nth, list_ptr, first, n_here, first_entry, last_entry, n_tiles, piece):
+    """Their entries with a pair in the window, which may have a part of its first and its last."""
+    begin, end = _lower_run(tile, nth, list_ptr, n_tiles, piece)
+    is_before = _number_of(first_entry, tile, list_ptr, n_tiles, piece) < first
+    is_in_last = _number_of(last_entry, tile, list_ptr, n_tiles, piece) < first + n_here
+    begin = tl.maximum(nth * n_tiles + begin, first_entry + is_before.to(tl.int32))
+    end = tl.minimum(nth * n_tiles + end, last_entry + is_in_last.to(tl.int32))
+    return begin, tl.maximum(end, begin)
 
 
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "first", "window", "piece", "apart"])
@@ -244,11 +268,12 @@ def conr_wide_product_kernel(
     layout_ptr, list_ptr, windows_ptr, q_j_ptr, H_ptr, H_scale_ptr, G_ptr, G_rest_ptr,
     n_anchors, n_keys, first, window, piece, apart,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
+    MIRRORED: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """``Σ H_ij q_j`` over those pairs, added to what windows before have left in G [N, D], in the
-    caller's order: tiles of anchors × BLOCK_D columns, in turns of programs, BLOCK_K keys a step.
+    """``Σ H_ij q_j`` over those pairs, mirrored both ways, added to what windows before left in
+    G [N, D], in the caller's order: tiles of anchors × BLOCK_D columns, in turns of programs.
 
     The launch before is the scores', which writes H alone: what leads to H does not await it.
     """
@@ -269,21 +294,49 @@ def conr_wide_product_kernel(
     await_earlier(EARLY)
     if n_here > 0:
         # All entries of a tile of anchors are one program's.
-        n_items = tl.minimum(last_entry - first_entry + 1, n_tiles) * N_BLOCKS
+        n_items = last_entry - first_entry + 1
+        if MIRRORED:  # and tiles behind the last one that are its keys: no other's are further on
+            n_last, last = _of_entry(last_entry, list_ptr, starts_ptr, n_tiles)[1:3]
+            last += tl.minimum(n_last, (last_entry // n_tiles + 1) * piece) - 1
+            n_items += (last - last_entry % n_tiles).to(tl.int32)
+        n_items = tl.minimum(n_items, n_tiles) * N_BLOCKS
         for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-            own = first_entry + item // N_BLOCKS
+            tile = (first_entry + item // N_BLOCKS) % n_tiles
             k = item % N_BLOCKS * tl.full((), BLOCK_D, tl.int64)
-            tile = own % n_tiles
-            n_a, a, b = _runs_of(tile, list_ptr, n_tiles)
-            G, n_pairs = tl.zeros((BLOCK_I, BLOCK_D), dtype), tl.zeros((), tl.int64)
-            for entry in range(own, last_entry + 1, n_tiles):
-                start = tl.load(starts_ptr + entry).to(tl.int64)
-                begin = tl.maximum(start, first)
+            G, n_pairs = tl.zeros((BLOCK_I, BLOCK_D), dtype), tl.zeros((), tl.int32)
+            for nth in range(first_entry // n_tiles, last_entry // n_tiles + 1):
+                if MIRRORED:
+                    entry, end = _lower_entries(
+                        tile, nth, list_ptr, first, n_here, first_entry, last_entry, n_tiles, piece
+                    )
+                    x, start_ptr = entry - nth * n_tiles, starts_ptr + entry
+                    a_ptr = list_ptr + n_tiles + x
+                    next_start, next_a = tl.load(start_ptr), tl.load(a_ptr)
+                    for v in range((end - entry) * STEPS):
+                        # Where bands of what is not finite disagree, another's slot.
+                        slot = next_start - next_a + tile - nth * piece - first
+                        slot = tl.minimum(tl.maximum(slot, 0), window - 1)
+                        # Asked for a step ahead.
+                        next_start = tl.load(start_ptr + (v + 1) // STEPS)
+                        next_a = tl.load(a_ptr + (v + 1) // STEPS)
+                        H_ptrs = H_ptr + (slot * (BLOCK_I * STEPS) + v % STEPS * BLOCK_K) * BLOCK_K
+                        H_ij = load_transposed(H_ptrs, BLOCK_I, BLOCK_K, UPCAST)
+                        j0 = (x * STEPS + v) * tl.full((), BLOCK_K, tl.int64)
+                        q_j = load_tile(
+                            q_j_ptr + j0 * D_PAD, k, D_PAD, BLOCK_K, BLOCK_D, PRECISION, UPCAST
+                        )
+                        G = dot(H_ij, q_j, G, PRECISION)
+                    n_pairs += end - entry
+                entry = nth * n_tiles + tile
+                start, n_a, a, b = _of_entry(entry, list_ptr, starts_ptr, n_tiles)[:4]
+                begin = tl.maximum(start.to(tl.int64), first)
                 n = tl.minimum(tl.load(starts_ptr + entry + 1), first + n_here) - begin
-                key, slot = begin - start + entry // n_tiles * piece, begin - first
-                for v in range((n * STEPS).to(tl.int32)):
+                n = tl.maximum(n, 0).to(tl.int32)
+                key, slot = begin - start + nth * piece, begin - first
+                for v in range(n * STEPS):
                     step = key * STEPS + v
-                    j0 = step * BLOCK_K + tl.where(step < n_a * STEPS, a, b) * BLOCK_J
+                    run = a if MIRRORED else tl.where(step < n_a * STEPS, a, b)
+                    j0 = step * BLOCK_K + run * BLOCK_J
                     H_ptrs = H_ptr + (slot * STEPS + v) * (BLOCK_I * BLOCK_K)
                     H_ij = load_tile(H_ptrs, 0, BLOCK_K, BLOCK_I, BLOCK_K, PRECISION, UPCAST)
                     q_j = load_tile(
@@ -296,7 +349,9 @@ def conr_wide_product_kernel(
                         G = dot(H_ij, q_j, G, PRECISION)
                 n_pairs += n
             if n_pairs > 0:
-                is_first = (negatives == 0) & (own < n_tiles) & (tl.load(starts_ptr + own) >= first)
+                # Whose first piece has the tile's first pair: no later piece stands before.
+                own = _lower_run(tile, 0, list_ptr, n_tiles, piece)[0] if MIRRORED else tile
+                is_first = (negatives == 0) & (tl.load(starts_ptr + own) + tile - own >= first)
                 row = tl.load(order_ptr + tile * BLOCK_I + rows)
                 parts = in_parts(G, PARTS)
                 for c in tl.static_range(PARTS):

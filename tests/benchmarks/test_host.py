@@ -31,7 +31,7 @@ def test_kernels_and_calls_of_a_step_are_few(host: Host, N: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("N", "D", "windows"), [(16_384, 2048, 4), (65_536, 512, 34), (65_536, 2048, 18)]
+    ("N", "D", "windows"), [(16_384, 2048, 3), (65_536, 512, 18), (65_536, 2048, 10)]
 )
 def test_wide_features_take_as_few_windows_as_their_memory_allows(
     host: Host, N: int, D: int, windows: int

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime.jit import JITFunction
 
-from benchmarks.static import compiled, loops, rank, shipped, table, tiles
+from benchmarks.static import compiled, loops, passes, rank, shipped, table, tiles
 from benchmarks.static.machine import MachineCode, machine_code
 from benchmarks.static.shipped import CHUNKED, FEW, KEPT, SWEEPS, Call
 from conr_kernels.triton_backend import call as call_module
@@ -117,7 +117,7 @@ def test_every_branch_is_compiled(arch: int) -> None:
         if key[1] == "EARLY":
             assert values == {arch >= 90}, key
             continue
-        if key[1] == "RESIDENT":  # read from shared memory by no other
+        if key[1] in ("RESIDENT", "MIRRORED"):  # read from shared memory, square tiles: no other's
             assert values == (BOOL if arch == 90 else {False}), key
             continue
         domain = EXCEPTIONS.get(key, CONSTANTS[key[1]])  # a new constant needs a line there
@@ -228,6 +228,18 @@ def test_other_architectures_neither_spill_nor_use_atomics(name: str, call: Call
     assert not any(op.startswith(table.ATOMICS) for op in code.counts)
 
 
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16"])
+def test_lists_of_pairs_in_64_bits_are_compiled_too(arithmetic: str) -> None:
+    """Each pair once, and both ways."""
+    with mock.patch.object(call_module, "LIST_NUMBERS", 0):
+        launches = Call(SWEEPS, CHUNKED, arithmetic, part="wide").launches(90)
+    distinct = {shipped.specialization(x): x for x in launches if "list_ptr" in x.arguments}
+    assert len(distinct) == 4
+    for launch in distinct.values():
+        assert launch.arguments["list_ptr"].dtype == torch.int64
+        assert machine_code(compiled.compile_launch(launch, 90)).spill_bytes == 0, launch.name
+
+
 #: Bytes of a thread. Where registers are bounded so that one program more shares a multiprocessor
 #: (forward at D = 256 and in float32, backward at D = 64), an H200 takes 2-6 % less time with them.
 KNOWN_SPILLS = {
@@ -238,6 +250,7 @@ KNOWN_SPILLS = {
     ("conr_dense_gradient_kernel", "float32 highest", "128", "paper 4096 rows"): "24",
     ("conr_forward_kernel", "float64", "2048", "paper"): "24",
     ("conr_wide_product_kernel", "float64", "2048", "paper"): "8",
+    ("conr_wide_product_kernel", "bfloat16", "384", "paper"): "40",  # for each tile of anchors once
     ("conr_order_kernel", "bfloat16", "128", "released-depth keys"): "8",
     ("conr_dense_rows_kernel", "bfloat16", "128", "no-similarity 1024 rows t=0.02 no weights"): "8",
     ("conr_backward_parts_kernel", "bfloat16", "256", "released-age"): "32",
@@ -394,6 +407,23 @@ def test_visited_tiles_are_those_with_pairs_in_the_window(sweep: str) -> None:
     inside = pad[:15].amin((1, 3)).sum(1).int()
     own = torch.tensor([2 if sweep == "positives" else 0]).clamp(max=inside)
     assert [full for full, _ in visits[:15]] == (inside - own).tolist()
+
+
+def test_pairs_of_tiles_that_are_listed_once_have_two_products() -> None:
+    """Of all windows' programs; a pair of a tile with itself has one."""
+    sweeps = ("positives", "negatives")
+    listed = [tiles.not_before(SWEEPS, 128, sweep, 1.0) for sweep in sweeps]
+    visits = [tiles.visits(SWEEPS, SWEEPS, 128, 128, sweep, 1.0, True, False) for sweep in sweeps]
+    both = sum(full + edge for of_sweep in visits for full, edge in of_sweep)
+    assert both == 2 * sum(map(sum, listed)) - sum(map(len, listed))
+    done = Counter()
+    for launch in launches_of(Call(SWEEPS, CHUNKED, "bfloat16", part="wide"), 90):
+        if "H_ptr" in launch.arguments:
+            assert passes.is_mirrored(launch)
+            done[launch.name] += sum(n for _, n in passes.anchor_tiles(launch))
+    columns = CHUNKED // 256
+    assert done["conr_wide_scores_kernel"] == sum(map(sum, listed))
+    assert done["conr_wide_product_kernel"] == both * columns
 
 
 def test_natural_loops_are_found_across_cold_blocks_behind_the_end() -> None:

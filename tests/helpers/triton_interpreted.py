@@ -269,6 +269,8 @@ HALVES = [
     *(Case(40, 300, v, t) for v, t in itertools.product(("paper", "released-age"), (F16, BF16))),
     *(Case(40, 200, v, t) for v, t in (("paper", BF16), ("released-age", F16))),
     *(Case(140, 257, dtype=F16, regime=regime) for regime in ("parts", "pieces")),
+    *(Case(300, 257, v, BF16, labels="ages", regime=r) for v, r in (
+        ("paper", "windows"), ("released-age", "pieces"), ("paper", "parts"))),
 ]  # fmt: skip
 
 
