@@ -95,7 +95,8 @@ def _counts(launch: Launch, sweep: str) -> list[int]:
     """Tiles of keys of every tile of anchors in a sweep's part of the list."""
     given = launch.arguments
     if is_mirrored(launch):
-        return tiles.not_before(given["n_anchors"], given["BLOCK_I"], sweep, launch.reach)
+        n, block = given["n_anchors"], given["BLOCK_I"]
+        return [b - a for a, b, _, _ in tiles.upper_runs(n, block, block, sweep, launch.reach)]
     return [sum(visit) for visit in _visits(launch, sweep)]
 
 
@@ -160,7 +161,7 @@ def strip_size(launch: Launch, sweep: str) -> int:
     n, own = launch.arguments["n_anchors"], launch.arguments["BLOCK_J"]
     if sweep == "both":  # about
         sweep = "positives"
-    ends = [end for _, end, _, _ in tiles.upper_runs(n, 128, 128, sweep)]
+    ends = [end for _, end, _, _ in tiles.upper_runs(n, 128, 128, sweep, launch.reach)]
     reach = max(end - block for block, end in enumerate(ends)) + (sweep == "positives")
     return min(-(-(reach + 1) // (STRIPS - 2)), -(-len(ends) // STRIPS)) * (128 // own)
 
@@ -169,7 +170,8 @@ def _of_strips(launch: Launch, sweep: str) -> tuple[tuple[int, int], ...]:
     """Full and edge tiles of each program of a sweep, of a slice of what a strip meets."""
     given = launch.arguments
     n_programs = launch.grid[0] // (2 if given["SWEEPS"] == "both" else 1)
-    runs = tiles.upper_runs(given["n_anchors"], given["BLOCK_J"], given["BLOCK_I"], sweep)
+    sides = given["BLOCK_J"], given["BLOCK_I"]
+    runs = tiles.upper_runs(given["n_anchors"], *sides, sweep, launch.reach)
     size, found = strip_size(launch, sweep), []
     n_slices = min(n_programs // -(-len(runs) // size), SLICES)
     for first in range(0, len(runs), size):

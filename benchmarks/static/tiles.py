@@ -58,12 +58,14 @@ def visits(
 
 
 @functools.cache
-def upper_runs(n: int, own: int, met: int, sweep: str) -> tuple[tuple[int, int, int, int], ...]:
+def upper_runs(
+    n: int, own: int, met: int, sweep: str, reach: float
+) -> tuple[tuple[int, int, int, int], ...]:
     """Of each tile of ``own`` rows, where each pair of rows is visited once, its tiles of ``met``
     keys, none before its own rows: the first and the end of all, and those of the full ones.
     """
     values = batch(n)[sweep]
-    hi = torch.searchsorted(values, values + 1, right=True)
+    hi = torch.searchsorted(values, values + reach, right=True)
     first = torch.arange(0, n, own)
     last = (first + own - 1).clamp(max=n - 1)
     begin, reached = first // met, hi[first] // met
@@ -72,15 +74,6 @@ def upper_runs(n: int, own: int, met: int, sweep: str) -> tuple[tuple[int, int, 
         c = torch.where(reached >= own_end, begin, own_end)
     runs = begin, -(-hi[last] // met), c, torch.maximum(reached, c)
     return tuple(zip(*(run.tolist() for run in runs), strict=True))
-
-
-@functools.cache
-def not_before(n: int, block: int, sweep: str, reach: float) -> list[int]:
-    """How many tiles of keys every tile of anchors visits that are not before itself."""
-    values = batch(n)[sweep]
-    last = torch.arange(block - 1, n + block - 1, block).clamp(max=n - 1)
-    stop = torch.searchsorted(values, values[last] + reach, right=True)
-    return (-(-stop // block) - torch.arange(len(last))).tolist()
 
 
 @functools.cache

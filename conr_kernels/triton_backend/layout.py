@@ -246,18 +246,18 @@ def key_tiles(
 
 @triton.jit
 def upper_tiles(
-    tile, layout_ptr, n_rows, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    tile, layout_ptr, n_rows,
+    NEGATIVES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Of the tiles of keys that a tile of anchors visits those not before its own rows, ``[a, b)``,
-    where the anchors are the keys and labels are scalars; the other pairs are these the other way
-    round. Within them ``[c, d)``, all of whose pairs lie in the anchors' bands, but for tiles that
-    hold an anchor's pair with itself. BLOCK_J divides BLOCK_I.
+    where the anchors are the keys, labels are scalars and predictions decide of negatives; the
+    other pairs are these the other way round. Within them ``[c, d)``, all of whose pairs lie in the
+    anchors' bands, but for tiles that hold an anchor's pair with itself. BLOCK_J divides BLOCK_I.
 
     ``b`` grows with the tile, and ``a`` where the sides are equal: a row between two others is
     within the window of both.
     """
-    is_outside, _, _, _, hi_ptr = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
+    is_outside, _, _, _, hi_ptr = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, True, True)
     first = tile * BLOCK_I
     last = tl.minimum(first + BLOCK_I, n_rows) - 1
     a = tile * (BLOCK_I // BLOCK_J)
@@ -268,7 +268,6 @@ def upper_tiles(
     c, d = own_end, tl.minimum(reached, b)
     if NEGATIVES:
         c = tl.where(reached >= own_end, a, own_end)
-    if NEGATIVES and CONFUSED:
         # Outside: all but the tiles that hold positives alone; predictions as in ``key_tiles``.
         end, is_near = tl.cdiv(n_rows, BLOCK_J), tl.load(layout_ptr) == 2
         a = tl.where(is_outside & (reached >= own_end), tl.minimum(reached, end), a)
@@ -279,15 +278,13 @@ def upper_tiles(
 
 
 @triton.jit
-def lower_tiles(
-    tile, layout_ptr, n_rows, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def lower_tiles(tile, layout_ptr, n_rows, NEGATIVES: tl.constexpr, BLOCK: tl.constexpr):
     """The same pairs from their later tile: no tile before ``begin`` visits it; and of how many
     tiles the ``a`` is not behind it.
     """
-    is_outside, _, _, lo_ptr, _ = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, CONFUSED, True)
+    is_outside, _, _, lo_ptr, _ = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, True, True)
     begin, n = tl.minimum(tl.load(lo_ptr + tile * BLOCK) // BLOCK, tile), tile + 1
-    if NEGATIVES and CONFUSED:
+    if NEGATIVES:
         # Outside: rows whose band ends in this tile are in the band of its last row.
         last = tile * BLOCK + BLOCK - 1
         before = tl.cdiv(tl.load(lo_ptr + tl.minimum(last, n_rows - 1)), BLOCK)
@@ -344,9 +341,7 @@ def _list_sweep(
             is_tile = tile < n_tiles
             here = tl.minimum(tile, n_tiles - 1)
             if MIRRORED:
-                a, b, c, d = upper_tiles(
-                    here, layout_ptr, n_anchors, NEGATIVES, CONFUSED, BLOCK_I, BLOCK_J
-                )
+                a, b, c, d = upper_tiles(here, layout_ptr, n_anchors, NEGATIVES, BLOCK_I, BLOCK_J)
                 n = b - a
             else:
                 every, full, _ = key_tiles(
@@ -360,9 +355,7 @@ def _list_sweep(
             longest = tl.maximum(longest, tl.max(n, axis=0))
             if before == 0:
                 if MIRRORED:
-                    lower, reached = lower_tiles(
-                        here, layout_ptr, n_anchors, NEGATIVES, CONFUSED, BLOCK_I
-                    )
+                    lower, reached = lower_tiles(here, layout_ptr, n_anchors, NEGATIVES, BLOCK_I)
                     numbers = (b - a, a, reached, c, d, lower, lower)
                 else:
                     c0, c1, d0, d1, _, _ = full

@@ -40,7 +40,7 @@ def _strip_end(
 ):  # fmt: skip
     """Behind the last tile that a strip of tiles of BLOCK_I rows meets."""
     last = tl.minimum((strip + 1) * size, tl.cdiv(n_rows, BLOCK_I)) - 1
-    _, end, _, _ = upper_tiles(last, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK_I, BLOCK_J)
+    _, end, _, _ = upper_tiles(last, layout_ptr, n_rows, NEGATIVES, BLOCK_I, BLOCK_J)
     return end
 
 
@@ -160,7 +160,7 @@ def _sums_of_sweep(
     # Loops may give the numbers of a tile to other threads: each finds what others have written.
     tl.debug_barrier()
     for tile_j in range(first, last):
-        a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK_J, BLOCK_I)
+        a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, BLOCK_J, BLOCK_I)
         a, b = tl.maximum(a, begin), tl.minimum(b, end)
         c, d = tl.minimum(tl.maximum(c, a), b), tl.minimum(tl.maximum(d, a), b)
         j0 = tile_j * tl.full((), BLOCK_J, tl.int64)

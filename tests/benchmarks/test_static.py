@@ -422,7 +422,8 @@ def test_visited_tiles_are_those_with_pairs_in_the_window(sweep: str) -> None:
 def test_pairs_of_tiles_that_are_listed_once_have_two_products() -> None:
     """Of all windows' programs; a pair of a tile with itself has one."""
     sweeps = ("positives", "negatives")
-    listed = [tiles.not_before(SWEEPS, 128, sweep, 1.0) for sweep in sweeps]
+    runs = [tiles.upper_runs(SWEEPS, 128, 128, sweep, 1.0) for sweep in sweeps]
+    listed = [[b - a for a, b, _, _ in run] for run in runs]
     visits = [tiles.visits(SWEEPS, SWEEPS, 128, 128, sweep, 1.0, True, False) for sweep in sweeps]
     both = sum(full + edge for of_sweep in visits for full, edge in of_sweep)
     assert both == 2 * sum(map(sum, listed)) - sum(map(len, listed))

@@ -41,7 +41,7 @@ def tiles_kernel(
     NEGATIVES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     for tile in range(n_tiles):
-        runs = layout.upper_tiles(tile, layout_ptr, n_rows, NEGATIVES, NEGATIVES, BLOCK_I, BLOCK_J)
+        runs = layout.upper_tiles(tile, layout_ptr, n_rows, NEGATIVES, BLOCK_I, BLOCK_J)
         for c in tl.static_range(4):
             tl.store(out_ptr + tile * 4 + c, runs[c])
 

@@ -146,7 +146,7 @@ def _pairs(n: int, block_i: int, block_j: int, once: bool = False) -> int:
     found = 0
     for sweep in ("positives", "negatives"):
         if once:
-            runs = tiles.upper_runs(n, block_j, block_i, sweep)
+            runs = tiles.upper_runs(n, block_j, block_i, sweep, WINDOW)
             found += sum(end - begin for begin, end, _, _ in runs)
         else:
             visits = tiles.visits(n, n, block_i, block_j, sweep, WINDOW, exact=True, outside=False)
