@@ -91,11 +91,11 @@ def dense_rate(D: int) -> Value:
 
 
 def wide_share(rows: Rows) -> float:
-    """FLOP of the visited pairs, one product forward and two backward, over the product's rate."""
+    """FLOP of the pairs that a step's three products visit, over a large product's rate."""
     where = dict(stage="speed", metric="visited pairs", D=2048)
-    forward, backward = (rows.value(mode=mode, **where) for mode in ("forward", "backward"))
+    pairs = sum(rows.value(mode=mode, **where) for mode in ("forward", "scores", "product"))
     seconds = rows.time("triton", 16_384, 2048, mode=GRAPH)
-    rate = 2 * 2048 * (forward + 2 * backward) / seconds / 1e12
+    rate = 2 * 2048 * pairs / seconds / 1e12
     return rate / max(rows.value(metric="TFLOP/s"), 1e-12)
 
 

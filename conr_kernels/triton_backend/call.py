@@ -174,7 +174,7 @@ class Call:
         return Windows(is_mirrored, window, (both, 0), 0, piece, of_list, dtype)
 
     @property
-    def is_mirrored(self) -> bool:
+    def is_forward_mirrored(self) -> bool:
         """Whether a pair's exponential serves the sums of both of its rows."""
         form, is_wide = self.form, self.D_bucket == 0
         has_tile = entry("mirrored", form.architecture, self.D_bucket, form.arithmetic) is not None
@@ -288,7 +288,7 @@ def _even(n: int, most: int) -> int:
     return tiles(n, tiles(n, max(most, 1)))
 
 
-def limits_of_windows() -> tuple[Any, ...]:
+def limits_of_calls() -> tuple[Any, ...]:
     return (
         *MIRRORED_ROWS,
         MIRRORED_BYTES,

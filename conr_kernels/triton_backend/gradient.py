@@ -192,6 +192,23 @@ def in_parts(G, PARTS: tl.constexpr):
 
 
 @triton.jit
+def whole(parts):
+    """The tile whose parts these are."""
+    PARTS: tl.constexpr = len(parts)
+    if PARTS == 1:
+        tile = parts[0]
+    else:
+        tile = _whole(_whole(parts[0], parts[1]), _whole(parts[2], parts[3]))
+    return tile
+
+
+@triton.jit
+def _whole(left, right):
+    both = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(both, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
 def _halves(G):
     """The left and the right columns of a tile."""
     parts = tl.reshape(G, (G.shape[0], 2, G.shape[1] // 2))

@@ -35,13 +35,13 @@ class Forward(Ordering):
         chosen, n_slots = call.config("forward"), self.n_slots
         yield from self._sort()
         sweeps_of = {0: "both"} if self.stand_apart else {0: "positives", 1: "negatives"}
-        if call.is_mirrored:
+        if call.is_forward_mirrored:
             n_sums = 1 + call.is_inside + self.stand_apart
             n_parts = n_sums * layout.PARTS_OF_SUMS.value * padded(call.N)
             self.work.add("parts", n_parts, call.dtype)
         for order, which in sweeps_of.items():
             yield from self._copies(order, 0)
-            if call.is_mirrored:
+            if call.is_forward_mirrored:
                 yield from self._mirrored(which)
                 continue
             has_negatives = which != "positives"

@@ -20,7 +20,7 @@ from .call import (
     Form,
     form_of,
     layout_size,
-    limits_of_windows,
+    limits_of_calls,
     padded,
     tiles,
 )
@@ -71,12 +71,12 @@ class Plan(Forward):
         #: No sweep's copies take the place of the other's: one launch serves both.
         self.stand_apart = is_apart or not call.is_confused
         self.is_kept = is_reduced and self.stand_apart and size <= BOTH_ORDERS
-        chosen = call.config("mirrored" if call.is_mirrored else "forward")
-        n_programs = WIDE_SLICES if is_wide and not call.is_mirrored else PROGRAMS
+        chosen = call.config("mirrored" if call.is_forward_mirrored else "forward")
+        n_programs = WIDE_SLICES if is_wide and not call.is_forward_mirrored else PROGRAMS
         #: Programs that a tile of rows has in the forward pass; and parts of a row's sums.
-        n_tiles = tiles(N, chosen.BLOCK_J if call.is_mirrored else chosen.BLOCK_I)
+        n_tiles = tiles(N, chosen.BLOCK_J if call.is_forward_mirrored else chosen.BLOCK_I)
         self.n_shares = min(tiles(n_programs, n_tiles), SLOTS)
-        self.n_slots = 1 if call.is_mirrored else self.n_shares
+        self.n_slots = 1 if call.is_forward_mirrored else self.n_shares
 
         self.kept.add("layout", layout_size(N, K, call.has_keys, call.is_confused), torch.int32)
         if self.is_kept:
@@ -290,7 +290,7 @@ class Plan(Forward):
 def limits() -> tuple[Any, ...]:
     """What plans depend on beside the form of call."""
     sizes = BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES
-    return PROGRAMS, WIDE_SLICES, *sizes, *launch_order.limits(), *limits_of_windows()
+    return PROGRAMS, WIDE_SLICES, *sizes, *launch_order.limits(), *limits_of_calls()
 
 
 def plan_of(

@@ -89,8 +89,14 @@ def find_bands(
     ends = _ends(
         tl.broadcast_to(y_i[None, :], (2, ROWS)), is_lo, key_values_ptr, n_keys, n_steps, reach
     )
-    tl.store(lo_ptr + which * step + rows, tl.sum(tl.where(is_lo, ends, 0), axis=0))
-    tl.store(hi_ptr + which * step + rows, tl.max(ends, axis=0))
+    lo, hi = tl.sum(tl.where(is_lo, ends, 0), axis=0), tl.max(ends, axis=0)
+    if not HAS_KEYS:
+        # What is not finite has an empty band where it stands: it then meets nothing far from it,
+        # and bands' ends still grow from row to row.
+        is_empty = hi <= lo
+        lo, hi = tl.where(is_empty, i, lo), tl.where(is_empty, i, hi)
+    tl.store(lo_ptr + which * step + rows, lo)
+    tl.store(hi_ptr + which * step + rows, hi)
     if HAS_KEYS:
         # The negatives never include the anchor itself: its place in their order is not needed.
         rank_j_ptr, _, _ = ranks_of(layout_ptr, n_anchors, n_keys, False)
@@ -105,7 +111,8 @@ def choose_sweep(
 ):  # fmt: skip
     """Writes down whether the negatives of all tiles of ROWS anchors visit fewer keys outside the
     bands of the labels than in those of the predictions (1), and there no prediction is known to be
-    out of the window of another (2).
+    out of the window of another (2); and how long strips of rows are (``_strip_size``), of which
+    one outside the bands meets all rows behind it.
     """
     BLOCK: tl.constexpr = 128
     # Lower and upper ends of bands of predictions, then of labels.
@@ -156,8 +163,10 @@ def choose_sweep(
 
 @triton.jit
 def _strip_size(reach, ROWS: tl.constexpr):
-    """Blocks of ROWS rows of a strip, so that no row meets more than STRIPS of them: those that
-    begin no more than ``reach``, their own length and a tile before it.
+    """Blocks of ROWS rows of a strip, so that no row is in or met by more than STRIPS of them, each
+    of which has memory of its own: no row is more than ``reach``, rounded up to R blocks, behind
+    the begin of a block that meets it. At most ``(R − 1) // size + 2`` strips of ``size`` blocks
+    have one of R blocks that end with that row's.
     """
     return tl.cdiv(tl.cdiv(reach, ROWS) + 1, STRIPS - 2)
 
@@ -246,30 +255,30 @@ def key_tiles(
 
 @triton.jit
 def upper_tiles(
-    tile, layout_ptr, n_rows,
-    NEGATIVES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """Of the tiles of keys that a tile of anchors visits those not before its own rows, ``[a, b)``,
-    where the anchors are the keys, labels are scalars and predictions decide of negatives; the
-    other pairs are these the other way round. Within them ``[c, d)``, all of whose pairs lie in the
-    anchors' bands, but for tiles that hold an anchor's pair with itself. BLOCK_J divides BLOCK_I.
+    tile, layout_ptr, n_rows, NEGATIVES: tl.constexpr, OWN: tl.constexpr, MET: tl.constexpr
+):
+    """Of the tiles of MET keys that a tile of OWN anchors visits those not before its own rows,
+    ``[a, b)``, where the anchors are the keys, labels are scalars and predictions decide of
+    negatives; the other pairs are these the other way round. Within them ``[c, d)``, all of whose
+    pairs lie in the anchors' bands, but for tiles that hold an anchor's pair with itself. MET
+    divides OWN.
 
     ``b`` grows with the tile, and ``a`` where the sides are equal: a row between two others is
     within the window of both.
     """
     is_outside, _, _, _, hi_ptr = sweep_of(layout_ptr, n_rows, n_rows, NEGATIVES, True, True)
-    first = tile * BLOCK_I
-    last = tl.minimum(first + BLOCK_I, n_rows) - 1
-    a = tile * (BLOCK_I // BLOCK_J)
-    own_end = a + BLOCK_I // BLOCK_J
+    first = tile * OWN
+    last = tl.minimum(first + OWN, n_rows) - 1
+    a = tile * (OWN // MET)
+    own_end = a + OWN // MET
     # What the first anchor reaches all of them do: behind their own rows, or if it reaches these.
-    reached = tl.load(hi_ptr + first) // BLOCK_J
-    b = tl.maximum(tl.cdiv(tl.load(hi_ptr + last), BLOCK_J), a)
+    reached = tl.load(hi_ptr + first) // MET
+    b = tl.maximum(tl.cdiv(tl.load(hi_ptr + last), MET), a)
     c, d = own_end, tl.minimum(reached, b)
     if NEGATIVES:
         c = tl.where(reached >= own_end, a, own_end)
         # Outside: all but the tiles that hold positives alone; predictions as in ``key_tiles``.
-        end, is_near = tl.cdiv(n_rows, BLOCK_J), tl.load(layout_ptr) == 2
+        end, is_near = tl.cdiv(n_rows, MET), tl.load(layout_ptr) == 2
         a = tl.where(is_outside & (reached >= own_end), tl.minimum(reached, end), a)
         b = tl.where(is_outside, end, b)
         c = tl.where(is_outside, a, c)
@@ -350,7 +359,6 @@ def _list_sweep(
                 )  # fmt: skip
                 a0, a1, b0, _, _, _ = every
                 n = count_of(every)
-            # Anchors that are no positives of themselves are not finite: NaN, whatever is in G.
             n = tl.where(is_tile, n, 0)
             longest = tl.maximum(longest, tl.max(n, axis=0))
             if before == 0:

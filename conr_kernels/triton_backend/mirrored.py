@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import FOLD, await_earlier, fold, load_tile, similarity
-from .gradient import in_parts
+from .gradient import in_parts, whole
 from .layout import (
     NEGATIVE_STRIPS,
     PARTS_OF_SUMS,
@@ -45,11 +45,11 @@ def _strip_end(
 
 
 @triton.jit
-def _fold_rows(tile, FOLDED: tl.constexpr):
-    """Sums over the pairs of rows of a tile that a thread has of a product's result: no exchange
-    with others, whose rest is added behind the loop; or all of it.
+def _fold_rows(tile, IS_PARTLY: tl.constexpr):
+    """Sums over all rows of a tile; or over the pairs of rows that a thread has of a product's
+    result alone, without an exchange with others: what is left is added up behind the loop.
     """
-    if FOLDED:
+    if IS_PARTLY:
         tile = tl.reshape(tile, (tile.shape[0] // 16, 2, 8, tile.shape[1]))
         tile = tl.sum(tile, axis=1)
         tile = tl.reshape(tile, (tile.shape[0] * 8, tile.shape[2]))
@@ -66,20 +66,21 @@ def _add_tile(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums of rows ``j`` with those of a tile of pairs added; those of rows ``i`` in memory."""
-    FOLDED: tl.constexpr = D_PAD == BLOCK_D
+    IS_PARTLY: tl.constexpr = totals[0].shape[0] > 1
     PARTS: tl.constexpr = len(totals)
     WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = totals[0].dtype
-    i0 = tile_i * tl.full((), BLOCK_I, tl.int64)
-    met_ptrs = met_ptr + i0 + tl.arange(0, BLOCK_I)
-    q_i = load_tile(q_ptr + i0 * D_PAD, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
+    i0 = tile_i * BLOCK_I
+    met_ptrs = met_ptr + (i0 + tl.arange(0, BLOCK_I))
+    q_i_ptr = q_ptr + i0.to(tl.int64) * D_PAD
+    q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
     # Asked for before the product, so that they are there behind it.
     met = tl.load(met_ptrs)
     if INSIDE:
         met_extra = tl.load(met_ptrs + of_extra)
     anchors = anchors_of(tile_i, y_ptr, p_ptr, y_ptr, n_rows, h, push_scale, True, BLOCK_I, dtype)
     s_ij = similarity(
-        q_i, q_ptr + i0 * D_PAD, q_j, q_ptr + j0 * D_PAD, width, unit,
+        q_i, q_i_ptr, q_j, q_ptr + j0.to(tl.int64) * D_PAD, width, unit,
         D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
     )  # fmt: skip
     # Of its own rows' pairs a tile has both ways.
@@ -94,11 +95,11 @@ def _add_tile(
             NEGATIVES, EDGE, NEGATIVES, 1, False, PUSHING, WIDTH,
         )  # fmt: skip
         terms = tl.exp2(t_ij) * phi_ij
-        done = done + (totals[c] + _fold_rows(terms, FOLDED),)
+        done = done + (totals[c] + _fold_rows(terms, IS_PARTLY),)
         of_i += fold(terms)
         if INSIDE:
             terms = parts[c] * phi_ij
-            done_extra = done_extra + (extras[c] + _fold_rows(terms, FOLDED),)
+            done_extra = done_extra + (extras[c] + _fold_rows(terms, IS_PARTLY),)
             extra_of_i += fold(terms)
         else:
             done_extra = done_extra + (extras[c],)
@@ -129,10 +130,10 @@ def _sums_of_sweep(
 ):  # fmt: skip
     """One sweep's parts of the sums, of the strip and the slice of program ``here``."""
     tl.static_assert(BLOCK_J % BLOCK_I == 0)
-    FOLDED: tl.constexpr = BLOCK_I // 2 if D_PAD == BLOCK_D else 1
+    # Of wide features the product's own loop holds registers.
+    ROWS: tl.constexpr = BLOCK_I // 2 if D_PAD == BLOCK_D else 1
     # Of all columns at once, what the pairs need would spill.
     PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
-    WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
     if NEGATIVES:
         is_outside, _, _, _, _ = sweep_of(layout_ptr, n_rows, n_rows, True, True, True)
@@ -153,19 +154,21 @@ def _sums_of_sweep(
     met_ptr = parts_ptr + strip % STRIPS * n_padded
     own_ptr = parts_ptr + (part + STRIPS) * n_padded
     for tile_i in range(begin, end):
-        i = tile_i * tl.full((), BLOCK_I, tl.int64) + tl.arange(0, BLOCK_I)
+        i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
         tl.store(met_ptr + i, tl.zeros((BLOCK_I,), dtype))
         if INSIDE:
             tl.store(met_ptr + of_extra + i, tl.zeros((BLOCK_I,), dtype))
-    # Loops may give the numbers of a tile to other threads: each finds what others have written.
+    # A row's sum may be another thread's in the next loop over the rows that are met.
     tl.debug_barrier()
     for tile_j in range(first, last):
         a, b, c, d = upper_tiles(tile_j, layout_ptr, n_rows, NEGATIVES, BLOCK_J, BLOCK_I)
         a, b = tl.maximum(a, begin), tl.minimum(b, end)
         c, d = tl.minimum(tl.maximum(c, a), b), tl.minimum(tl.maximum(d, a), b)
-        j0 = tile_j * tl.full((), BLOCK_J, tl.int64)
-        q_j = load_tile(q_ptr + j0 * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST)
-        totals = in_parts(tl.zeros((FOLDED, BLOCK_J), dtype), PARTS)
+        j0 = tile_j * BLOCK_J
+        q_j = load_tile(
+            q_ptr + j0.to(tl.int64) * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST
+        )
+        totals = in_parts(tl.zeros((ROWS, BLOCK_J), dtype), PARTS)
         extras = totals
         for tile_i in range(c, d):
             totals, extras = _add_tile(
@@ -173,7 +176,6 @@ def _sums_of_sweep(
                 width, unit, h, push_scale, False, NEGATIVES, D_PAD, INSIDE, PUSHING, PRECISION,
                 UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
-        tl.debug_barrier()
         for t in range(tl.maximum(b - a, 0) - (d - c)):
             tile_i = a + t + tl.where(t < c - a, 0, d - c)
             totals, extras = _add_tile(
@@ -181,12 +183,27 @@ def _sums_of_sweep(
                 width, unit, h, push_scale, True, NEGATIVES, D_PAD, INSIDE, PUSHING, PRECISION,
                 UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
-        for c in tl.static_range(PARTS):
-            j = j0 + c * WIDTH + tl.arange(0, WIDTH)
-            tl.store(own_ptr + j, tl.sum(totals[c], axis=0))
-            if INSIDE:
-                tl.store(own_ptr + of_extra + j, tl.sum(extras[c], axis=0))
+        own_ptrs = own_ptr + j0 + tl.arange(0, BLOCK_J)
+        tl.store(own_ptrs, tl.sum(whole(totals), axis=0))
+        if INSIDE:
+            tl.store(own_ptrs + of_extra, tl.sum(whole(extras), axis=0))
         tl.debug_barrier()
+
+
+@triton.jit
+def _sweep_here(parts_ptr, n_rows, SWEEPS: tl.constexpr, INSIDE: tl.constexpr):
+    """The number of this program in its sweep and of the sweep's programs, whether these are the
+    negatives', and where the sweep's parts are.
+    """
+    here, n_programs = tl.program_id(0), tl.num_programs(0)
+    negatives = SWEEPS == "negatives"
+    if SWEEPS == "both":
+        n_programs = n_programs // 2
+        negatives = here >= n_programs
+        here = here % n_programs
+        behind = padded(n_rows).to(tl.int64) * (PARTS_OF_SUMS * (2 if INSIDE else 1))
+        parts_ptr += tl.where(negatives, behind, 0)
+    return here, n_programs, negatives, parts_ptr
 
 
 @triton.jit(do_not_specialize=["n_anchors", "apart"])
@@ -206,14 +223,7 @@ def conr_mirrored_kernel(
     φ_ij exp(s_ij)``.
     """
     await_earlier(EARLY)
-    here, n_programs = tl.program_id(0), tl.num_programs(0)
-    negatives = SWEEPS == "negatives"
-    if SWEEPS == "both":
-        n_programs = n_programs // 2
-        negatives = here >= n_programs
-        here = here % n_programs
-        behind = padded(n_anchors).to(tl.int64) * (PARTS_OF_SUMS * (2 if INSIDE else 1))
-        parts_ptr += tl.where(negatives, behind, 0)
+    here, n_programs, negatives, parts_ptr = _sweep_here(parts_ptr, n_anchors, SWEEPS, INSIDE)
     if negatives == 0:
         _sums_of_sweep(
             here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart,
@@ -270,14 +280,7 @@ def conr_mirrored_sums_kernel(
     of ``conr_forward_kernel`` with one slot, in the caller's order; a program per tile and sweep.
     """
     await_earlier(EARLY)
-    tile = tl.program_id(0)
-    negatives = SWEEPS == "negatives"
-    if SWEEPS == "both":
-        n_tiles = tl.num_programs(0) // 2
-        negatives = tile >= n_tiles
-        tile = tile % n_tiles
-        behind = padded(n_anchors).to(tl.int64) * (PARTS_OF_SUMS * (2 if INSIDE else 1))
-        parts_ptr += tl.where(negatives, behind, 0)
+    tile, _, negatives, parts_ptr = _sweep_here(parts_ptr, n_anchors, SWEEPS, INSIDE)
     if negatives == 0:
         _total_of_tile(
             tile, n_programs, layout_ptr, parts_ptr, sums_ptr, n_ptr, n_anchors,

@@ -226,8 +226,7 @@ def test_verdicts_of_rates_and_memory():
     assert verdict("collapsed, N=65536 D=128: 6", [collapsed]) == ("400 TFLOP/s", "met")
     wide = dict(stage="speed", metric="visited pairs", D=2048, value=1e8)
     rows = [
-        wide | {"mode": "forward"},
-        wide | {"mode": "backward"},
+        *(wide | {"mode": mode} for mode in ("forward", "scores", "product")),
         time_row("triton", 2 * 2048 * 3e8 / 400e12, D=2048, mode=claims.GRAPH),
         dict(stage="speed", metric="TFLOP/s", value=800.0),
     ]

@@ -241,6 +241,23 @@ def test_where_labels_are_not_finite_no_tile_is_read_that_is_none(
     assert (found.abs() <= 4 * len(y)).all()
 
 
+@pytest.mark.parametrize("where", ["labels and predictions", "predictions", "some"])
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+def test_windows_suffice_where_rows_are_not_finite(where: str, lost: float) -> None:
+    """They meet no tile but their own, and what else the list's memory holds stays."""
+    n = 700
+    y, p = rows_of(n, "far"), rows_of(n, "far")
+    p[n // 2 if where == "some" else 0 :] = lost
+    if where != "predictions":
+        y[n // 2 if where == "some" else 0 :] = lost
+    products = Products(y, p, 1, 1)
+    last, windows = int(products.work["list"][2]), products.work["windows"]
+    assert last <= len(windows) - 1
+    # Of their order's two triangles no more than a tile of rows beside another.
+    assert last <= 4 * -(-n // SIDE)
+    assert (products.work["H"].view(torch.int16) == -1).all()
+
+
 def test_windows_suffice_for_any_bands_of_labels_and_predictions() -> None:
     """With tiles as large as those that choose the sweep, or smaller: what both sweeps list."""
     g, tightest = torch.Generator().manual_seed(0), 0

@@ -5,6 +5,7 @@ share no memory, and losses. As triton_interpreted.py.
 from __future__ import annotations
 
 import contextlib
+import math
 from unittest import mock
 
 import pytest
@@ -53,18 +54,21 @@ def choice_kernel(values_ptr, layout_ptr, n_rows, n_steps, reach):
     )
 
 
+@triton.jit
+def bands_kernel(values_ptr, layout_ptr, n_rows, n_steps, reach):
+    layout.find_bands(
+        tl.program_id(0), values_ptr, values_ptr, layout_ptr, n_rows, n_rows, 0, n_steps, reach,
+        False, 128,
+    )  # fmt: skip
+
+
 def layout_of(y: Tensor, p: Tensor) -> Tensor:
     """As the forward pass leaves it, but for orders and ranks."""
     n = len(y)
     found = torch.zeros(call.layout_size(n, n, False, True), dtype=torch.int32)
     values = torch.stack((y.sort().values, p.sort().values))
     choice_kernel[(1,)](values, found, n, n.bit_length(), H)
-    keys = call.padded(n)
-    for order, of in enumerate(values):
-        near = (of[:, None] - of[None, :]).abs() <= H
-        start = 128 + order * 4 * keys + keys
-        found[start : start + n] = near.int().argmax(1)
-        found[start + keys : start + keys + n] = n - near.flip(1).int().argmax(1)
+    bands_kernel[(2 * call.padded(n) // 128,)](values, found, n, n.bit_length(), H)
     return found
 
 
@@ -108,14 +112,34 @@ def test_tiles_meet_every_pair_once(labels: str, predictions: str, sides: tuple[
             assert ends == sorted(ends)
 
 
-@pytest.mark.parametrize("n", [100, 4100, 9000])
-@pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("predictions", ["one", "ladder", "crowds"])
+LOST = {
+    f"{lost} from {share}": lambda n, g, lost=lost, share=share: torch.where(
+        torch.arange(n) < share * n, torch.arange(n) / 40.0, lost
+    )
+    for lost in (math.nan, math.inf, -math.inf)
+    for share in (0, 0.5)
+}
+STRIPS = [
+    (n, labels, predictions)
+    for n, kinds in (
+        (100, ("one", "ladder")),
+        (4100, ("one", "ladder", "crowds")),
+        (9000, ("ladder",)),
+    )
+    for labels in LABELS
+    for predictions in kinds
+]
+STRIPS += [(4500, lost, kind) for lost in LOST for kind in ("ladder", lost)]
+STRIPS += [(4500, "ladder", lost) for lost in LOST]
+
+
+@pytest.mark.parametrize(("n", "labels", "predictions"), STRIPS, ids=str)
 def test_strips_that_meet_one_row_have_memory_of_their_own(
     n: int, labels: str, predictions: str
 ) -> None:
     g = torch.Generator().manual_seed(1)
-    found = layout_of(LABELS[labels](n, g), LABELS[predictions](n, g))
+    kinds = LABELS | LOST
+    found = layout_of(kinds[labels](n, g), kinds[predictions](n, g))
     for negatives, at in ((False, layout.POSITIVE_STRIPS), (True, layout.NEGATIVE_STRIPS)):
         size = int(found[at.value])
         assert size >= 1

@@ -10,8 +10,9 @@ import torch
 
 from conr_kernels import available_backends
 from conr_kernels.triton_backend import call
+from conr_kernels.variants import Settings, resolve_variant
 
-from ...providers import WINDOW, product
+from ...providers import PUSH_SCALE, TEMPERATURE, WINDOW, product
 from ...static import tiles
 from .. import device
 from ..rows import Stage
@@ -123,22 +124,27 @@ def rates(stage: Stage) -> None:
 
 
 def visited_pairs(stage: Stage, size: Size) -> None:
-    """Pairs inside the bands, and pairs of the tiles that meet them, of both sweeps together; half
-    as many where a pass takes each once.
+    """Of wide features the pairs inside the bands, and those of the tiles of each product of a
+    step, of both sweeps together; half as many where it takes a pair once.
     """
-    arithmetic = call.arithmetic(size.dtype)
-    bucket = call.bucket(size.D, arithmetic)
-    where = call.architecture(torch.device(device.DEVICE))
     row = dict(provider="triton", **size.row())
     stage.add("pairs in bands", _pairs(size.N, 1, 1), **row)
-    is_mirrored = call.MIRRORED_ROWS[0 if bucket else 1] <= size.N and call.entry(
-        "mirrored", where, bucket, arithmetic
+    x = torch.empty(size.N, size.D, dtype=size.dtype, device="meta")
+    form = call.form_of(x, torch.empty(size.N, 1, device="meta"), None, 0, "mean")
+    where = call.architecture(torch.device(device.DEVICE))
+    settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
+    of = call.Call(form._replace(architecture=where), settings)
+    forward, wide = (
+        of.config("mirrored" if of.is_forward_mirrored else "forward"),
+        of.config("wide"),
     )
-    kinds = {"forward": "mirrored" if is_mirrored else "forward"}
-    kinds["backward"] = "backward" if bucket else "wide"
-    for mode, kind in kinds.items():
-        tile = call.config(kind, where, bucket, arithmetic)
-        n = _pairs(size.N, tile.BLOCK_I, tile.BLOCK_J, kind == "mirrored")
+    products = {
+        "forward": (forward, of.is_forward_mirrored),
+        "scores": (wide, of.windows(wide, True).is_mirrored),
+        "product": (wide, False),
+    }
+    for mode, (tile, once) in products.items():
+        n = _pairs(size.N, tile.BLOCK_I, tile.BLOCK_J, once)
         stage.add("visited pairs", n, mode=mode, **row)
 
 
