@@ -241,8 +241,13 @@ def test_where_labels_are_not_finite_no_tile_is_read_that_is_none(
     assert (found.abs() <= 4 * len(y)).all()
 
 
-@pytest.mark.parametrize("where", ["labels and predictions", "predictions", "some"])
-@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("where", "lost"),
+    [
+        ("labels and predictions", math.nan), ("predictions", math.nan), ("some", math.nan),
+        ("predictions", math.inf), ("some", -math.inf),
+    ],
+)  # fmt: skip
 def test_windows_suffice_where_rows_are_not_finite(where: str, lost: float) -> None:
     """They meet no tile but their own, and what else the list's memory holds stays."""
     n = 700
