@@ -104,7 +104,7 @@ class Ordering:
             self.work.add(f"values{side}", n_orders * n, call.form.labels)
         n_rows = sum(SORT_BLOCK * tiles(n, SORT_BLOCK) for _, n in sides)
         sort = call.bind(
-            ordering.conr_sort_kernel, {"num_warps": 4}, HAS_KEYS=call.has_keys, BLOCK=SORT_BLOCK,
+            ordering.conr_sort_kernel, {"num_warps": 1}, HAS_KEYS=call.has_keys, BLOCK=SORT_BLOCK,
             ROWS=SORT_ROWS,
         )  # fmt: skip
         here, other = "images_j sorted_j images_i sorted_i", "other_images_j other_sorted_j "

@@ -85,20 +85,13 @@ def _sort_tile(
     pid, y_ptr, images_ptr, order_ptr, n_rows, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     first = pid * ROWS // BLOCK * BLOCK
-    places = tl.arange(0, ROWS)
-    rows = pid * ROWS + places
-    image = _images(y_ptr, rows, n_rows)
-    is_before = tl.zeros((ROWS, ROWS), tl.int32)
-    end = tl.minimum(first + BLOCK, n_rows)
-    for start in range(first, tl.where(pid * ROWS < n_rows, end, first), ROWS):
-        others = _images(y_ptr, start + places, n_rows)
-        # Of equal values the earlier row comes first.
-        reach = image + (start < pid * ROWS)
-        is_before += (others[None, :] < reach[:, None]).to(tl.int32)
-    others = _images(y_ptr, rows, n_rows)
-    is_equal = (others[None, :] == image[:, None]) & (places[None, :] < places[:, None])
-    place = first + tl.sum(is_before + is_equal.to(tl.int32), axis=1)
-    place = tl.where(rows < n_rows, place, rows)
+    here, rows = first + tl.arange(0, BLOCK), pid * ROWS + tl.arange(0, ROWS)
+    image, others = _images(y_ptr, rows, n_rows), _images(y_ptr, here, n_rows)
+    # Of equal values the earlier row comes first. A thread counts the others of whole rows.
+    reach = image[None, :] + (here // ROWS < pid)[:, None]
+    place = first + tl.sum((others[:, None] < reach).to(tl.int32), axis=0)
+    is_equal = (image[:, None] == image[None, :]) & (rows[:, None] < rows[None, :])
+    place += tl.sum(is_equal.to(tl.int32), axis=0)
     tl.store(images_ptr + place, image)
     tl.store(order_ptr + place, rows)
 
