@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from conr_kernels.triton_backend import layout
+from conr_kernels.triton_backend.kernels import layout
 
 from . import tiles
 from .compiled import Launch

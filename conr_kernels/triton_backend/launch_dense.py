@@ -108,7 +108,7 @@ class Plan:
     """The launches of one form of call; all but their pointers."""
 
     def __init__(self, form: Form, s: Settings) -> None:
-        from . import dense, dense_gradient
+        from .kernels import dense, dense_gradient
 
         N, K, D, L, dtype, labels, self_offset, reduction, early = form
         bind = functools.partial(launch.bind, early, overlaps=N * K <= KEPT_PAIRS)

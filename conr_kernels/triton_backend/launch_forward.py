@@ -29,7 +29,7 @@ class Forward(Ordering):
     n_slots: int
 
     def _forward(self) -> Iterator[Step]:
-        from . import dense, layout, sweeps
+        from .kernels import dense, layout, sweeps
 
         call, s, variant = self.call, self.call.settings, self.call.settings.variant
         chosen, n_slots = call.config("forward"), self.n_slots
@@ -77,7 +77,7 @@ class Forward(Ordering):
 
     def _mirrored(self, which: str) -> Iterator[Step]:
         """The sums of one sweep, or of both."""
-        from . import mirrored
+        from .kernels import mirrored
 
         call, s, chosen = self.call, self.call.settings, self.call.config("mirrored")
         n_sweeps, n_tiles = 1 + (which == "both"), tiles(call.N, chosen.BLOCK_J)

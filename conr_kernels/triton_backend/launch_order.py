@@ -71,7 +71,7 @@ class Ordering:
 
     def _sort(self) -> Iterator[Step]:
         """Values and orders of the keys' labels and predictions, and of the anchors'."""
-        from . import ordering
+        from .kernels import ordering
 
         call, N, K, L = self.call, self.call.N, self.call.K, self.call.L
         sides, n_orders = [("_j", K)] + [("_i", N)] * call.has_keys, 1 + call.is_confused
@@ -151,7 +151,7 @@ class Ordering:
         """The copies in this order; with the first also the bands, in the forward pass, and, where
         there is room, the second.
         """
-        from . import ordering
+        from .kernels import ordering
 
         call, s = self.call, self.call.settings
         if order == 1 and (self.is_apart or not call.is_confused):

@@ -139,7 +139,7 @@ class Plan(Forward):
         return self._backward_in_turn()
 
     def _backward_at_once(self, n_slots: int) -> Iterator[Step]:
-        from . import gradient
+        from .kernels import gradient
 
         call, s = self.call, self.call.settings
         chosen, upstream, kappa = call.config("backward"), "nothing", self.kappa
@@ -168,7 +168,7 @@ class Plan(Forward):
         yield launch, self._pick(f"layout coef_i inverse_i x G_parts {upstream} gradient")
 
     def _backward_in_turn(self) -> Iterator[Step]:
-        from . import gradient
+        from .kernels import gradient
 
         call, s = self.call, self.call.settings
         chosen, dtype = call.config("backward"), call.form.dtype
@@ -202,7 +202,7 @@ class Plan(Forward):
             )  # fmt: skip
 
     def _backward_wide(self) -> Iterator[Step]:
-        from . import layout, wide
+        from .kernels import tile_list, wide
 
         call, s, N, K = self.call, self.call.settings, self.call.N, self.call.K
         chosen, product = call.config("wide"), call.config("product")
@@ -225,7 +225,7 @@ class Plan(Forward):
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}
         of_pairs = {"RESCALE": call.is_rescaled, "BLOCK_K": product.BLOCK_J}
         pairs = call.bind(
-            layout.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L,
+            tile_list.conr_wide_list_kernel, {"num_warps": 4}, **of_all, L=call.L,
             MIRRORED=is_mirrored, **tile,
             BLOCK=min(max(1 << (n_tiles - 1).bit_length(), 128), 1024),
         )  # fmt: skip

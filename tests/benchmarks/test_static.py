@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import functools
-import re
 from collections import Counter, defaultdict
 from dataclasses import replace
-from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -15,25 +13,16 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from triton.runtime.jit import JITFunction
 
 from benchmarks.static import compiled, loops, passes, rank, shipped, table, tiles
 from benchmarks.static.machine import MachineCode, machine_code
 from benchmarks.static.shipped import CHUNKED, FEW, KEPT, SWEEPS, Call
 from conr_kernels.triton_backend import call as call_module
-from conr_kernels.triton_backend import (
-    dense,
-    dense_gradient,
-    gradient,
-    launch_dense,
-    layout,
-    mirrored,
-    ordering,
-    sweeps,
-    wide,
-)
+from conr_kernels.triton_backend import launch_dense
 from conr_kernels.triton_backend.configs import ARCHITECTURES, BUCKETS, REGISTER_D, TABLE
+from conr_kernels.triton_backend.kernels import mirrored
 from conr_kernels.variants import PUSHINGS
+from tests.helpers.triton_kernels import kernels_of
 
 BOOL = {True, False}
 #: What each constant of a kernel can be; None: sizes, of which the table of configurations or the
@@ -70,16 +59,7 @@ EXCEPTIONS = {
     ("conr_spread_kernel", "L"): {3},
     ("conr_sort_keys_kernel", "L"): {3},
 }
-MODULES = (dense, dense_gradient, gradient, layout, mirrored, ordering, sweeps, wide)
-
-
-def kernels(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, JITFunction]:
-    return {
-        name: value
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and re.fullmatch("conr_.*_kernel", name)
-    }
+KERNELS = kernels_of()
 
 
 @functools.cache
@@ -98,8 +78,8 @@ def launches_of(call: Call, arch: int) -> list[compiled.Launch]:
 def test_every_kernel_is_compiled_for_every_architecture() -> None:
     assert set(shipped_launches()) == set(ARCHITECTURES)
     for arch, launches in shipped_launches().items():
-        others = kernels((mirrored,)) if arch != 90 else {}  # no entry of the table
-        assert {launch.name for launch in launches} == set(kernels()) - set(others)
+        others = kernels_of([mirrored]) if arch != 90 else {}  # no entry of the table
+        assert {launch.name for launch in launches} == set(KERNELS) - set(others)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from conr_kernels import conr_loss
-from conr_kernels.triton_backend import call, launch_sweeps, layout, mirrored
+from conr_kernels.triton_backend import call, launch_sweeps
 from conr_kernels.triton_backend.configs import Config
+from conr_kernels.triton_backend.kernels import layout, mirrored
 
 from .triton_interpreted import BF16, F16, Case, forced
 

@@ -16,9 +16,10 @@ import triton.language as tl
 
 from conr_kernels import conr_loss, ops, triton_backend
 from conr_kernels.core.labels import accumulation_dtype
-from conr_kernels.triton_backend import call, launch_dense, launch_order, launch_sweeps, wide
+from conr_kernels.triton_backend import call, launch_dense, launch_order, launch_sweeps
 from conr_kernels.triton_backend.call import arithmetic
 from conr_kernels.triton_backend.configs import bucket, config
+from conr_kernels.triton_backend.kernels import wide
 from conr_kernels.variants import PRESETS, Settings, resolve_variant
 
 from .cases import EMPTY_KINDS, KINDS, VARIANTS, cover, structured_cases, tie_cases

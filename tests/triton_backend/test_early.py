@@ -19,26 +19,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.static import compiled, shipped
 from benchmarks.static.compiled import Launch, recorded_launches
-from conr_kernels.triton_backend import (
-    call,
-    dense,
-    dense_gradient,
-    gradient,
-    layout,
-    mirrored,
-    ordering,
-    sweeps,
-    wide,
-)
+from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend.configs import ARCHITECTURES
+from tests.helpers.triton_kernels import kernels_of
 
-MODULES = (dense, dense_gradient, gradient, layout, mirrored, ordering, sweeps, wide)
-KERNELS = {
-    name: kernel
-    for module in MODULES
-    for name, kernel in vars(module).items()
-    if re.fullmatch("conr_.*_kernel", name)
-}
+KERNELS = kernels_of()
 #: Beyond the parts of a gradient that one launch leaves for both sweeps.
 MANY = 200_000
 

@@ -21,7 +21,8 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from conr_kernels.triton_backend import dense, launch
+from conr_kernels.triton_backend import launch
+from conr_kernels.triton_backend.kernels import dense
 from conr_kernels.triton_backend.launch import Kernel, Launch, Parts, Place, Steps
 
 

@@ -16,7 +16,7 @@ from .arithmetic import (
     to_halves,
 )
 from .layout import chosen_copies, count_of, key_tiles, padded, sweep_of, tile_at
-from .sweeps import anchors_of, pairs_of
+from .sweeps import anchors_of, in_parts, pairs_of
 
 
 @triton.jit
@@ -179,40 +179,6 @@ def store_gradient(
     ptrs, mask = columns_of(gradient_ptr, row, first, n_anchors, D, G.shape[1])
     G = (G - q_i * radial[:, None]) * inverse[:, None] + poison[:, None]
     tl.store(ptrs, G.to(gradient_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def in_parts(G, PARTS: tl.constexpr):
-    """A tile, or its quarters by columns: all loads beside a wide one at once would spill."""
-    parts = (G,)
-    if PARTS > 1:
-        left, right = _halves(G)
-        parts = _halves(left) + _halves(right)
-    return parts
-
-
-@triton.jit
-def whole(parts):
-    """The tile whose parts these are."""
-    PARTS: tl.constexpr = len(parts)
-    if PARTS == 1:
-        tile = parts[0]
-    else:
-        tile = _whole(_whole(parts[0], parts[1]), _whole(parts[2], parts[3]))
-    return tile
-
-
-@triton.jit
-def _whole(left, right):
-    both = tl.permute(tl.join(left, right), (0, 2, 1))
-    return tl.reshape(both, (left.shape[0], 2 * left.shape[1]))
-
-
-@triton.jit
-def _halves(G):
-    """The left and the right columns of a tile."""
-    parts = tl.reshape(G, (G.shape[0], 2, G.shape[1] // 2))
-    return tl.split(tl.permute(parts, (0, 2, 1)))
 
 
 @triton.jit

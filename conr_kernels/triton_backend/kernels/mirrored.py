@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .arithmetic import FOLD, await_earlier, fold, load_tile, similarity
-from .gradient import in_parts, whole
 from .layout import (
     NEGATIVE_STRIPS,
     PARTS_OF_SUMS,
@@ -22,7 +21,7 @@ from .layout import (
     sweep_of,
     upper_tiles,
 )
-from .sweeps import anchors_of, pairs_of
+from .sweeps import anchors_of, in_parts, pairs_of, whole
 
 
 @triton.jit

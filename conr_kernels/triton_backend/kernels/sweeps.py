@@ -100,6 +100,40 @@ def pairs_of(
 
 
 @triton.jit
+def in_parts(G, PARTS: tl.constexpr):
+    """A tile, or its quarters by columns: all loads beside a wide one at once would spill."""
+    parts = (G,)
+    if PARTS > 1:
+        left, right = _halves(G)
+        parts = _halves(left) + _halves(right)
+    return parts
+
+
+@triton.jit
+def whole(parts):
+    """The tile whose parts these are."""
+    PARTS: tl.constexpr = len(parts)
+    if PARTS == 1:
+        tile = parts[0]
+    else:
+        tile = _whole(_whole(parts[0], parts[1]), _whole(parts[2], parts[3]))
+    return tile
+
+
+@triton.jit
+def _whole(left, right):
+    both = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(both, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def _halves(G):
+    """The left and the right columns of a tile."""
+    parts = tl.reshape(G, (G.shape[0], 2, G.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
 def _add_tile(
     sums, tile_j, anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, n_keys, width, unit,
     EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr,

@@ -22,7 +22,6 @@ from .arithmetic import (
 from .gradient import (
     coefficients_of,
     factor_of,
-    in_parts,
     load_sum,
     pair_gradients,
     poison_of,
@@ -31,8 +30,9 @@ from .gradient import (
     store_sum,
     unit_columns,
 )
-from .layout import HEAD, PER_TILE, padded, parts_of, sizes_of, sweep_of
-from .sweeps import anchors_of
+from .layout import padded, parts_of, sweep_of
+from .sweeps import anchors_of, in_parts
+from .tile_list import HEAD, PER_TILE, sizes_of
 
 
 @triton.jit
