@@ -13,6 +13,7 @@ import statistics
 import timeit
 from collections.abc import Callable, Iterator
 from typing import TypeVar
+from unittest import mock
 
 import torch
 
@@ -37,6 +38,26 @@ def architecture() -> int:
 def cuda_tool(name: str) -> str | None:
     """Where a program of the CUDA toolkit is."""
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+@contextlib.contextmanager
+def path(name: str) -> Iterator[None]:
+    """Which kernels serve a few rows: ``"sorted"``, those of sorted rows; ``"once"``, of these the
+    ones that take each pair once; ``""``, those of few.
+    """
+    from conr_kernels.cuda_backend import backend as cuda
+    from conr_kernels.triton_backend import call, launch_dense
+
+    if not name:
+        yield
+        return
+    once = {"sorted": 2**31, "once": 2}[name]
+    with (
+        mock.patch.object(launch_dense, "DENSE_PAIRS", -1),
+        mock.patch.object(cuda, "DENSE_PAIRS", -1),
+        mock.patch.object(call, "MIRRORED_ROWS", (once, once)),
+    ):
+        yield
 
 
 def synchronize() -> None:

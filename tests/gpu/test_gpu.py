@@ -20,8 +20,13 @@ from conr_kernels.triton_backend import launch_sweeps
 WHY_NOT = device.reason_against()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"not run: {WHY_NOT}")
 
-#: Rows of a batch and features: dense, dense with D split, sweeps, sweeps with D in chunks.
-REGIMES = [(31, 33), (1000, 512), (32, 100_000), (1537, 128), (4097, 65), (3001, 256), (1500, 2048)]
+#: Rows of a batch, features, and ``device.path``: every pair, with D split, with s_ij recomputed;
+#: sorted rows, with D in chunks, by the kernels that take each pair once.
+REGIMES = [
+    (31, 33, ""), (1000, 512, ""), (32, 100_000, ""), (1537, 128, ""),
+    (1537, 128, "sorted"), (4097, 65, ""), (3001, 256, "sorted"), (1500, 2048, ""),
+    (1537, 128, "once"), (1100, 300, "once"),
+]  # fmt: skip
 VARIANTS = ["paper", "released-age", "released-depth", "contrastive"]
 #: Largest errors of loss and gradient, relative to their largest entry.
 LIMITS = {
@@ -30,14 +35,15 @@ LIMITS = {
     torch.float16: (3e-4, 3e-3),
     torch.bfloat16: (3e-3, 2e-2),
 }
-PRECISION_SIZES = [(257, 128), (2049, 64), (1537, 300)]
+PRECISION_SIZES = [(257, 128, ""), (2049, 64, "sorted"), (1537, 300, ""), (2049, 128, "once")]
 REPEATS = 250
-SMALL_AND_LARGE = [200, 1800]
+SMALL_AND_LARGE = [(200, ""), (1800, "sorted")]
 #: Elements between two rows, so that offsets exceed 2³¹.
 FAR = 40_000_000
 if device.REHEARSAL:
-    REGIMES, PRECISION_SIZES = [(31, 33), (700, 17), (40, 300)], [(24, 17)]
-    REPEATS, FAR, SMALL_AND_LARGE = 2, 400, [200, 700]
+    REGIMES = [(31, 33, ""), (700, 17, "sorted"), (40, 300, "once")]
+    PRECISION_SIZES = [(24, 17, "once")]
+    REPEATS, FAR, SMALL_AND_LARGE = 2, 400, [(200, ""), (700, "sorted")]
 
 
 def batch(N: int, D: int, dtype: torch.dtype, L: int = 1) -> tuple[Tensor, ...]:
@@ -53,12 +59,19 @@ def batch(N: int, D: int, dtype: torch.dtype, L: int = 1) -> tuple[Tensor, ...]:
 
 
 def loss_and_gradient(
-    rows: tuple[Tensor, ...], backend: str, wide: bool = False, reduction: str = "none", **options
+    rows: tuple[Tensor, ...],
+    backend: str,
+    path: str = "",
+    *,
+    wide: bool = False,
+    reduction: str = "none",
+    **options,
 ):
     x, y, p, w, upstream = rows
     x = (x.double() if wide else x).detach().requires_grad_()
-    loss = conr_loss(x, y, p, w, backend=backend, reduction=reduction, **options)
-    (loss * upstream).sum().backward()
+    with device.path(path):
+        loss = conr_loss(x, y, p, w, backend=backend, reduction=reduction, **options)
+        (loss * upstream).sum().backward()
     return loss.detach(), x.grad
 
 
@@ -70,8 +83,10 @@ def matmul_precision(request):
     torch.set_float32_matmul_precision(saved)
 
 
-def assert_close(rows: tuple[Tensor, ...], limits: tuple[float, float], **options) -> None:
-    got = loss_and_gradient(rows, device.TRITON, **options)
+def assert_close(
+    rows: tuple[Tensor, ...], limits: tuple[float, float], path: str, **options
+) -> None:
+    got = loss_and_gradient(rows, device.TRITON, path, **options)
     exact = loss_and_gradient(rows, "reference", wide=True, **options)
     for name, ours, truth, limit in zip(("loss", "gradient"), got, exact, limits, strict=True):
         error = (ours.double() - truth).abs().max() / truth.abs().max()
@@ -86,46 +101,56 @@ def test_auto_picks_triton() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
-@pytest.mark.parametrize(("N", "D"), REGIMES)
-def test_agrees_with_the_float64_reference(N: int, D: int, dtype, variant: str) -> None:
-    assert_close(batch(N, D, dtype), LIMITS[dtype], variant=variant)
+@pytest.mark.parametrize(("N", "D", "path"), REGIMES)
+def test_agrees_with_the_float64_reference(N: int, D: int, path: str, dtype, variant: str) -> None:
+    assert_close(batch(N, D, dtype), LIMITS[dtype], path, variant=variant)
 
 
-@pytest.mark.parametrize(("N", "D"), PRECISION_SIZES)
-def test_float32_follows_the_matmul_precision(N: int, D: int, matmul_precision: str) -> None:
+@pytest.mark.parametrize(("N", "D", "path"), PRECISION_SIZES)
+def test_float32_follows_the_matmul_precision(
+    N: int, D: int, path: str, matmul_precision: str
+) -> None:
     limits = LIMITS[torch.float32] if matmul_precision == "highest" else (2e-3, 5e-3)
-    assert_close(batch(N, D, torch.float32), limits)
+    assert_close(batch(N, D, torch.float32), limits, path)
 
 
 @pytest.mark.parametrize("distance", ["mae", "rmse"])
-@pytest.mark.parametrize("N", SMALL_AND_LARGE)
-def test_vector_labels(N: int, distance: str) -> None:
-    assert_close(
-        batch(N, 64, torch.float32, L=3), LIMITS[torch.float32], distance=distance, window=9.0
-    )
+@pytest.mark.parametrize(("N", "path"), SMALL_AND_LARGE)
+def test_vector_labels(N: int, path: str, distance: str) -> None:
+    rows = batch(N, 64, torch.float32, L=3)
+    assert_close(rows, LIMITS[torch.float32], path, distance=distance, window=9.0)
 
 
-@pytest.mark.parametrize("N", SMALL_AND_LARGE)
-def test_small_temperature(N: int) -> None:
-    assert_close(batch(N, 64, torch.float32), (1e-5, 2e-3), temperature=0.005)
+@pytest.mark.parametrize(("N", "path"), SMALL_AND_LARGE)
+def test_small_temperature(N: int, path: str) -> None:
+    assert_close(batch(N, 64, torch.float32), (1e-5, 2e-3), path, temperature=0.005)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released-depth"])
+@pytest.mark.parametrize("path", ["sorted", "once"])
+def test_constant_predictions(path: str, variant: str) -> None:
+    """Every pair counts: the negatives outside the label bands."""
+    rows = batch(SMALL_AND_LARGE[1][0], 128, torch.bfloat16)
+    rows[2].fill_(20.0)
+    assert_close(rows, LIMITS[torch.bfloat16], path, variant=variant)
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
-@pytest.mark.parametrize(("N", "D"), REGIMES)
-def test_repeats_have_the_same_bits(N: int, D: int, dtype) -> None:
+@pytest.mark.parametrize(("N", "D", "path"), REGIMES)
+def test_repeats_have_the_same_bits(N: int, D: int, path: str, dtype) -> None:
     rows = batch(N, D, dtype)
-    first = loss_and_gradient(rows, device.TRITON)
+    first = loss_and_gradient(rows, device.TRITON, path)
     for _ in range(REPEATS):
-        again = loss_and_gradient(rows, device.TRITON)
+        again = loss_and_gradient(rows, device.TRITON, path)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-@pytest.mark.parametrize(("N", "D"), REGIMES)
-def test_no_host_synchronisation(N: int, D: int) -> None:
+@pytest.mark.parametrize(("N", "D", "path"), REGIMES)
+def test_no_host_synchronisation(N: int, D: int, path: str) -> None:
     rows = batch(N, D, torch.bfloat16)
-    loss_and_gradient(rows, device.TRITON)
+    loss_and_gradient(rows, device.TRITON, path)
     with device.no_synchronisation():
-        loss_and_gradient(rows, device.TRITON)
+        loss_and_gradient(rows, device.TRITON, path)
 
 
 @pytest.mark.skipif(device.REHEARSAL, reason="the CPU waits for nothing")
@@ -134,15 +159,16 @@ def test_a_synchronisation_would_show() -> None:
         torch.ones(1, device=device.DEVICE).item()
 
 
-@pytest.mark.parametrize(("N", "D"), REGIMES)
-def test_cuda_graph_replays_with_new_data(N: int, D: int) -> None:
+@pytest.mark.parametrize(("N", "D", "path"), REGIMES)
+def test_cuda_graph_replays_with_new_data(N: int, D: int, path: str) -> None:
     rows = batch(N, D, torch.bfloat16)
     x = rows[0].detach().requires_grad_()
     y, p, w, upstream = rows[1:]
 
     def step() -> tuple[Tensor, Tensor]:
-        loss = conr_loss(x, y, p, w, backend=device.TRITON, reduction="none")
-        return loss, torch.autograd.grad((loss * upstream).sum(), x)[0]
+        with device.path(path):
+            loss = conr_loss(x, y, p, w, backend=device.TRITON, reduction="none")
+            return loss, torch.autograd.grad((loss * upstream).sum(), x)[0]
 
     replay, captured = device.graph(step)
     with torch.no_grad():
@@ -196,9 +222,9 @@ def test_memory_grows_with_the_features_alone(
 
 
 @pytest.mark.parametrize("name", range(4))
-@pytest.mark.parametrize("N", SMALL_AND_LARGE)
-def test_non_finite_input_shows(N: int, name: int) -> None:
+@pytest.mark.parametrize(("N", "path"), [*SMALL_AND_LARGE, (SMALL_AND_LARGE[1][0], "once")])
+def test_non_finite_input_shows(N: int, path: str, name: int) -> None:
     rows = batch(N, 64, torch.bfloat16)
     rows[name].view(-1)[7] = float("nan")
-    loss, gradient = loss_and_gradient(rows, device.TRITON)
+    loss, gradient = loss_and_gradient(rows, device.TRITON, path)
     assert not loss.isfinite().all() and not gradient.isfinite().all()

@@ -32,7 +32,8 @@ from ..rows import Stage
 from . import dense
 from .providers import BF16, F32
 
-#: ``recorded_launches``'s arguments by name, maybe with ``tried``; or ``dense``, that kernel's D.
+#: ``recorded_launches``'s arguments by name, maybe with those of ``compiled.tried`` and
+#: ``device.path``; or ``dense``, that kernel's D.
 Call = tuple[tuple[str, object], ...]
 
 
@@ -58,16 +59,18 @@ def calls() -> list[Call]:
     found: list[dict[str, object]] = []
     for d, dtype, n in itertools.product((128, 512, 2048, 64, 256), (BF16, F32), (512, 16_384)):
         found.append(dict(N=n, D=d, dtype=dtype))
-    for (n, d), dtype, variant in itertools.product(
+    for (n, d, path), dtype, variant in itertools.product(
         test_gpu.REGIMES, test_gpu.LIMITS, test_gpu.VARIANTS
     ):
-        found.append(dict(N=n, D=d, dtype=dtype, variant=variant))
-    for (n, d), how in itertools.product(test_gpu.PRECISION_SIZES, ("highest", "high")):
-        found.append(dict(N=n, D=d, dtype=F32, precision=how))
-    for n in (200, 1800):
-        found += [dict(N=n, D=64, dtype=F32, L=3, distance=how) for how in ("mae", "rmse")]
-        found.append(dict(N=n, D=64, dtype=F32, temperature=0.005))
-    found += [dict(N=n, D=64, dtype=BF16) for n in (100, 1500)]
+        found.append(dict(N=n, D=d, path=path, dtype=dtype, variant=variant))
+    for (n, d, path), how in itertools.product(test_gpu.PRECISION_SIZES, ("highest", "high")):
+        found.append(dict(N=n, D=d, path=path, dtype=F32, precision=how))
+    for n, path in test_gpu.SMALL_AND_LARGE:
+        of = dict(N=n, D=64, path=path, dtype=F32)
+        found += [of | dict(L=3, distance=how, window=9.0) for how in ("mae", "rmse")]
+        found.append(of | dict(temperature=0.005))
+    for n, path in [*test_gpu.SMALL_AND_LARGE, (1800, "once")]:
+        found.append(dict(N=n, D=64, path=path, dtype=BF16))
     return [call_of(**{"precision": "highest"} | call) for call in found] + [call_of(dense=128)]
 
 
@@ -76,7 +79,10 @@ def launches(call: Call, architecture: int) -> list[Launch]:
     if width := options.get("dense"):
         return list(_of_dense(width, architecture))
     replaced = options.pop("tried", None)
-    with compiled.tried(*replaced) if replaced else contextlib.nullcontext():
+    with (
+        device.path(options.pop("path", "")),
+        compiled.tried(*replaced) if replaced else contextlib.nullcontext(),
+    ):
         return compiled.recorded_launches(architecture=architecture, **options)
 
 
