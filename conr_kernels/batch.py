@@ -5,6 +5,7 @@ reference.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -249,10 +250,15 @@ def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0
     """
     variant, h = batch.settings.variant, batch.settings.window
     mask = torch.ones_like(batch.y[:, 0], dtype=torch.bool) if batch.mask is None else batch.mask
+    # Squares of distances stay within float32's range too.
+    n_components = batch.y.shape[1] if batch.settings.distance == "rmse" else 1
+    most = 1e38 if n_components == 1 else 1e19 / math.sqrt(n_components)
     step = 2 * min(h, 1e30) + 1e-6 * (reach + 1)
     places = torch.arange(first + 1, first + 1 + len(mask), device=mask.device)
-    # One number in both dtypes of labels, within the range of the narrower.
-    far = (3 * reach + step * places + 1).clamp(max=1e38).float()[:, None]
+    # One number in both dtypes of labels, within the range of the narrower; 0 where the window
+    # reaches everything, so that nobody is an anchor.
+    far = (3 * reach + (step * places).clamp(max=most) + 1).clamp(max=1e38)
+    far = far.float()[:, None] if h <= most else torch.zeros_like(far).float()[:, None]
     is_present, p, settings = mask[:, None], batch.p, batch.settings
     if variant.negatives == "all":  # as if all predictions were alike: 0, or NaN
         p, variant = p * 0, replace(variant, negatives="confused")
