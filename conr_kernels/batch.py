@@ -5,6 +5,7 @@ reference.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -191,8 +192,7 @@ def prepare(
     is_reduced = mask is None and not in_group and not is_traced
     is_reduced = is_reduced and ops.reduces(x, y, keys, settings, reduction, backend)
     mask = None if mask is None else mask.detach().reshape(-1)
-    of_call = (settings, reduction, backend, mask, key_mask)
-    return Batch(x, y, p, w, keys, *of_call, reduces=is_reduced)
+    return Batch(x, y, p, w, keys, settings, reduction, backend, mask, key_mask, reduces=is_reduced)
 
 
 def try_prepare(
@@ -229,8 +229,7 @@ def loss(batch: Batch) -> Tensor:
 
 def extent(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The largest magnitude of a label or prediction that takes part, NaN where one is NaN
-    (float64); how many rows take part; and how many rows and further keys do not. Scalars on the
-    batch's device.
+    (float64); how many rows do; how many rows and keys do not. Scalars on the batch's device.
     """
     labels = [batch.y, batch.p]
     if batch.mask is not None:
@@ -262,10 +261,15 @@ def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0
     """
     variant, h = batch.settings.variant, batch.settings.window
     mask = torch.ones_like(batch.y[:, 0], dtype=torch.bool) if batch.mask is None else batch.mask
+    # Squares of distances stay within float32's range too.
+    n_components = batch.y.shape[1] if batch.settings.distance == "rmse" else 1
+    most = 1e38 if n_components == 1 else 1e19 / math.sqrt(n_components)
     step = 2 * min(h, 1e30) + 1e-6 * (reach + 1)
     places = torch.arange(first + 1, first + 2 + len(mask), device=mask.device)
-    # One number in both dtypes of labels, within the range of the narrower.
-    far = (3 * reach + step * places + 1).clamp(max=1e38).float()[:, None]
+    # One number in both dtypes of labels, within the range of the narrower; 0 where the window
+    # reaches everything, so that nobody is an anchor.
+    far = (3 * reach + (step * places).clamp(max=most) + 1).clamp(max=1e38)
+    far = far.float()[:, None] if h <= most else torch.zeros_like(far).float()[:, None]
     far, far_key = far[:-1], far[-1]
     is_present, p, settings = mask[:, None], batch.p, batch.settings
     if variant.negatives == "all":  # as if all predictions were alike: 0, or NaN

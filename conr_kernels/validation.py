@@ -143,9 +143,7 @@ def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
 
 
 def check_key_labels(keys: Any, y: Tensor) -> None:
-    """Keys (features, targets, predictions), with a mask as a bank's may be, whose labels are like
-    y's.
-    """
+    """Keys (features, targets, predictions[, mask]) whose labels are like y's."""
     if not isinstance(keys, (tuple, list)) or len(keys) not in (3, 4):
         got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
         raise TypeError(

@@ -70,15 +70,11 @@ class MemoryBank(nn.Module):
     def push(
         self, features: Tensor, targets: Tensor, predictions: Tensor, mask: Tensor | None = None
     ) -> None:
-        """Appends rows [N, …] and drops the oldest; of more than ``size`` rows the last are
-        kept.
+        """Appends rows [N, …] and drops the oldest; of more than ``size`` the last are kept.
 
-        Args:
-            mask: as of ``conr_loss``: bool [N] or [N, 1], True for the rows that take part; None
-                for all of them. The others are nobody's keys and may hold anything, NaN included.
-                Each takes a place of the ``size`` all the same, since how many there are is not
-                read back from the device: the loss is that of a bank without them until rows are
-                dropped.
+        ``mask``, bool [N] or [N, 1], is True for the rows that take part, as in ``conr_loss``. The
+        others are nobody's keys and may hold anything, but take places of the ``size`` too, since
+        nothing is read from the device: the loss is as without them until rows are dropped.
         """
         validation.check_tensors(features, targets, predictions, None, None, mask)
         size, D = self.features.shape

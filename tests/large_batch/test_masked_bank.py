@@ -148,6 +148,9 @@ def test_masked_rows_take_places():
     bank.push(x, y, p, y > 3)
     key_x, *_, mask = bank.keys()
     assert sorted(key_x[mask].tolist()) == sorted(x[-8:][y[-8:] > 3].tolist())
+    bank.push(x[:7], y[:7], p[:7])
+    key_x, *_, mask = bank.keys()
+    assert mask.sum() == 7 + (y[-1] > 3)
 
 
 @pytest.mark.parametrize(
