@@ -66,8 +66,8 @@ def conr_loss(
             difference.
         reduction: ``"mean"`` over the N rows, ``"sum"``, or ``"none"``: the row losses [N].
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
-        keys: ``(features, targets, predictions)`` of further rows, or a ``MemoryBank``: positives
-            and negatives of the batch's rows, no anchors, no gradient.
+        keys: ``(features, targets, predictions[, mask])`` of further rows, or a ``MemoryBank``:
+            positives and negatives of the batch's rows, no anchors, no gradient.
         group: a ``torch.distributed`` process group, or ``"world"`` for the default one: the batch
             is the union of all ranks' rows
             (any number on each, also none) and, with ``keys``, of all ranks' keys. ``"mean"`` and

@@ -83,7 +83,10 @@ def checked_rows(
         takes_part = mask.reshape(-1)
         y, p = (t.masked_fill(~takes_part[:, None], torch.nan) for t in (y, p))
     if keys is not None:
-        keys = (as_labels(keys[1]).to(y.dtype), as_labels(keys[2]).to(p.dtype))
+        _, key_y, key_p, *masks = keys
+        keys = (as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
+        for is_key in masks:
+            keys = tuple(t.masked_fill(~is_key.reshape(-1, 1), torch.nan) for t in keys)
     w = as_weights(weights, y) if variant.weighted_rows else None
     return Rows(y, p, w, takes_part, keys, float(window), distance, variant)
 
