@@ -32,10 +32,15 @@ class WindowSuggestion(NamedTuple):
     alone: list[float]
 
     def __str__(self) -> str:
-        negatives = self.negatives or [float("nan")] * len(self.windows)
-        rows = zip(self.windows, self.positives, negatives, self.alone, strict=True)
-        lines = [f"{'window':>10s} positives negatives rows without positive"]
-        lines += [f"{h:10.4g} {p:9.2%} {n:9.2%} {a:9.2%}" for h, p, n, a in rows]
+        shares = {
+            "positives": self.positives,
+            "negatives": self.negatives,
+            "rows without positive": self.alone,
+        }
+        columns = {name: column for name, column in shares.items() if column is not None}
+        lines = [" ".join(["    window", *columns])]
+        for h, *row in zip(self.windows, *columns.values(), strict=True):
+            lines.append(" ".join([f"{h:10.4g}", *(f"{share:9.2%}" for share in row)]))
         step = "no common step" if self.step is None else f"steps of {self.step:.4g}"
         return "\n".join([*lines, f"proposed: {self.window:.4g} (labels with {step})"])
 
