@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from .validation import check_choice, check_variant_combination
+from .validation import check_choice, check_flag, check_variant_combination
 
 LOGS = ("outside", "inside")
 PUSHINGS = ("linear", "exponential", "weight", "distance", "none")
@@ -33,6 +33,7 @@ class Variant:
         weighted_rows: multiply ``ℓ_i`` by ``w_i``.
 
     Raises:
+        TypeError: a field that is no bool and should be.
         ValueError: a field has an unknown value, or ``count_self`` with ``log="outside"``.
     """
 
@@ -47,6 +48,8 @@ class Variant:
         check_choice("log", self.log, LOGS)
         check_choice("pushing", self.pushing, PUSHINGS)
         check_choice("negatives", self.negatives, NEGATIVES)
+        for name in ("unit_terms", "count_self", "weighted_rows"):
+            check_flag(name, getattr(self, name))
         check_variant_combination(self.log, self.count_self)
 
     @property

@@ -46,6 +46,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("features", torch.zeros(size, n_features, dtype=dtype, device=device))
         self.register_buffer("targets", torch.zeros(size, n_labels, **labels))
         self.register_buffer("predictions", torch.zeros(size, n_labels, **labels))
+        validation.check_features("features (dtype)", self.features)
+        validation.check_real("labels (label_dtype)", self.targets)
 
     def __len__(self) -> int:
         """Rows held now."""

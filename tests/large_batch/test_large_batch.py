@@ -86,6 +86,10 @@ def test_bank_takes_labels_as_vectors_and_refuses_other_shapes() -> None:
         MemoryBank(0, 4)
     with pytest.raises(TypeError, match="n_features must be an int"):
         MemoryBank(3, 4.0)
+    with pytest.raises(TypeError, match=r"features \(dtype\) must have .*, got torch.int64"):
+        MemoryBank(3, 4, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"labels \(label_dtype\) must have .*, got torch.bool"):
+        MemoryBank(3, 4, label_dtype=torch.bool)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
