@@ -181,8 +181,8 @@ def test_gradient_cache_equals_one_shot(
 ) -> None:
     if is_normalised and chunk_size == 1:
         pytest.skip("batch normalisation takes no single row: 40 rows in chunks of 1")
-    inputs, targets = torch.randn(40, 5), torch.randint(0, 8, (40,)).float()
     torch.manual_seed(0)
+    inputs, targets = torch.randn(40, 5), torch.randint(0, 8, (40,)).float()
     encoders = [Encoder(dropout, is_normalised) for _ in range(2)]
     encoders[1].load_state_dict(encoders[0].state_dict())
     loss = objective(targets, has_regression)
