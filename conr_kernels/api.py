@@ -54,8 +54,7 @@ def conr_loss(
         targets: labels ``y`` [N], [N, 1] or [N, L], real; in the units of ``window``.
         predictions: ``p``, like targets. Used for the masks only.
         weights: density weights ``w ≥ 0`` [N], [N, 1], a scalar, or None for 1 (see
-            ``density_weights``). Of a Tensor the sign is not looked at, which would synchronise:
-            a negative weight leaves the value undefined.
+            ``density_weights``). Negative ones in a Tensor pass unseen, the value is undefined.
         window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the
             paper). One beyond float32 is infinite.
         temperature: ``τ > 0``, with an inverse in float32.
@@ -67,8 +66,8 @@ def conr_loss(
             difference.
         reduction: ``"mean"`` over the N rows, ``"sum"``, or ``"none"``: the row losses [N].
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
-        keys: ``(features, targets, predictions)`` of further rows, or a ``MemoryBank``: positives
-            and negatives of the batch's rows, no anchors, no gradient.
+        keys: ``(features, targets, predictions[, mask])`` of further rows, or a ``MemoryBank``:
+            positives and negatives of the batch's rows, no anchors, no gradient.
         group: a ``torch.distributed`` process group, or ``"world"`` for the default one: the batch
             is the union of all ranks' rows
             (any number on each, also none) and, with ``keys``, of all ranks' keys. ``"mean"`` and
@@ -86,8 +85,7 @@ def conr_loss(
     Returns:
         The loss: float32, float64 for float64 features, also under autocast. Differentiable once in
         ``features`` alone (any number of times with ``backend="reference"``). Label distances are
-        compared in float32, which holds integers up to 2²⁴ exactly (in float64 for float64 labels
-        on the CPU).
+        compared in float32, exact for integers up to 2²⁴ (float64 labels on the CPU: in float64).
 
     Raises:
         TypeError, ValueError: bad input; the message names the argument, what was expected and
@@ -146,8 +144,7 @@ class ConRLoss(nn.Module):
     Raises:
         TypeError, ValueError: an option that ``conr_loss`` would refuse.
 
-    ``forward`` takes the rows and keys of ``conr_loss``, in its order (weights ≥ 0), and returns
-    its value.
+    ``forward`` takes ``conr_loss``'s rows (weights ≥ 0) and keys in its order, returns its value.
     """
 
     def __init__(

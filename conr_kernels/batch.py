@@ -5,6 +5,7 @@ reference.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ class Batch(NamedTuple):
     None.
 
     ``keys`` are the caller's further rows [K, …] in the same form, or None. ``mask``, bool [N]: the
-    rows that take part, None for all; ``n_absent``, a scalar: how many keys do not, which are far
-    from all others by then (``without_absent``). ``reduces``: the backend gives the reduced loss at
-    once; labels and predictions are then as given where ``ops.takes_any_labels``.
+    rows that take part, ``key_mask``, bool [K]: the further keys that do; both None for all, and
+    no ``key_mask`` comes without a ``mask``. ``n_absent``, a scalar: how many of all keys do not,
+    which are far from all others by then (``without_absent``). ``reduces``: the backend gives the
+    reduced loss at once; labels and predictions are then as given where ``ops.takes_any_labels``.
     """
 
     x: Tensor
@@ -37,6 +39,7 @@ class Batch(NamedTuple):
     reduction: str
     backend: str
     mask: Tensor | None = None
+    key_mask: Tensor | None = None
     n_absent: Tensor | None = None
     reduces: bool = False
 
@@ -165,7 +168,7 @@ def prepare(
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     is_traced = torch.compiler.is_compiling()
     settings = _traced_settings(options) if is_traced else _settings(options)
-    if validation.is_bank(keys):
+    if hasattr(keys, "n_pushed"):  # a MemoryBank, no other module
         keys = keys.keys(getattr(features, "dtype", None))
     x, reduction = features, options.reduction
     if keys is None and mask is None and not is_traced:
@@ -179,14 +182,18 @@ def prepare(
         validation.check_tensors(x, targets, predictions, weights, keys, mask)
         backend = choose_backend(options.backend, x.device, x.dtype)
     y, p = as_labels(targets), as_labels(predictions)
+    key_mask = None
     if keys is not None:
-        key_x, key_y, key_p = keys
+        key_x, key_y, key_p, *masks = keys
+        if masks:
+            key_mask = masks[0].detach().reshape(-1)
+            mask = key_mask.new_ones(len(x)) if mask is None else mask
         keys = (key_x.detach(), as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
     w = as_weights(weights, x)
     is_reduced = mask is None and not in_group and not is_traced
     is_reduced = is_reduced and ops.reduces(x, y, keys, settings, reduction, backend)
     mask = None if mask is None else mask.detach().reshape(-1)
-    return Batch(x, y, p, w, keys, settings, reduction, backend, mask, reduces=is_reduced)
+    return Batch(x, y, p, w, keys, settings, reduction, backend, mask, key_mask, reduces=is_reduced)
 
 
 def try_prepare(
@@ -211,8 +218,8 @@ def loss(batch: Batch) -> Tensor:
         return ops.reduced_loss(batch.inputs(None), batch.keys, batch.reduction, batch.backend)
     n_present = None
     if batch.mask is not None:
-        reach, n_present = extent(batch)
-        batch = without_absent(batch, reach, batch.x.shape[0] - n_present)
+        reach, n_present, n_absent = extent(batch)
+        batch = without_absent(batch, reach, n_absent)
     rows = row_losses(batch)
     if batch.reduction == "none":
         return rows
@@ -221,19 +228,24 @@ def loss(batch: Batch) -> Tensor:
     return rows.mean() if n_present is None else rows.sum() / n_present.clamp(min=1)
 
 
-def extent(batch: Batch) -> tuple[Tensor, Tensor]:
+def extent(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The largest magnitude of a label or prediction that takes part, NaN where one is NaN
-    (float64); and how many rows take part. Scalars on the batch's device.
+    (float64); how many rows do; how many rows and keys do not. Scalars on the batch's device.
     """
     labels = [batch.y, batch.p]
     if batch.mask is not None:
         labels = [t.masked_fill(~batch.mask[:, None], 0.0) for t in labels]
-    if batch.keys is not None:
-        labels += batch.keys[1:]
     nothing = batch.y.new_zeros(1)
-    largest = torch.cat([nothing, *(t.abs().reshape(-1) for t in labels)]).amax()
     n_present = nothing.new_tensor(len(batch.x)) if batch.mask is None else batch.mask.sum()
-    return largest.double(), n_present
+    n_absent = len(batch.x) - n_present
+    if batch.key_mask is not None:
+        is_absent = ~batch.key_mask
+        labels += [t.masked_fill(is_absent[:, None], 0.0) for t in batch.keys[1:]]
+        n_absent = n_absent + is_absent.sum()
+    elif batch.keys is not None:
+        labels += batch.keys[1:]
+    largest = torch.cat([nothing, *(t.abs().reshape(-1) for t in labels)]).amax()
+    return largest.double(), n_present, n_absent
 
 
 def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0) -> Batch:
@@ -243,17 +255,23 @@ def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0
     its prediction: farther than the window from all labels and predictions that take part, the
     largest of which is ``reach``, and mostly from the other absent rows'. Label and prediction
     being one number, two absent rows are no negative pair, so that none is an anchor; where two
-    collide by rounding they are idle positives of one another.
+    collide by rounding they are idle positives of one another. Absent further keys share one place.
 
     Args:
         n_absent: absent rows of all keys; ``first``: the number of rows of other ranks before.
     """
     variant, h = batch.settings.variant, batch.settings.window
     mask = torch.ones_like(batch.y[:, 0], dtype=torch.bool) if batch.mask is None else batch.mask
+    # Squares of distances stay within float32's range too.
+    n_components = batch.y.shape[1] if batch.settings.distance == "rmse" else 1
+    most = 1e38 if n_components == 1 else 1e19 / math.sqrt(n_components)
     step = 2 * min(h, 1e30) + 1e-6 * (reach + 1)
-    places = torch.arange(first + 1, first + 1 + len(mask), device=mask.device)
-    # One number in both dtypes of labels, within the range of the narrower.
-    far = (3 * reach + step * places + 1).clamp(max=1e38).float()[:, None]
+    places = torch.arange(first + 1, first + 2 + len(mask), device=mask.device)
+    # One number in both dtypes of labels, within the range of the narrower; 0 where the window
+    # reaches everything, so that nobody is an anchor.
+    far = (3 * reach + (step * places).clamp(max=most) + 1).clamp(max=1e38)
+    far = far.float()[:, None] if h <= most else torch.zeros_like(far).float()[:, None]
+    far, far_key = far[:-1], far[-1]
     is_present, p, settings = mask[:, None], batch.p, batch.settings
     if variant.negatives == "all":  # as if all predictions were alike: 0, or NaN
         p, variant = p * 0, replace(variant, negatives="confused")
@@ -261,6 +279,11 @@ def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0
     keys = batch.keys
     if keys is not None and settings is not batch.settings:
         keys = (*keys[:2], keys[2] * 0)
+    if batch.key_mask is not None:
+        is_key = batch.key_mask[:, None]
+        key_x, *labels = keys
+        labels = (torch.where(is_key, t, far_key.to(t.dtype)) for t in labels)
+        keys = (torch.where(is_key, key_x, 0.0), *labels)
     return batch._replace(
         x=torch.where(is_present, batch.x, 0.0),
         y=torch.where(is_present, batch.y, far.to(batch.y.dtype)),

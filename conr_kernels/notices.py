@@ -73,7 +73,9 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
     if n_union is None:
         y_j, p_j = y_i, p_i
         if batch.keys is not None:
-            y_j, p_j = torch.cat([y_i, batch.keys[1]]), torch.cat([p_i, batch.keys[2]])
+            is_key = slice(None) if batch.key_mask is None else batch.key_mask
+            key_y, key_p = (t[is_key] for t in batch.keys[1:])
+            y_j, p_j = torch.cat([y_i, key_y]), torch.cat([p_i, key_p])
         of_pairs = (batch.settings.window, batch.settings.distance)
         negatives = batch.settings.variant.negatives
         n_i, m_i = pair_counts(y_i, p_i, y_j, p_j, *of_pairs, negatives)

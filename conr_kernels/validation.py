@@ -41,9 +41,7 @@ def check_number(name: str, value: Any) -> float:
         raise ValueError(f"{name} must be in a float's range, got {kind} beyond it") from None
 
 
-def check_scalars(
-    window: float, temperature: float, push_scale: float
-) -> tuple[float, float, float]:
+def check_scalars(window: Any, temperature: Any, push_scale: Any) -> tuple[float, ...]:
     """The three as floats; a window beyond float32 is infinite: no labels are farther apart."""
     window = check_number("window", window)
     temperature = check_number("temperature", temperature)
@@ -154,11 +152,6 @@ def check_devices(tensors: dict[str, Any]) -> None:
         raise ValueError(f"all tensors must be on one device, got {listing}")
 
 
-def is_bank(keys: Any) -> bool:
-    """Whether keys are a MemoryBank, which counts its rows; no other module holds any."""
-    return isinstance(keys, torch.nn.Module) and hasattr(keys, "n_pushed")
-
-
 def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
     check_key_labels(keys, y)
     key_x = keys[0]
@@ -174,32 +167,34 @@ def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
 
 
 def check_key_labels(keys: Any, y: Tensor) -> None:
-    """Keys (features, targets, predictions) whose labels are like y's."""
-    if not isinstance(keys, (tuple, list)) or len(keys) != 3:
+    """Keys (features, targets, predictions[, mask]) whose labels are like y's."""
+    if not isinstance(keys, (tuple, list)) or len(keys) not in (3, 4):
         got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
         raise TypeError(
             f"keys must be a tuple (features, targets, predictions) or a MemoryBank, got {got}"
         )
-    key_x, key_y, key_p = keys
+    key_x, key_y, key_p, *masks = keys
     check_features("keys[0] (features)", key_x)
     check_labels("keys[1] (targets)", key_y, key_x.shape[0], "keys[0]")
     check_labels("keys[2] (predictions)", key_p, key_x.shape[0], "keys[0]")
     check_same_components("targets", y, "keys[1] (targets)", key_y)
     check_same_components("targets", y, "keys[2] (predictions)", key_p)
+    for mask in masks:
+        check_mask(mask, key_x.shape[0], "keys[0]", "keys[3] (mask)")
 
 
-def check_bool(mask: Any) -> None:
+def check_bool(mask: Any, name: str = "mask") -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else kind_of(mask)
-        raise TypeError(f"mask must be a Tensor of dtype torch.bool, got {got}")
-    check_dense("mask", mask)
+        raise TypeError(f"{name} must be a Tensor of dtype torch.bool, got {got}")
+    check_dense(name, mask)
 
 
-def check_mask(mask: Any, n_rows: int, rows_of: str) -> None:
-    check_bool(mask)
+def check_mask(mask: Any, n_rows: int, rows_of: str, name: str = "mask") -> None:
+    check_bool(mask, name)
     if mask.shape not in ((n_rows,), (n_rows, 1)):
         raise ValueError(
-            f"mask must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
+            f"{name} must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
             f"got {tuple(mask.shape)}"
         )
 

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .validation import check_choice, check_flag, check_variant_combination
 
+
+class Pushing(NamedTuple):
+    """A pushing weight ``S_ij = r_i·φ(d_ij)``: whether ``e``, and whether ``w_i``, is a factor of
+    ``r_i``; and ``φ(d)``: ``"one"``, ``"distance"`` ``d``, ``"exponential"`` ``exp(e·d)``.
+    """
+
+    is_scaled: bool
+    is_weighted: bool
+    phi: str
+
+
 LOGS = ("outside", "inside")
-PUSHINGS = ("linear", "exponential", "weight", "distance", "none")
+PUSHINGS = {
+    "linear": Pushing(True, True, "distance"),
+    "exponential": Pushing(False, True, "exponential"),
+    "weight": Pushing(True, True, "one"),
+    "distance": Pushing(True, False, "distance"),
+    "none": Pushing(False, False, "one"),
+}
 NEGATIVES = ("confused", "all")
 DISTANCES = ("mae", "rmse")
 
@@ -33,8 +51,7 @@ class Variant:
         weighted_rows: multiply ``ℓ_i`` by ``w_i``.
 
     Raises:
-        TypeError: a field that is no bool and should be.
-        ValueError: a field has an unknown value, or ``count_self`` with ``log="outside"``.
+        TypeError, ValueError: a field of no legal value, or ``count_self`` with ``log="outside"``.
     """
 
     log: str = "outside"
@@ -111,11 +128,15 @@ class Settings:
         )  # fmt: skip
 
     @property
+    def pushing(self) -> Pushing:
+        return PUSHINGS[self.variant.pushing]
+
+    @property
     def exponent_is_small(self) -> bool:
         """True where ``exp(s_ij)`` needs no shift: ``|s_ij| ≤ 1/τ`` and no exponential pushing."""
-        return 2 / self.temperature <= self.SAFE_EXPONENT and self.variant.pushing != "exponential"
+        return 2 / self.temperature <= self.SAFE_EXPONENT and self.pushing.phi != "exponential"
 
     @property
     def scales_by_distance(self) -> bool:
         """True where ``φ(d_ij) = d_ij``."""
-        return self.variant.pushing in ("linear", "distance")
+        return self.pushing.phi == "distance"

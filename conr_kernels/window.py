@@ -32,15 +32,12 @@ class WindowSuggestion(NamedTuple):
     alone: list[float]
 
     def __str__(self) -> str:
-        shares = {
-            "positives": self.positives,
-            "negatives": self.negatives,
-            "rows without positive": self.alone,
-        }
-        columns = {name: column for name, column in shares.items() if column is not None}
-        lines = [" ".join(["    window", *columns])]
-        for h, *row in zip(self.windows, *columns.values(), strict=True):
-            lines.append(" ".join([f"{h:10.4g}", *(f"{share:9.2%}" for share in row)]))
+        header, columns = f"{'window':>10s} positives", [self.positives]
+        if self.negatives is not None:
+            header, columns = header + " negatives", [*columns, self.negatives]
+        lines = [header + " rows without positive"]
+        for h, *shares in zip(self.windows, *columns, self.alone, strict=True):
+            lines.append(f"{h:10.4g} " + " ".join(f"{share:9.2%}" for share in shares))
         step = "no common step" if self.step is None else f"steps of {self.step:.4g}"
         return "\n".join([*lines, f"proposed: {self.window:.4g} (labels with {step})"])
 

@@ -100,7 +100,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     if group is not None:
         encoder = DistributedDataParallel(model)
     torch.manual_seed(1 + rank)  # other data on every rank
-    conr = ConRLoss(window=1.0, temperature=0.1, group=group)
+    conr = ConRLoss(window=1.5, temperature=0.1, group=group)
     bank = MemoryBank(arguments.bank, arguments.features, device=device) if arguments.bank else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     n_rows = arguments.rows // n_ranks

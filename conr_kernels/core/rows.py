@@ -60,12 +60,9 @@ class RowSums(NamedTuple):
 
 def pushing_rate(w: Tensor | None, settings: Settings) -> Tensor | float | None:
     """``r_i``, the anchor's own part of the pushing weight ``S_ij = r_i · φ(d_ij)``; None for 1."""
-    e, pushing = settings.push_scale, settings.variant.pushing
-    if pushing == "none":
-        return None
-    if pushing == "exponential":
-        return w
-    return e if w is None or pushing == "distance" else w * e
+    is_scaled, is_weighted, _ = settings.pushing
+    e, w = settings.push_scale if is_scaled else None, w if is_weighted else None
+    return e if w is None else w if e is None else w * e
 
 
 def finish_rows(

@@ -74,7 +74,7 @@ def checked_rows(
     window, _, _ = validation.check_scalars(window, 1.0, 0.0)
     validation.check_choice("distance", distance, DISTANCES)
     variant = resolve_variant(variant)
-    if validation.is_bank(keys):
+    if hasattr(keys, "n_pushed"):  # a MemoryBank, no other module
         keys = keys.keys()
     validation.check_statistics(targets, predictions, keys, mask, weights)
     y, p = as_labels(targets), as_labels(predictions)
@@ -83,7 +83,10 @@ def checked_rows(
         takes_part = mask.reshape(-1)
         y, p = (t.masked_fill(~takes_part[:, None], torch.nan) for t in (y, p))
     if keys is not None:
-        keys = (as_labels(keys[1]).to(y.dtype), as_labels(keys[2]).to(p.dtype))
+        _, key_y, key_p, *masks = keys
+        keys = (as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
+        for is_key in masks:
+            keys = tuple(t.masked_fill(~is_key.reshape(-1, 1), torch.nan) for t in keys)
     w = as_weights(weights, y) if variant.weighted_rows else None
     return Rows(y, p, w, takes_part, keys, window, distance, variant)
 

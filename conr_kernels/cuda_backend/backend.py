@@ -38,13 +38,6 @@ _FLAGS = dict(
     rate_is_scaled=1024,
     widened=2048,
 )
-_PUSHING = {
-    "linear": ("phi_is_distance", "rate_is_weighted", "rate_is_scaled"),
-    "exponential": ("phi_is_exponential", "rate_is_weighted"),
-    "weight": ("rate_is_weighted", "rate_is_scaled"),
-    "distance": ("phi_is_distance", "rate_is_scaled"),
-    "none": (),
-}
 
 
 @functools.cache
@@ -217,10 +210,13 @@ def _find_scalars(settings: Settings, is_widened: bool) -> tuple[float, float, f
         weighted_rows=variant.weighted_rows,
         rmse=settings.distance == "rmse",
         shifted=not settings.exponent_is_small,
+        phi_is_distance=settings.pushing.phi == "distance",
+        phi_is_exponential=settings.pushing.phi == "exponential",
+        rate_is_weighted=settings.pushing.is_weighted,
+        rate_is_scaled=settings.pushing.is_scaled,
         widened=is_widened,
     )
-    names = [*_PUSHING[variant.pushing], *(name for name, is_asked in asked.items() if is_asked)]
-    flags = sum(_FLAGS[name] for name in names)
+    flags = sum(_FLAGS[name] for name, is_asked in asked.items() if is_asked)
     return settings.window, settings.temperature, settings.push_scale, flags
 
 

@@ -19,8 +19,8 @@ class MemoryBank(nn.Module):
     window decides on them: they keep their dtype when the module changes its own, and wider ones
     that are pushed or loaded widen it. ::
 
-        loss = conr(features, targets, predictions, keys=bank)
-        bank.push(features, targets, predictions)
+        loss = conr(features, targets, predictions, keys=bank, mask=mask)
+        bank.push(features, targets, predictions, mask)
 
     Keep the bank outside ``DistributedDataParallel``, which would copy rank 0's rows to every rank.
 
@@ -42,36 +42,43 @@ class MemoryBank(nn.Module):
         super().__init__()
         validation.check_counts(size=size, n_features=n_features, n_labels=n_labels)
         labels = dict(dtype=label_dtype, device=device)
-        self.n_pushed = 0
+        self.n_pushed, self.has_mask = 0, False
         self.register_buffer("features", torch.zeros(size, n_features, dtype=dtype, device=device))
         self.register_buffer("targets", torch.zeros(size, n_labels, **labels))
         self.register_buffer("predictions", torch.zeros(size, n_labels, **labels))
+        self.register_buffer("mask", torch.ones(size, dtype=torch.bool, device=device))
         validation.check_features("features (dtype)", self.features)
         validation.check_real("labels (label_dtype)", self.targets)
 
     def __len__(self) -> int:
-        """Rows held now."""
+        """Rows held now, those that take no part included."""
         return min(self.n_pushed, len(self.features))
 
-    def keys(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def keys(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Features, in ``dtype`` if given, targets and predictions of the rows held, without
-        gradient.
+        gradient; and, once a push had one, the mask of those that take part.
 
         They share the bank's memory: use them before the next ``push``.
         """
         K = len(self)
-        return self.features[:K].to(dtype), self.targets[:K], self.predictions[:K]
+        keys = (self.features[:K].to(dtype), self.targets[:K], self.predictions[:K])
+        return (*keys, self.mask[:K]) if self.has_mask else keys
 
     def clear(self) -> None:
         """Forgets all rows."""
-        self.n_pushed = 0
+        self.n_pushed, self.has_mask = 0, False
 
     @torch.no_grad()
-    def push(self, features: Tensor, targets: Tensor, predictions: Tensor) -> None:
-        """Appends rows [N, …] and drops the oldest; of more than ``size`` rows the last are
-        kept.
+    def push(
+        self, features: Tensor, targets: Tensor, predictions: Tensor, mask: Tensor | None = None
+    ) -> None:
+        """Appends rows [N, …] and drops the oldest; of more than ``size`` the last are kept.
+
+        ``mask``, bool [N] or [N, 1], is True for the rows that take part, as in ``conr_loss``. The
+        others are nobody's keys and may hold anything, but take places of the ``size`` too, since
+        nothing is read from the device: the loss is as without them until rows are dropped.
         """
-        validation.check_tensors(features, targets, predictions, None, None)
+        validation.check_tensors(features, targets, predictions, None, None, mask)
         size, D = self.features.shape
         N, L = len(features), self.targets.shape[1]
         if features.shape[1] != D or validation.n_components(targets) != L:
@@ -80,6 +87,8 @@ class MemoryBank(nn.Module):
                 f"{tuple(features.shape)} and targets {tuple(targets.shape)}"
             )
         self._widen(targets=targets.dtype, predictions=predictions.dtype)
+        self.has_mask |= mask is not None
+        takes_part = self.mask.new_ones(N) if mask is None else mask.reshape(N)
         kept = min(N, size)
         start = (self.n_pushed + N - kept) % size
         until_end = min(kept, size - start)
@@ -87,6 +96,7 @@ class MemoryBank(nn.Module):
             (self.features, features),
             (self.targets, targets.reshape(N, L)),
             (self.predictions, predictions.reshape(N, L)),
+            (self.mask, takes_part),
         ):
             rows = rows[N - kept :]
             held[start : start + until_end] = rows[:until_end]
@@ -103,6 +113,10 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Rows and their number, or neither: what a filter has left of a state loads nothing."""
         found = {name: state_dict.get(prefix + name) for name in self._buffers}
+        numbers, x = state_dict.get(prefix + "_extra_state"), found["features"]
+        if found["mask"] is None and not (numbers is None or numbers.dim() or x is None):
+            found["mask"] = x.new_ones(len(x), dtype=torch.bool)  # of 0.1.0, which knew no masks
+            state_dict = {**state_dict, prefix + "mask": found["mask"]}
         is_whole = prefix + "_extra_state" in state_dict and all(
             t is not None and t.shape == self._buffers[name].shape for name, t in found.items()
         )
@@ -123,15 +137,16 @@ class MemoryBank(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *of_the_call)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.n_pushed)
+        return torch.tensor([self.n_pushed, self.has_mask])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.n_pushed = int(state)
+        self.n_pushed, *has_mask = state.reshape(-1).tolist()
+        self.has_mask = any(has_mask)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
-        labels = {"targets": self.targets, "predictions": self.predictions}
+        before = {name: t for name, t in self._buffers.items() if name != "features"}
         super()._apply(fn, recurse)
-        for name, held in labels.items():
+        for name, held in before.items():
             moved = getattr(self, name)
             if moved.dtype != held.dtype:
                 setattr(self, name, held.to(moved.device))

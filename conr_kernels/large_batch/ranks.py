@@ -32,7 +32,7 @@ def check_group(group: Any) -> None:
     is_group = group is None or isinstance(group, (str, GroupName, PROCESS_GROUP))
     if not is_group and group is not NOT_A_MEMBER:
         kind = type(group).__name__
-        raise TypeError(f'group must be "world", a ProcessGroup or None, got {kind}')
+        raise TypeError(f"group must be 'world', a ProcessGroup or None, got {kind}")
 
 
 def group_name(group: Any) -> Any:
@@ -127,11 +127,11 @@ class Union:
             if size > 0
         ]
 
-    def extent(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def extent(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``batch.extent`` of all ranks' rows and keys."""
         own = torch.stack([t.double() for t in extent(batch)])
         of_ranks = self.gather(own[None], [1] * self.n_ranks)
-        return of_ranks[:, 0].amax(), of_ranks[:, 1].sum()
+        return of_ranks[:, 0].amax(), of_ranks[:, 1].sum(), of_ranks[:, 2].sum()
 
     def deal(self, sums: Tensor) -> Tensor:
         """Sums [S, N] that every rank has of all rows: of this rank's rows, from all ranks

@@ -38,8 +38,8 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
     batch, union = agree(group, prepared)
     n_present: Tensor | int = union.n_rows
     if union.has_mask:
-        reach, n_present = union.extent(batch)
-        batch = without_absent(batch, reach, union.n_rows - n_present, union.offset)
+        reach, n_present, n_absent = union.extent(batch)
+        batch = without_absent(batch, reach, n_absent, union.offset)
         n_present = n_present.clamp(min=1)
     rows = _row_losses(batch, union)
     if batch.reduction == "none":

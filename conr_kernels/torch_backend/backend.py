@@ -51,7 +51,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     if inputs.n_absent is not None:
         n_keys = n_keys - inputs.n_absent
     loss, stats = finish(sums, anchors.poison(others), n_keys, inputs.w, how)
-    stats = stats.mT.contiguous()
+    # A copy of one row too: operators hand out no two views of one memory.
+    stats = stats.mT.clone(memory_format=torch.contiguous_format)
     if stats.shape[1] < inputs.columns:
         stats = to_log_statistics(stats)
     return loss, stats, layout.view(-1).view(torch.int32)

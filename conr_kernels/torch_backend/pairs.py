@@ -42,7 +42,7 @@ class How(NamedTuple):
     def of(cls, settings: Settings, *labels: Tensor) -> How:
         """With these labels of all keys."""
         is_shifted = not settings.exponent_is_small
-        if is_shifted and settings.variant.pushing == "exponential" and labels[0].is_cpu:
+        if is_shifted and settings.pushing.phi == "exponential" and labels[0].is_cpu:
             y = torch.cat(labels)
             largest_d = (y.amax(0) - y.amin(0)).max().item() if len(y) > 0 else torch.inf
             largest_exponent = 2 / settings.temperature + abs(settings.push_scale) * largest_d
@@ -171,7 +171,7 @@ def _masks(
     if tile.serves == "both":
         is_near = torch.empty_like(d_ij, dtype=dtype)
         masks = [(None, _drop_self(torch.le(d_ij, h, out=is_near), tile))]
-    if settings.variant.pushing == "exponential":
+    if settings.pushing.phi == "exponential":
         log_phi = d_ij.to(dtype) * settings.push_scale
     negative = torch.threshold_(d_ij, h, 0.0) if settings.scales_by_distance else d_ij.gt_(h)
     negative = negative.to(dtype)

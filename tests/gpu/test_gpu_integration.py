@@ -241,6 +241,36 @@ def test_a_memory_bank_serves_further_keys(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["paper", "released-depth", "contrastive"])
+def test_a_masked_bank_equals_the_filtered_one_without_synchronisation(
+    backend: str, variant: str
+) -> None:
+    """Also where a graph repeats the push and the loss."""
+    options = dict(variant=variant, backend=backend)
+    (x, y, p), own = make_rows(SIZES[1], 1), make_rows(SIZES[1])
+    mask = y % 3 > 0
+    bank = MemoryBank(2 * SIZES[1], n_features=33, device=DEVICE)
+    holes = [t.masked_fill(~mask.view(-1, *(1,) * (t.dim() - 1)), torch.nan) for t in (x, y, p)]
+
+    def step() -> tuple[Tensor, Tensor]:
+        bank.clear()
+        bank.push(*holes, mask)
+        return value_and_gradient(*own, keys=bank, **options)
+
+    step()  # may compile
+    with device.no_synchronisation():
+        got = step()
+    replay, of_graph = device.graph(step)
+    replay()
+    device.synchronize()
+    filtered = [t[mask] for t in (x, y, p)]
+    expected = value_and_gradient(*own, keys=filtered, **options)
+    for found in (got, of_graph()):
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_cache_equals_one_shot(backend: str) -> None:
     torch.manual_seed(0)
     model = Model(backend).to(DEVICE)

@@ -521,6 +521,24 @@ def test_masked_rows_take_no_part(regime: str, variant: str) -> None:
     assert not rows[~mask].any() and not x.grad[~mask].any()
 
 
+@pytest.mark.parametrize("variant", ["released-age", "released-depth", "contrastive"])
+@pytest.mark.parametrize("regime", ["sweeps", "dense", "dense-recomputed"])
+def test_masked_further_keys_take_no_part(regime: str, variant: str) -> None:
+    x, y, p, w = (Case(75, 12, variant, F64, regime, labels="ages").inputs()[k] for k in "xypw")
+    own, keys = [t[:40] for t in (x, y, p)], [t[40:] for t in (x, y, p)]
+    mask = torch.arange(35) % 3 != 1
+    holes = [t.masked_fill(~mask.view(-1, *(1,) * (t.dim() - 1)), torch.nan) for t in keys]
+    found = []
+    for backend, further in (("triton", (*holes, mask)), ("reference", [t[mask] for t in keys])):
+        features = own[0].clone().requires_grad_()
+        options = dict(variant=variant, backend=backend, keys=further)
+        with forced(regime) if backend == "triton" else contextlib.nullcontext():
+            loss = conr_loss(features, *own[1:], w[:40], **options)
+            loss.backward()
+        found.append((loss, features.grad))
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-10)
+
+
 @pytest.mark.parametrize("regime", ["sweeps", "dense"])
 def test_an_empty_batch_has_no_rows(regime: str) -> None:
     x = torch.zeros(0, 5, requires_grad=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
@@ -227,12 +228,14 @@ def test_each_pair_of_tiles_is_computed_once_and_added_to_both(
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("window", [PAPER.window, math.inf])
 @pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("predictions", ["equal", "random"])
 def test_where_labels_are_not_finite_no_tile_is_read_that_is_none(
-    lost: float, predictions: str
+    lost: float, predictions: str, window: float, monkeypatch
 ) -> None:
-    """Their bands need not agree from both sides."""
+    """Within an infinite window bands need not agree from both sides."""
+    monkeypatch.setitem(globals(), "PAPER", replace(PAPER, window=window))
     y, p = rows_of(180, "ladder"), rows_of(180, predictions)
     y[50:170] = lost
     products = Products(y, p, 4, 2)

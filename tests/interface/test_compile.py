@@ -67,6 +67,20 @@ def test_opcheck_of_both_operators(
     )
 
 
+@pytest.mark.parametrize("n_rows", [0, 1])
+@pytest.mark.parametrize("device, backend", ON_DEVICES)
+def test_outputs_of_few_rows_are_no_views_of_each_other(
+    device: str, backend: str, n_rows: int
+) -> None:
+    x, y, p = make_rows(n_rows, device=device)
+    settings = Settings(1.0, 0.2, 0.01, resolve_variant("paper"))
+    given = x, y[:, None], p[:, None], *[None] * 5, 0, *settings.scalars, backend
+    outputs = torch.ops.conr_kernels.forward(*given)
+    storages = [t.untyped_storage()._cdata for t in outputs]
+    assert len(set(storages)) == len(storages)
+    torch.library.opcheck(torch.ops.conr_kernels.forward.default, given)
+
+
 def compiled_sizes(step, compiler: str, sizes: tuple[int, ...]) -> int:
     """Compiles a step, compares value and gradient with eager for each size; number of
     compilations.

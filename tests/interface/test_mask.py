@@ -55,6 +55,25 @@ def test_a_mask_equals_the_filtered_batch(monkeypatch, regime, variant, options)
             assert (gradient[~mask] == 0).all()
 
 
+#: The third is between the distances of a label and of a prediction of the last row to what is as
+#: far away as squares allow, of labels of 10¹⁵ times the others'.
+@pytest.mark.parametrize("window", [1e18, 1e25, 7.07e18 + 3e17, 1e35, float("inf")])
+@pytest.mark.parametrize("variant", ["paper", "released-age", "released-depth"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_absent_rows_of_a_window_that_reaches_everything_are_finite(
+    monkeypatch, regime, variant, window
+):
+    backend = force(monkeypatch, regime)
+    for distance in ("mae", "rmse"):
+        batch, mask = masked_batch(40, L=2, seed=1)
+        batch["features"] = batch["features"].float()
+        for name in ("targets", "predictions"):
+            batch[name] *= -1e15 if 1e18 < window < 1e19 else 1.0
+        options = dict(variant=variant, backend=backend, distance=distance, window=window)
+        loss, gradient = value_and_gradient(**batch, **options, mask=mask)
+        assert loss == 0 and (gradient == 0).all()
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 def test_further_keys_are_not_masked(monkeypatch, regime):
     backend = force(monkeypatch, regime)

@@ -76,7 +76,7 @@ TYPE_ERRORS = [
         for module, kind in ((nn.Linear(2, 2), "Linear"), (nn.ModuleDict(), "ModuleDict"))
     ),
     *(
-        (dict(group=group), f'group must be "world", a ProcessGroup or None, got {kind}')
+        (dict(group=group), f"group must be 'world', a ProcessGroup or None, got {kind}")
         for group, kind in ((3, "int"), (True, "bool"), (object(), "object"))
     ),
     *(
@@ -89,6 +89,10 @@ TYPE_ERRORS = [
         for dtype in UNREAL
     ),
     (keys(x=ones(2, D, dtype=torch.float64)), "keys[0] … torch.float32, got torch.float64"),
+    (
+        dict(keys=(*keys()["keys"], ones(2))),
+        "keys[3] (mask) must be … torch.bool, got torch.float32",
+    ),
     (keys(y=ones(2, dtype=torch.bool)), "keys[1] (targets) must have … dtype, got torch.bool"),
     *(
         ({name: t.to_sparse()}, f"{name} must be a dense (strided) Tensor, got a torch.sparse_coo")
@@ -130,6 +134,10 @@ VALUE_ERRORS = [
     (dict(mask=ones(N, device="meta").bool()), "one device, got features on cpu, … mask on meta"),
     (keys(x=ones(2, D + 1)), "keys[0] … must have D = 3 as features (5, 3), got (2, 4)"),
     (keys(y=rows(3)), "keys[1] (targets) must have … N = 2 as in keys[0], got (3,)"),
+    (
+        dict(keys=(*keys()["keys"], ones(3) > 0)),
+        "keys[3] (mask) must … N = 2 as in keys[0], got (3,)",
+    ),
     (keys(p=ones(2, 2)), "targets and keys[2] (predictions) … got shapes (5,) and (2, 2)"),
     *(
         ({name: t.to("meta")}, f"all tensors must be on one device, got …{name} on meta")

@@ -25,11 +25,11 @@ def rows(n: int, seed: int = 0) -> list[torch.Tensor]:
 def check_statistics_are_the_unions(rank: int, own: slice, own_keys: slice) -> None:
     _, y, p = rows(37)
     w = torch.linspace(0.5, 2, 37)
-    keys = rows(10, 1)
-    mask = torch.arange(37) % 5 != 0
+    mask, key_mask = torch.arange(37) % 5 != 0, torch.arange(10) % 3 != 0
     options = dict(window=0.2, variant="released-age")
     for is_masked in (False, True):
         m = mask if is_masked else None
+        keys = [*rows(10, 1), key_mask] if is_masked else rows(10, 1)
         whole = conr_statistics(y, p, keys=keys, mask=m, weights=w, **options)
         found = conr_statistics(
             y[own], p[own], keys=[t[own_keys] for t in keys], mask=None if m is None else m[own],

@@ -39,7 +39,8 @@ def test_a_filtered_state_of_another_size_loads_nothing(is_filled):
     model = nn.ModuleDict(dict(bank=filled() if is_filled else MemoryBank(8, 4)))
     before = copies(model["bank"])
     missing, unexpected = model.load_state_dict(fitting(other.state_dict(), model), strict=False)
-    assert set(missing) == {f"bank.{name}" for name in ("features", "targets", "predictions")}
+    names = ("features", "targets", "predictions", "mask")
+    assert set(missing) == {f"bank.{name}" for name in names}
     assert all(torch.equal(a, b) for a, b in zip(model["bank"].keys(), before, strict=True))
 
 
@@ -52,7 +53,7 @@ def test_a_state_of_another_size_raises_and_changes_nothing(strict):
     assert all(torch.equal(a, b) for a, b in zip(bank.keys(), before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["features", "targets", "_extra_state"])
+@pytest.mark.parametrize("name", ["features", "targets", "mask", "_extra_state"])
 def test_a_state_with_a_part_missing_loads_nothing(name):
     state = filled().state_dict()
     del state[name]

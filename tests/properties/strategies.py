@@ -96,7 +96,7 @@ INTERPRETED = (
 def _free_variants() -> st.SearchStrategy[str]:
     flags = st.booleans()
     variants = st.tuples(
-        st.sampled_from(LOGS), st.sampled_from(PUSHINGS), st.sampled_from(NEGATIVES),
+        st.sampled_from(LOGS), st.sampled_from(list(PUSHINGS)), st.sampled_from(NEGATIVES),
         flags, flags, flags,
     ).filter(lambda fields: fields[0] == "inside" or not fields[4])  # fmt: skip
     return variants.map(lambda fields: Variant(*fields).code)

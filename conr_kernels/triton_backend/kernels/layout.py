@@ -89,10 +89,10 @@ def find_bands(
     )
     lo, hi = tl.sum(tl.where(is_lo, ends, 0), axis=0), tl.max(ends, axis=0)
     if not HAS_KEYS:
-        # What is not finite has an empty band where it stands: it then meets nothing far from it,
-        # and bands' ends still grow from row to row.
-        is_empty = hi <= lo
-        lo, hi = tl.where(is_empty, i, lo), tl.where(is_empty, i, hi)
+        # A row that is not in its own band is not finite. Where it stands it has an empty one: it
+        # then meets nothing far from it, and bands' ends still grow from row to row.
+        is_out = (i < lo) | (hi <= i)
+        lo, hi = tl.where(is_out, i, lo), tl.where(is_out, i, hi)
     tl.store(lo_ptr + which * step + rows, lo)
     tl.store(hi_ptr + which * step + rows, hi)
     if HAS_KEYS:

@@ -7,7 +7,7 @@ import itertools
 import torch
 import torch.distributed as dist
 
-from conr_kernels import conr_loss
+from conr_kernels import MemoryBank, conr_loss
 from conr_kernels.large_batch import union
 
 from .rows import UNEVEN, make_rows, part
@@ -55,4 +55,44 @@ def check_mask(group: dist.ProcessGroup) -> str:
             torch.testing.assert_close(
                 got, right, rtol=1e-9, atol=1e-11, msg=lambda text, m=message: f"{m}: {text}"
             )
+    return ""
+
+
+def check_masked_banks(group: dist.ProcessGroup) -> str:
+    """The union's value and gradient are those with a bank of the rows of all ranks' banks that
+    take part; the first of several has no mask.
+    """
+    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
+    sizes = UNEVEN[n_ranks]
+    rows, keys = make_rows(sum(sizes), 3, torch.float64), make_rows(24, 4, torch.float64)[:3]
+    of_rank = torch.arange(24) % n_ranks
+    mask = torch.rand(24, generator=torch.Generator().manual_seed(1)) < 0.6
+    if n_ranks > 1:
+        mask |= of_rank == 0
+    holes = [t.masked_fill(~mask[:, None], torch.nan) for t in keys]
+    shared_rows = union.SHARED_ROWS
+    for variant, backend in itertools.product(
+        ("paper", "released-depth", "contrastive"), ("shared", "torch", "reference")
+    ):
+        union.SHARED_ROWS = 1 if backend == "shared" else 10**9
+        options = dict(variant=variant, backend=backend.replace("shared", "torch"))
+        bank = MemoryBank(30, 6, dtype=torch.float64)
+        own_mask = None if rank == 0 and n_ranks > 1 else mask[of_rank == rank]
+        bank.push(*(t[of_rank == rank] for t in holes), own_mask)
+        own = [t.clone() for t in part(rows, sizes, rank)]
+        own[0].requires_grad_()
+        try:
+            loss = conr_loss(*own, **options, keys=bank, group=group)
+            (gradient,) = torch.autograd.grad(loss, own[0])
+        finally:
+            union.SHARED_ROWS = shared_rows
+
+        whole = [t.clone() for t in rows]
+        whole[0].requires_grad_()
+        options["backend"] = "reference"
+        expected = conr_loss(*whole, **options, keys=[t[mask] for t in keys])
+        (of_rows,) = torch.autograd.grad(expected, whole[0])
+        right = part([of_rows * n_ranks], sizes, rank)[0]
+        for got, wanted in ((loss, expected), (gradient, right)):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
     return ""
