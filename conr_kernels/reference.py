@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .variants import Settings
 
@@ -108,16 +109,16 @@ def row_losses(
 
     log_E = torch.logsumexp(s_ij.masked_fill(~positive, -torch.inf), dim=1)
     log_B = torch.logsumexp((s_ij + log_phi).masked_fill(~negative, -torch.inf), dim=1)
-    log_Z = log_E
+    log_rest = _log_scaled(r_i, log_B)  # of Z − E, which is not subtracted
     if variant.unit_terms:
         n_other = len(x_j) - n_absent - n_i
-        log_Z = torch.logaddexp(log_Z, n_other.clamp(min=0).to(x_i.dtype).log())
-    log_Z = _log_add_scaled(log_Z, r_i, log_B)
+        log_rest = torch.logaddexp(n_other.clamp(min=0).to(x_i.dtype).log(), log_rest)
 
     n = n_i.clamp(min=1).to(x_i.dtype)
     if variant.log == "outside":
-        loss = n.log() + log_Z - log_E
+        loss = n.log() - logsigmoid(log_E - log_rest)
     else:
+        log_Z = torch.logaddexp(log_E, log_rest)
         s_sum = s_ij.masked_fill(~positive, 0.0).sum(dim=1)
         loss = (n * log_Z - s_sum) / (n + variant.count_self)
     if variant.weighted_rows:
@@ -125,11 +126,11 @@ def row_losses(
     return torch.where(is_anchor, loss, 0.0) + not_finite
 
 
-def _log_add_scaled(log_a: Tensor, r: Tensor, log_b: Tensor) -> Tensor:
-    """``log(exp(log_a) + r·exp(log_b))`` for ``r ≥ 0``; the derivatives of any order exist at 0."""
+def _log_scaled(r: Tensor, log_b: Tensor) -> Tensor:
+    """``log(r·exp(log_b))`` for ``r ≥ 0``; the derivatives of any order exist at 0."""
     is_zero = r == 0
     log_r = r.masked_fill(is_zero, 1.0).log()
-    return torch.where(is_zero, log_a, torch.logaddexp(log_a, log_r + log_b))
+    return torch.where(is_zero, -torch.inf, log_r + log_b)
 
 
 def poison(*inputs: Tensor | None) -> Tensor:

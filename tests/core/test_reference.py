@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from conr_kernels import reference
+from conr_kernels import conr_loss, reference
 from conr_kernels.variants import PRESETS, Settings
 from tests.helpers.cases import VARIANTS, structured_cases
 
@@ -113,3 +113,17 @@ def test_further_keys_equal_the_rows_of_one_batch():
         of_rows = (x[rows], y[rows], p[rows], None if w is None else w[rows])
         part = reference.row_losses(*of_rows, (x, y, p), rows.start, case.settings)
         torch.testing.assert_close(part, whole[rows], rtol=1e-12, atol=1e-12, msg=str(case))
+
+
+@pytest.mark.parametrize("preset", ["paper", "no-similarity", "released-depth"])
+def test_the_gradient_is_as_good_where_negatives_weigh_next_to_nothing(preset):
+    """Of ``log Z − log E`` nothing would be left in float32."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 8, generator=g), torch.randint(0, 10, (40,), generator=g).float()
+    p, found = y + 2 * torch.randn(40, generator=g), []
+    for dtype in (torch.float32, torch.float64):
+        features = x.clone().to(dtype).requires_grad_()
+        loss = conr_loss(features, y, p, push_scale=1e-10, variant=preset, backend="reference")
+        found += torch.autograd.grad(loss, features)
+    error = (found[0].double() - found[1]).norm() / found[1].norm()
+    assert error <= 1e-5
