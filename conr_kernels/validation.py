@@ -31,7 +31,6 @@ def is_number(value: object) -> bool:
 
 
 def check_number(name: str, value: Any) -> float:
-    """The number as a float."""
     if not is_number(value):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     try:
