@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import notices, validation
+from . import notices
 from .batch import Options, loss, prepare, try_prepare
 from .core.inputs import Keys
 from .large_batch.memory_bank import MemoryBank
-from .large_batch.ranks import find_group, group_name
+from .large_batch.ranks import check_group, find_group, group_name
 from .large_batch.union import union_loss
 from .variants import Variant
 
@@ -53,11 +53,11 @@ def conr_loss(
         features: ``x`` [N, D], float16, bfloat16, float32 or float64, any strides.
         targets: labels ``y`` [N], [N, 1] or [N, L], real; in the units of ``window``.
         predictions: ``p``, like targets. Used for the masks only.
-        weights: density weights ``w`` [N], [N, 1], a scalar, or None for 1 (see
-            ``density_weights``).
+        weights: density weights ``w ≥ 0`` [N], [N, 1], a scalar, or None for 1 (see
+            ``density_weights``). Negative ones in a Tensor pass unseen, the value is undefined.
         window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the
-            paper).
-        temperature: ``τ > 0``.
+            paper). One beyond float32 is infinite.
+        temperature: ``τ > 0``, with an inverse in float32.
         push_scale: ``e``, the constant of ``η_j = e·w_j``; ≥ 0 unless pushing is exponential.
         variant: a preset name (``"paper"``, ``"released-age"``, ``"released-depth"``,
             ``"no-pushing"``, ``"no-weight"``, ``"no-similarity"``, ``"contrastive"``) or a
@@ -85,7 +85,7 @@ def conr_loss(
     Returns:
         The loss: float32, float64 for float64 features, also under autocast. Differentiable once in
         ``features`` alone (any number of times with ``backend="reference"``). Label distances are
-        compared in float32 (in float64 for float64 labels on the CPU).
+        compared in float32, exact for integers up to 2²⁴ (float64 labels on the CPU: in float64).
 
     Raises:
         TypeError, ValueError: bad input; the message names the argument, what was expected and
@@ -113,7 +113,7 @@ def _loss(
         value = loss(batch)
         notices.look_for_anchors(batch, value)
         return value
-    validation.check_group(group)
+    check_group(group)
     prepared = try_prepare(features, targets, predictions, weights, keys, mask, options)
     if torch.compiler.is_compiling():
         from .large_batch import tracing
@@ -144,7 +144,7 @@ class ConRLoss(nn.Module):
     Raises:
         TypeError, ValueError: an option that ``conr_loss`` would refuse.
 
-    ``forward`` takes the rows and keys of ``conr_loss``, in its order, and returns its value.
+    ``forward`` takes ``conr_loss``'s rows (weights ≥ 0) and keys in its order, returns its value.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class ConRLoss(nn.Module):
         super().__init__()
         options = Options(window, temperature, push_scale, variant, distance, reduction, backend)
         options.check()
-        validation.check_group(group)
+        check_group(group)
         # Attributes, each by its name: compilers watch these one by one.
         self.__dict__.update(options._asdict(), group=group)
 
@@ -170,7 +170,7 @@ class ConRLoss(nn.Module):
         if name in Options._fields:
             self.options._replace(**{name: value}).check()
         elif name == "group":
-            validation.check_group(value)
+            check_group(value)
         super().__setattr__(name, value)
 
     @property

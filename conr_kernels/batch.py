@@ -74,14 +74,13 @@ class Options(NamedTuple):
         Raises:
             TypeError, ValueError: as ``conr_loss`` documents them.
         """
-        scalars = (self.window, self.temperature, self.push_scale)
-        validation.check_scalars(*scalars)
+        scalars = validation.check_scalars(self.window, self.temperature, self.push_scale)
         validation.check_choice("distance", self.distance, DISTANCES)
         validation.check_choice("reduction", self.reduction, validation.REDUCTIONS)
         validation.check_choice("backend", self.backend, ("auto", *ops.BACKENDS, "reference"))
         variant = resolve_variant(self.variant)
         validation.check_push_scale(self.push_scale, variant.pushing)
-        return Settings(*map(float, scalars), variant, self.distance)
+        return Settings(*scalars, variant, self.distance)
 
 
 @functools.lru_cache(maxsize=64, typed=True)
@@ -143,7 +142,9 @@ def _form_of(
         return None
     of_weights: tuple[Any, ...]
     if kinds[3] not in ops.PLAIN:
-        of_weights = (kinds[3], validation.is_number(w) and w < 0)
+        if validation.is_number(w) and not 0 <= w <= validation.FLOAT32_MAX:
+            return None
+        of_weights = (kinds[3],)
     elif w.is_nested:
         return None
     else:
@@ -167,7 +168,7 @@ def prepare(
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     is_traced = torch.compiler.is_compiling()
     settings = _traced_settings(options) if is_traced else _settings(options)
-    if isinstance(keys, torch.nn.Module):  # a MemoryBank
+    if hasattr(keys, "n_pushed"):  # a MemoryBank, no other module
         keys = keys.keys(getattr(features, "dtype", None))
     x, reduction = features, options.reduction
     if keys is None and mask is None and not is_traced:

@@ -97,7 +97,7 @@ def label_rows(name: str, labels: Any) -> Tensor:
                 is_float = as_given.is_floating_point()
                 labels = torch.tensor(labels, dtype=torch.float64) if is_float else as_given
             elif hasattr(labels, "__array__"):
-                labels = torch.tensor(labels)
+                labels = torch.from_numpy(labels.__array__().copy())  # of any strides
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must hold numbers only, got a {kind}: {error}") from None
         if not isinstance(labels, Tensor):

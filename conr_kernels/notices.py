@@ -86,7 +86,8 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
             reason = "no row has a positive: no two labels lie within the window of each other"
         elif not m_i.any():
             apart = "" if negatives == "all" else " and predictions within it"
-            reason = f"no row has a negative: no two rows have labels farther apart{apart}"
+            reason = "no row has a negative: no two rows have labels farther apart than the window"
+            reason += apart
     low, high = y_i.aminmax() if len(y_i) else (torch.nan, torch.nan)
     tell_once(
         "anchors",

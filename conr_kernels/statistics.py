@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import validation
 from .core.inputs import Keys
 from .core.sets import ConRStatistics, all_labels, checked_rows, count
+from .large_batch.ranks import check_group
 from .large_batch.union import union_statistics
 from .variants import Variant
 
@@ -56,7 +56,7 @@ def conr_statistics(
     if group is None:
         rows = checked_rows(*arguments)
         return count(rows, *all_labels(rows), lambda sums: sums)
-    validation.check_group(group)
+    check_group(group)
     if torch.compiler.is_compiling():
         from .large_batch import tracing
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def check_choice(name: str, value: object, legal: Iterable[str]) -> None:
@@ -29,21 +30,30 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
 
 
-def check_number(name: str, value: object) -> None:
+def check_number(name: str, value: Any) -> float:
     if not is_number(value):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        kind = type(value).__name__
+        raise ValueError(f"{name} must be in a float's range, got {kind} beyond it") from None
 
 
-def check_scalars(window: float, temperature: float, push_scale: float) -> None:
-    named = dict(window=window, temperature=temperature, push_scale=push_scale)
-    for name, value in named.items():
-        check_number(name, value)
+def check_scalars(window: Any, temperature: Any, push_scale: Any) -> tuple[float, ...]:
+    """The three as floats; a window beyond float32 is infinite: no labels are farther apart."""
+    window = check_number("window", window)
+    temperature = check_number("temperature", temperature)
+    push_scale = check_number("push_scale", push_scale)
     if math.isnan(window) or window < 0:
         raise ValueError(f"window must be ≥ 0, got {window}")
     if not math.isfinite(temperature) or temperature <= 0:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    if temperature * FLOAT32_MAX < 1:
+        raise ValueError(f"temperature must have an inverse in float32, got {temperature}")
     if not math.isfinite(push_scale):
         raise ValueError(f"push_scale must be finite, got {push_scale}")
+    return math.inf if window > FLOAT32_MAX else window, temperature, push_scale
 
 
 def check_push_scale(push_scale: float, pushing: str) -> None:
@@ -55,6 +65,17 @@ def check_push_scale(push_scale: float, pushing: str) -> None:
         )
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def kind_of(value: object) -> str:
+    """The type of what came instead of a Tensor, and what makes one of it."""
+    is_array = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
+    return type(value).__name__ + (" (use torch.as_tensor)" if is_array else "")
+
+
 def check_dense(name: str, t: Tensor) -> None:
     if t.is_nested or t.layout != torch.strided:
         kind = "nested" if t.is_nested else str(t.layout)
@@ -64,7 +85,7 @@ def check_dense(name: str, t: Tensor) -> None:
 def check_real(name: str, t: Any, expected: str = "a Tensor") -> None:
     """A dense Tensor of numbers that have an order."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be {expected}, got {type(t).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {kind_of(t)}")
     if t.dtype == torch.bool or t.dtype.is_complex:
         raise TypeError(f"{name} must have a floating or integer dtype, got {t.dtype}")
     check_dense(name, t)
@@ -72,7 +93,7 @@ def check_real(name: str, t: Any, expected: str = "a Tensor") -> None:
 
 def check_features(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor of floating dtype, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a Tensor of floating dtype, got {kind_of(x)}")
     check_dense(name, x)
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         raise TypeError(
@@ -105,9 +126,11 @@ def check_same_components(name_y: str, y: Tensor, name_p: str, p: Tensor) -> Non
 
 
 def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
-    if is_number(w) and -math.inf < w < 0:  # what is not finite shows in the loss
-        raise ValueError(f"weights must be ≥ 0, got {w}")
-    if w is None or is_number(w):
+    if w is None:
+        return
+    if is_number(w):
+        if -math.inf < check_number("weights", w) < 0:  # what is not finite shows in the loss
+            raise ValueError(f"weights must be ≥ 0, got {w}")
         return
     check_real("weights", w, "a Tensor, a number or None")
     if w.dim() != 0 and w.shape not in ((x.shape[0],), (x.shape[0], 1)):
@@ -161,7 +184,7 @@ def check_key_labels(keys: Any, y: Tensor) -> None:
 
 def check_bool(mask: Any, name: str = "mask") -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        got = mask.dtype if isinstance(mask, Tensor) else kind_of(mask)
         raise TypeError(f"{name} must be a Tensor of dtype torch.bool, got {got}")
     check_dense(name, mask)
 
@@ -245,12 +268,6 @@ def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
                 f"{name} must have N = {n_rows} rows as {n_rows_of} has, got shapes "
                 f"{tuple(t.shape)} and {tuple(named[n_rows_of].shape)}"
             )
-
-
-def check_group(group: Any) -> None:
-    """A process group is known by its use: only names are checked."""
-    if isinstance(group, str) and group != "world":
-        raise ValueError(f"group must be a process group, 'world' or None, got {group!r}")
 
 
 def check_counts(**counts: Any) -> None:

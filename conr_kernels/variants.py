@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .validation import check_choice, check_variant_combination
+from .validation import check_choice, check_flag, check_variant_combination
 
 
 class Pushing(NamedTuple):
@@ -51,7 +51,7 @@ class Variant:
         weighted_rows: multiply ``ℓ_i`` by ``w_i``.
 
     Raises:
-        ValueError: a field has an unknown value, or ``count_self`` with ``log="outside"``.
+        TypeError, ValueError: a field of no legal value, or ``count_self`` with ``log="outside"``.
     """
 
     log: str = "outside"
@@ -65,6 +65,8 @@ class Variant:
         check_choice("log", self.log, LOGS)
         check_choice("pushing", self.pushing, PUSHINGS)
         check_choice("negatives", self.negatives, NEGATIVES)
+        for name in ("unit_terms", "count_self", "weighted_rows"):
+            check_flag(name, getattr(self, name))
         check_variant_combination(self.log, self.count_self)
 
     @property

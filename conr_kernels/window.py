@@ -32,10 +32,12 @@ class WindowSuggestion(NamedTuple):
     alone: list[float]
 
     def __str__(self) -> str:
-        negatives = self.negatives or [float("nan")] * len(self.windows)
-        rows = zip(self.windows, self.positives, negatives, self.alone, strict=True)
-        lines = [f"{'window':>10s} positives negatives rows without positive"]
-        lines += [f"{h:10.4g} {p:9.2%} {n:9.2%} {a:9.2%}" for h, p, n, a in rows]
+        header, columns = f"{'window':>10s} positives", [self.positives]
+        if self.negatives is not None:
+            header, columns = header + " negatives", [*columns, self.negatives]
+        lines = [header + " rows without positive"]
+        for h, *shares in zip(self.windows, *columns, self.alone, strict=True):
+            lines.append(f"{h:10.4g} " + " ".join(f"{share:9.2%}" for share in shares))
         step = "no common step" if self.step is None else f"steps of {self.step:.4g}"
         return "\n".join([*lines, f"proposed: {self.window:.4g} (labels with {step})"])
 

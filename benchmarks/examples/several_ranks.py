@@ -28,6 +28,9 @@ class Model(nn.Module):
 
 
 def main() -> None:
+    if "RANK" not in os.environ:
+        command = "torchrun --nproc-per-node 2 -m benchmarks.examples.several_ranks"
+        raise SystemExit(f"this is an example of several processes, start it by\n    {command}")
     on_gpu = torch.cuda.is_available()
     conr = ConRLoss(window=1.5, group="world")  # may be built before the processes are joined
     dist.init_process_group("nccl" if on_gpu else "gloo")

@@ -11,7 +11,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_labels(y: Tensor) -> Tensor:
-    """Labels as a contiguous [N, L] in the dtype in which they are compared."""
+    """Labels as a contiguous [N, L] in the dtype that compares them: integers exactly up to 2²⁴."""
     is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
     y = y.detach().to(torch.float64 if is_wide else torch.float32)
     return (y[:, None] if y.dim() == 1 else y).contiguous()
@@ -25,6 +25,7 @@ def as_weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
     if is_there and w.shape == x.shape[:1] and not w.requires_grad:
         return w.contiguous()
     if not isinstance(w, Tensor):
-        return torch.full((x.shape[0],), float(w), dtype=dtype, device=x.device)
+        w = torch.inf if w > torch.finfo(dtype).max else float(w)
+        return torch.full((x.shape[0],), w, dtype=dtype, device=x.device)
     w = w.detach().to(device=x.device, dtype=dtype)
     return w.reshape(-1).expand(x.shape[0]).contiguous()

@@ -71,10 +71,10 @@ def checked_rows(
     targets: Any, predictions: Any, window: Any, distance: Any, variant: Any, keys: Any, mask: Any,
     weights: Any,
 ) -> Rows:  # fmt: skip
-    validation.check_scalars(window, 1.0, 0.0)
+    window, _, _ = validation.check_scalars(window, 1.0, 0.0)
     validation.check_choice("distance", distance, DISTANCES)
     variant = resolve_variant(variant)
-    if isinstance(keys, torch.nn.Module):  # a MemoryBank
+    if hasattr(keys, "n_pushed"):  # a MemoryBank, no other module
         keys = keys.keys()
     validation.check_statistics(targets, predictions, keys, mask, weights)
     y, p = as_labels(targets), as_labels(predictions)
@@ -88,7 +88,7 @@ def checked_rows(
         for is_key in masks:
             keys = tuple(t.masked_fill(~is_key.reshape(-1, 1), torch.nan) for t in keys)
     w = as_weights(weights, y) if variant.weighted_rows else None
-    return Rows(y, p, w, takes_part, keys, float(window), distance, variant)
+    return Rows(y, p, w, takes_part, keys, window, distance, variant)
 
 
 def all_labels(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("targets", torch.zeros(size, n_labels, **labels))
         self.register_buffer("predictions", torch.zeros(size, n_labels, **labels))
         self.register_buffer("mask", torch.ones(size, dtype=torch.bool, device=device))
+        validation.check_features("features (dtype)", self.features)
+        validation.check_real("labels (label_dtype)", self.targets)
 
     def __len__(self) -> int:
         """Rows held now, those that take no part included."""

@@ -13,6 +13,10 @@ from torch import Tensor
 from ..batch import Batch, extent
 from ..core.inputs import Keys
 
+#: What ``torch.distributed`` calls a group: one, or to a process outside of it a constant.
+PROCESS_GROUP: Any = dist.ProcessGroup if dist.is_available() else ()
+NOT_A_MEMBER = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
+
 
 @dataclass(frozen=True)
 class GroupName:
@@ -21,9 +25,19 @@ class GroupName:
     name: str
 
 
+def check_group(group: Any) -> None:
+    """A group's ranks are looked at where it is used."""
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"group must be a process group, 'world' or None, got {group!r}")
+    is_group = group is None or isinstance(group, (str, GroupName, PROCESS_GROUP))
+    if not is_group and group is not NOT_A_MEMBER:
+        kind = type(group).__name__
+        raise TypeError(f"group must be 'world', a ProcessGroup or None, got {kind}")
+
+
 def group_name(group: Any) -> Any:
     """What stands for ``group=`` in a copy or a pickle: ``"world"``, a GroupName, or None."""
-    if group is None or isinstance(group, (str, GroupName)):
+    if not isinstance(group, PROCESS_GROUP):
         return group
     return "world" if group is dist.group.WORLD else GroupName(group.group_name)
 

@@ -12,6 +12,7 @@ from benchmarks.examples import (
     depth_maps,
     lightning_module,
     schedule_and_statistics,
+    several_ranks,
     tabular,
     two_views,
 )
@@ -60,6 +61,12 @@ def test_the_lightning_example_runs_or_says_why_not(capsys):
         assert "skipped: lightning is not installed" in capsys.readouterr().out
         pytest.skip("lightning is not installed: the stand-in's test is all")
     lightning_module.main()
+
+
+def test_several_ranks_started_as_one_process_say_how_to_start_them(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="torchrun --nproc-per-node 2 -m benchmarks.examples"):
+        several_ranks.main()
 
 
 def test_several_ranks_train_together():

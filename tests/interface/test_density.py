@@ -130,7 +130,13 @@ def test_arrays_columns_and_lists_are_labels_as_tensors_are():
     expected = density_weights(torch.tensor(ages))
     array = np.array(ages)
     array.flags.writeable = False
-    for given in (ages, array, array[::-1][::-1], Column(array), Column(array.astype(object))):
+    for given in (
+        ages,
+        array,
+        array[::-1][::-1],
+        Column(array[::-1].copy()[::-1]),
+        Column(array.astype(object)),
+    ):
         assert torch.equal(density_weights(given).float(), expected)
     tenths = [0.7, 0.1, 0.1]
     assert torch.equal(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from conr_kernels import ConRLoss, MemoryBank, Variant, conr_loss
+from conr_kernels.large_batch.ranks import GroupName
 from tests.helpers.regimes import make_batch
 
 OPTIONS = dict(
@@ -53,6 +54,8 @@ def test_an_option_takes_effect_when_it_is_set(name):
         ("reduction", None, ValueError),
         ("backend", "fast", ValueError),
         ("group", "worlds", ValueError),
+        ("group", True, TypeError),
+        ("group", 3, TypeError),
     ],
 )
 def test_an_option_is_checked_when_it_is_set_and_then_kept(name, value, error):
@@ -93,6 +96,15 @@ def test_a_pickled_group_that_is_not_there_is_named_at_the_call(one_rank):
     dist.destroy_process_group(given)
     with pytest.raises(RuntimeError, match=f"'{given.group_name}'.* set the loss's group"):
         pickle.loads(pickled)(*rows())
+
+
+def test_what_stands_for_a_group_is_taken_and_shown():
+    """A name out of a pickle, and what ``new_group`` returns to processes outside of the group."""
+    for group in (GroupName("7"), dist.GroupMember.NON_GROUP_MEMBER, dist.ProcessGroup(0, 1)):
+        conr = ConRLoss(group=group)
+        conr.group = conr.group
+        if not isinstance(group, dist.ProcessGroup):  # this one has no name yet
+            assert f"group={group!r}" in repr(conr)
 
 
 def test_world_before_init_process_group_is_never_a_local_loss():

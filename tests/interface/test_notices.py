@@ -45,6 +45,16 @@ def test_a_batch_in_which_nothing_can_happen_is_told_once(monkeypatch, regime, r
         loss(y, p, **options)
 
 
+@pytest.mark.parametrize(
+    ("variant", "text"),
+    [("paper", r"the window and predictions within it \("), ("contrastive", r"the window \(")],
+)
+def test_what_no_row_has_is_said_in_full(variant, text):
+    y, p = BATCHES["no row has a negative"]
+    with pytest.warns(UserWarning, match="no two rows have labels farther apart than " + text):
+        loss(y, p, variant=variant)
+
+
 def test_batches_that_train_or_are_too_small_are_silent():
     y, p = BATCHES["no row has a positive"]
     with warnings.catch_warnings():

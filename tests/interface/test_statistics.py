@@ -164,3 +164,10 @@ def test_nothing_is_synchronised_on_a_gpu():
 def test_a_group_by_another_name_is_refused():
     with pytest.raises(ValueError, match="group must be a process group, 'world' or None"):
         conr_statistics(torch.ones(4), torch.ones(4), group="worlds")
+    with pytest.raises(TypeError, match="group must be .* a ProcessGroup or None, got int"):
+        conr_statistics(torch.ones(4), torch.ones(4), group=3)
+
+
+def test_keys_that_are_no_bank_are_named():
+    with pytest.raises(TypeError, match="keys must be .* or a MemoryBank, got Linear"):
+        conr_statistics(torch.ones(4), torch.ones(4), keys=torch.nn.Linear(2, 2))

@@ -5,10 +5,12 @@ work.
 import inspect
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from conr_kernels import ConRLoss, Variant, available_backends, conr_loss
 from conr_kernels import batch as batches
@@ -49,6 +51,11 @@ LEGAL_VARIANTS = (
 
 TYPE_ERRORS = [
     (dict(features=[[1.0]]), "features must be a Tensor of floating dtype, got list"),
+    *(
+        ({name: np.ones(N)}, f"{name} must be …, got ndarray (use torch.as_tensor)")
+        for name in (*TENSORS, "mask")
+    ),
+    (dict(targets=[1.0] * N), "got list (use torch.as_tensor)"),
     (dict(features=None), "features must be a Tensor of floating dtype, got NoneType"),
     (dict(targets=[1.0] * N), "targets must be a Tensor of real dtype, got list"),
     (dict(predictions=3.0), "predictions must be a Tensor of real dtype, got float"),
@@ -63,6 +70,14 @@ TYPE_ERRORS = [
     (
         dict(keys=()),
         "keys must be a tuple (features, targets, predictions) or a MemoryBank, got 0 items",
+    ),
+    *(
+        (dict(keys=module), f"keys must be a tuple … or a MemoryBank, got {kind}")
+        for module, kind in ((nn.Linear(2, 2), "Linear"), (nn.ModuleDict(), "ModuleDict"))
+    ),
+    *(
+        (dict(group=group), f"group must be 'world', a ProcessGroup or None, got {kind}")
+        for group, kind in ((3, "int"), (True, "bool"), (object(), "object"))
     ),
     *(
         (dict(features=ones(N, D, dtype=dtype)), f"features must have dtype float16, … got {dtype}")
@@ -134,6 +149,15 @@ VALUE_ERRORS = [
         (dict(temperature=value), f"temperature must be finite and > 0, got {value}")
         for value in (0.0, -0.1, nan, inf, -inf)
     ),
+    *(
+        (dict(temperature=value), f"temperature must have an inverse in float32, got {value}")
+        for value in (1e-40, 2.9e-39, 5e-324)
+    ),
+    *(
+        ({name: value}, f"{name} must be in a float's range, got {kind} beyond it")
+        for name in ("window", "temperature", "push_scale", "weights")
+        for value, kind in ((10**400, "int"), (Fraction(-(10**400)), "Fraction"))
+    ),
     *((dict(window=value), f"window must be ≥ 0, got {value}") for value in (-1.0, nan, -inf)),
     *(
         (dict(push_scale=value), f"push_scale must be finite, got {value}")
@@ -194,9 +218,16 @@ def test_a_bool_is_refused_behind_the_number_that_it_equals():
 @pytest.mark.parametrize("weight", [-1.0, np.float64(-1)], ids=repr)
 def test_a_negative_weight_is_refused_behind_a_positive_one(weight):
     """Input of the same form has passed before."""
-    conr_loss(**arguments(weights=type(weight)(1)))
-    with pytest.raises(ValueError, match="weights must be ≥ 0, got -1"):
-        conr_loss(**arguments(weights=weight))
+    for legal in (1, -inf):
+        conr_loss(**arguments(weights=type(weight)(legal)))
+        with pytest.raises(ValueError, match="weights must be ≥ 0, got -1"):
+            conr_loss(**arguments(weights=weight))
+
+
+def test_a_weight_too_large_is_refused_behind_a_small_one():
+    conr_loss(**arguments(weights=1))
+    with pytest.raises(ValueError, match="weights must be in a float's range, got int"):
+        conr_loss(**arguments(weights=10**400))
 
 
 def gist(message: str) -> str:
@@ -249,7 +280,7 @@ def test_a_group_without_a_process_group_names_init_process_group(backend):
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         pytest.skip("a process group is initialised in this process")
     with pytest.raises(RuntimeError, match="init_process_group"):
-        conr_loss(**arguments(), group=object(), backend=backend)
+        conr_loss(**arguments(), group=torch.distributed.ProcessGroup(0, 1), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +298,13 @@ def test_a_group_without_a_process_group_names_init_process_group(backend):
 def test_an_unsupported_variant_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Variant(**fields)
+
+
+@pytest.mark.parametrize("name", ["unit_terms", "count_self", "weighted_rows"])
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_a_flag_of_a_variant_is_a_bool(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a bool, got {type(value).__name__}"):
+        Variant(log="inside", **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -288,13 +326,26 @@ def test_the_module_refuses_bad_settings_at_construction(options, error, message
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", ["paper", "released-age", "released-depth", "contrastive"])
-def test_an_infinite_window_has_no_negatives_and_loses_nothing(backend, variant):
+@pytest.mark.parametrize("window", [inf, 1e39, 10**40])
+def test_an_infinite_window_has_no_negatives_and_loses_nothing(backend, variant, window):
     for n in (N, 40):
         x = torch.randn(n, D).requires_grad_()
         p = rows(n).flip(0)
-        loss = conr_loss(x, rows(n), p, window=inf, variant=variant, backend=backend)
+        loss = conr_loss(x, rows(n), p, window=window, variant=variant, backend=backend)
         loss.backward()
         assert loss.item() == 0 and not x.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_number_as_weights_is_what_a_tensor_of_it_is(backend):
+    """Beyond the features' dtype it is infinite, and shows."""
+    for dtype in (torch.float32, torch.float64):
+        given = arguments(predictions=torch.zeros(N), variant="released-age", backend=backend)
+        given["features"] = given["features"].to(dtype)
+        as_number = conr_loss(**given | dict(weights=1e39))
+        as_tensor = conr_loss(**given | dict(weights=torch.tensor(1e39, dtype=torch.float64)))
+        assert torch.equal(as_number, as_tensor) or as_number.isnan() and as_tensor.isnan()
+        assert as_number.isfinite() == (dtype == torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

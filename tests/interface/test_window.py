@@ -63,7 +63,18 @@ def test_real_and_vector_labels_have_no_step_and_a_proposal():
 def test_arrays_lists_and_long_data_sets_are_taken():
     y = ages(10000)
     assert suggest_window(y.numpy()) == suggest_window(y)
+    assert suggest_window(y.numpy()[::-1]) == suggest_window(y.flip(0))
     assert suggest_window(y.tolist()) == suggest_window(np.float64(y.numpy()))
+
+
+@pytest.mark.parametrize("predictions", [None, ages() + 5], ids=["without", "with"])
+def test_a_table_has_negatives_where_there_are_predictions(predictions):
+    found = suggest_window(ages(), predictions)
+    header, *rows, proposal = str(found).splitlines()
+    has_negatives = predictions is not None
+    assert ("negatives" in header) == has_negatives and "nan" not in str(found)
+    assert len(rows) == len(found.windows) and proposal.startswith("proposed: ")
+    assert {row.count("%") for row in rows} == {2 + has_negatives}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_ranks_that_wait_for_ever_are_named_with_their_checks() -> None:
 def test_group_without_process_group_names_the_remedy() -> None:
     x, y = torch.randn(3, 2), torch.arange(3.0)
     with pytest.raises(RuntimeError, match="init_process_group"):
-        conr_loss(x, y, y, group=object())
+        conr_loss(x, y, y, group=dist.ProcessGroup(0, 1))
 
 
 def test_ranks_must_agree_on_what_decides_their_collectives() -> None:

@@ -86,6 +86,10 @@ def test_bank_takes_labels_as_vectors_and_refuses_other_shapes() -> None:
         MemoryBank(0, 4)
     with pytest.raises(TypeError, match="n_features must be an int"):
         MemoryBank(3, 4.0)
+    with pytest.raises(TypeError, match=r"features \(dtype\) must have .*, got torch.int64"):
+        MemoryBank(3, 4, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"labels \(label_dtype\) must have .*, got torch.bool"):
+        MemoryBank(3, 4, label_dtype=torch.bool)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -177,8 +181,8 @@ def test_gradient_cache_equals_one_shot(
 ) -> None:
     if is_normalised and chunk_size == 1:
         pytest.skip("batch normalisation takes no single row: 40 rows in chunks of 1")
-    inputs, targets = torch.randn(40, 5), torch.randint(0, 8, (40,)).float()
     torch.manual_seed(0)
+    inputs, targets = torch.randn(40, 5), torch.randint(0, 8, (40,)).float()
     encoders = [Encoder(dropout, is_normalised) for _ in range(2)]
     encoders[1].load_state_dict(encoders[0].state_dict())
     loss = objective(targets, has_regression)

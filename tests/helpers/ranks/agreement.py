@@ -75,7 +75,8 @@ def check_bad_input_on_one_rank(group: dist.ProcessGroup) -> str:
         (TypeError, lambda: conr_loss(x.long() if rank == bad else x, y, p, group=group)),
         (ValueError, lambda: conr_loss(x, y[:2] if rank == bad else y, p, group=group)),
         (ValueError, lambda: conr_loss(x, y, p, window=-1.0 if rank == bad else 1.0, group=group)),
-        (OverflowError, lambda: conr_loss(x, y, p, 10**400 if rank == bad else 1.0, group=group)),
+        (ValueError, lambda: conr_loss(x, y, p, 10**400 if rank == bad else 1.0, group=group)),
+        (ArithmeticError, lambda: conr_loss(x, y, p, Odd(1) if rank == bad else 1.0, group=group)),
         (RuntimeError, lambda: run_unavailable(x, y, p, rank == bad, group)),
     ):
         message = expect(error if rank == bad else ValueError, call)
@@ -83,6 +84,13 @@ def check_bad_input_on_one_rank(group: dist.ProcessGroup) -> str:
             assert f"rank {bad}: {error.__name__}: " in message, message
     conr_loss(x, y, p, w, group=group)
     return ""
+
+
+class Odd(float):
+    """A number with an error of its own, which no check foresees."""
+
+    def __float__(self) -> float:
+        raise ArithmeticError("not a number at all")
 
 
 def run_unavailable(
