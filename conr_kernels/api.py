@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from . import notices
 from .batch import Options, loss, prepare, try_prepare
-from .core.inputs import Keys
 from .large_batch.memory_bank import MemoryBank
 from .large_batch.ranks import check_group, find_group, group_name
 from .large_batch.union import union_loss
@@ -29,7 +28,7 @@ def conr_loss(
     distance: str = "mae",
     reduction: str = "mean",
     backend: str = "auto",
-    keys: Keys | MemoryBank | None = None,
+    keys: tuple[Tensor, ...] | MemoryBank | None = None,
     group: Any = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -102,7 +101,7 @@ def _loss(
     targets: Tensor,
     predictions: Tensor,
     weights: Tensor | float | None,
-    keys: Keys | MemoryBank | None,
+    keys: tuple[Tensor, ...] | MemoryBank | None,
     mask: Tensor | None,
     options: Options,
     group: Any,
@@ -186,7 +185,7 @@ class ConRLoss(nn.Module):
         targets: Tensor,
         predictions: Tensor,
         weights: Tensor | float | None = None,
-        keys: Keys | MemoryBank | None = None,
+        keys: tuple[Tensor, ...] | MemoryBank | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         return _loss(features, targets, predictions, weights, keys, mask, self.options, self.group)

@@ -236,7 +236,9 @@ def extent(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     if batch.mask is not None:
         labels = [t.masked_fill(~batch.mask[:, None], 0.0) for t in labels]
     nothing = batch.y.new_zeros(1)
-    n_present = nothing.new_tensor(len(batch.x)) if batch.mask is None else batch.mask.sum()
+    n_present = torch.full((), len(batch.x), device=nothing.device)
+    if batch.mask is not None:
+        n_present = batch.mask.sum()
     n_absent = len(batch.x) - n_present
     if batch.key_mask is not None:
         is_absent = ~batch.key_mask
@@ -262,15 +264,17 @@ def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0
     """
     variant, h = batch.settings.variant, batch.settings.window
     mask = torch.ones_like(batch.y[:, 0], dtype=torch.bool) if batch.mask is None else batch.mask
-    # Squares of distances stay within float32's range too.
-    n_components = batch.y.shape[1] if batch.settings.distance == "rmse" else 1
-    most = 1e38 if n_components == 1 else 1e19 / math.sqrt(n_components)
+    # Distances, and the sums over components of which they are made, stay in float32's range.
+    L, most = batch.y.shape[1], 3e38
+    if L > 1:
+        most = math.sqrt(most / L) if batch.settings.distance == "rmse" else most / L
     step = 2 * min(h, 1e30) + 1e-6 * (reach + 1)
     places = torch.arange(first + 1, first + 2 + len(mask), device=mask.device)
-    # One number in both dtypes of labels, within the range of the narrower; 0 where the window
-    # reaches everything, so that nobody is an anchor.
-    far = (3 * reach + (step * places).clamp(max=most) + 1).clamp(max=1e38)
-    far = far.float()[:, None] if h <= most else torch.zeros_like(far).float()[:, None]
+    far = (3 * reach + step * places + 1).minimum((most - reach).clamp(min=0))
+    # Where the window reaches everything that takes part nobody has a negative, nor may get one.
+    far = torch.where((1 + 1e-5) * 2 * reach <= h, 0.0, far)
+    # One number in both dtypes of labels.
+    far = far.float()[:, None]
     far, far_key = far[:-1], far[-1]
     is_present, p, settings = mask[:, None], batch.p, batch.settings
     if variant.negatives == "all":  # as if all predictions were alike: 0, or NaN

@@ -99,17 +99,20 @@ def row_losses(
         "weight": lambda: torch.zeros_like(d_ij),
         "none": lambda: torch.zeros_like(d_ij),
     }[variant.pushing]()
-    r_i = {
-        "linear": e * w_i,
-        "distance": e * torch.ones_like(w_i),
-        "exponential": w_i,
-        "weight": e * w_i,
-        "none": torch.ones_like(w_i),
+    e_i = torch.full_like(w_i, e)
+    factors_of_r_i = {
+        "linear": (e_i, w_i),
+        "distance": (e_i,),
+        "exponential": (w_i,),
+        "weight": (e_i, w_i),
+        "none": (),
     }[variant.pushing]
 
     log_E = torch.logsumexp(s_ij.masked_fill(~positive, -torch.inf), dim=1)
     log_B = torch.logsumexp((s_ij + log_phi).masked_fill(~negative, -torch.inf), dim=1)
-    log_rest = _log_scaled(r_i, log_B)  # of Z − E, which is not subtracted
+    log_rest = log_B  # of Z − E, which is not subtracted
+    for factor in factors_of_r_i:
+        log_rest = _log_scaled(factor, log_rest)
     if variant.unit_terms:
         n_other = len(x_j) - n_absent - n_i
         log_rest = torch.logaddexp(n_other.clamp(min=0).to(x_i.dtype).log(), log_rest)

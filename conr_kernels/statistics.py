@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.inputs import Keys
 from .core.sets import ConRStatistics, all_labels, checked_rows, count
+from .large_batch.memory_bank import MemoryBank
 from .large_batch.ranks import check_group
 from .large_batch.union import union_statistics
 from .variants import Variant
@@ -23,7 +23,7 @@ def conr_statistics(
     window: float = 1.0,
     distance: str = "mae",
     variant: str | Variant = "paper",
-    keys: Keys | None = None,
+    keys: tuple[Tensor, ...] | MemoryBank | None = None,
     mask: Tensor | None = None,
     group: Any = None,
     weights: Tensor | float | None = None,

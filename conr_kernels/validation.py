@@ -169,9 +169,8 @@ def check_key_labels(keys: Any, y: Tensor) -> None:
     """Keys (features, targets, predictions[, mask]) whose labels are like y's."""
     if not isinstance(keys, (tuple, list)) or len(keys) not in (3, 4):
         got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
-        raise TypeError(
-            f"keys must be a tuple (features, targets, predictions) or a MemoryBank, got {got}"
-        )
+        expected = "a tuple (features, targets, predictions[, mask]) or a MemoryBank"
+        raise TypeError(f"keys must be {expected}, got {got}")
     key_x, key_y, key_p, *masks = keys
     check_features("keys[0] (features)", key_x)
     check_labels("keys[1] (targets)", key_y, key_x.shape[0], "keys[0]")

@@ -46,7 +46,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("features", torch.zeros(size, n_features, dtype=dtype, device=device))
         self.register_buffer("targets", torch.zeros(size, n_labels, **labels))
         self.register_buffer("predictions", torch.zeros(size, n_labels, **labels))
-        self.register_buffer("mask", torch.ones(size, dtype=torch.bool, device=device))
+        # Numbers: an average of models subtracts buffers, and PyTorch no bools.
+        self.register_buffer("mask", torch.ones(size, dtype=torch.uint8, device=device))
         validation.check_features("features (dtype)", self.features)
         validation.check_real("labels (label_dtype)", self.targets)
 
@@ -62,7 +63,7 @@ class MemoryBank(nn.Module):
         """
         K = len(self)
         keys = (self.features[:K].to(dtype), self.targets[:K], self.predictions[:K])
-        return (*keys, self.mask[:K]) if self.has_mask else keys
+        return (*keys, self.mask[:K].bool()) if self.has_mask else keys
 
     def clear(self) -> None:
         """Forgets all rows."""
@@ -115,7 +116,7 @@ class MemoryBank(nn.Module):
         found = {name: state_dict.get(prefix + name) for name in self._buffers}
         numbers, x = state_dict.get(prefix + "_extra_state"), found["features"]
         if found["mask"] is None and not (numbers is None or numbers.dim() or x is None):
-            found["mask"] = x.new_ones(len(x), dtype=torch.bool)  # of 0.1.0, which knew no masks
+            found["mask"] = x.new_ones(len(x), dtype=torch.uint8)  # of 0.1.0, which knew no masks
             state_dict = {**state_dict, prefix + "mask": found["mask"]}
         is_whole = prefix + "_extra_state" in state_dict and all(
             t is not None and t.shape == self._buffers[name].shape for name, t in found.items()

@@ -30,7 +30,8 @@ def check_group(group: Any) -> None:
     if isinstance(group, str) and group != "world":
         raise ValueError(f"group must be a process group, 'world' or None, got {group!r}")
     is_group = group is None or isinstance(group, (str, GroupName, PROCESS_GROUP))
-    if not is_group and group is not NOT_A_MEMBER:
+    is_constant = type(group) is type(NOT_A_MEMBER) and group == NOT_A_MEMBER
+    if not is_group and not is_constant:
         kind = type(group).__name__
         raise TypeError(f"group must be 'world', a ProcessGroup or None, got {kind}")
 

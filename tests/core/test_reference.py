@@ -127,3 +127,11 @@ def test_the_gradient_is_as_good_where_negatives_weigh_next_to_nothing(preset):
         found += torch.autograd.grad(loss, features)
     error = (found[0].double() - found[1]).norm() / found[1].norm()
     assert error <= 1e-5
+
+
+def test_large_weights_and_push_scales_are_finite_together():
+    y = torch.tensor([0.0, 0, 0, 5, 5, 5]) * 1e-6
+    x, w = torch.eye(6), torch.full((6,), 1e30)
+    loss = conr_loss(x, y, 0 * y, w, window=1e-7, push_scale=1e9, backend="reference")
+    torch.testing.assert_close(loss, conr_loss(x, y, 0 * y, w, window=1e-7, push_scale=1e9))
+    assert loss.isfinite()

@@ -74,6 +74,29 @@ def test_absent_rows_of_a_window_that_reaches_everything_are_finite(
         assert loss == 0 and (gradient == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("labels", "predictions", "options"),
+    [
+        ([-2e18, 2e18, 2e18, 0], [0, 0, 0, 0], dict(window=1e18, distance="rmse")),
+        ([-2e37, 2e37, 2e37, 0], [0, 0, 0, 0], dict(window=1e37)),
+        ([-5e34, -5e34, 5e34, 5e34], [5e34, 5e34, -5e34, -5e34], dict(window=1.05e35)),
+    ],
+    ids=["squares", "sums", "beyond the labels"],
+)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_absent_rows_of_labels_near_the_end_of_float32(
+    monkeypatch, regime, labels, predictions, options
+):
+    n_components = 3 if options["window"] < 1e38 and max(labels) != 5e34 else 1
+    y, p = (torch.tensor([*t, 0.0])[:, None].repeat(1, n_components) for t in (labels, predictions))
+    x, mask = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.arange(5) < 4
+    options = options | dict(push_scale=1 / max(labels), backend=force(monkeypatch, regime))
+    loss, gradient = value_and_gradient(x, y, p, **options, mask=mask, reduction="sum")
+    expected = value_and_gradient(x[:4], y[:4], p[:4], **options, reduction="sum")
+    torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient[:4], expected[1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 def test_further_keys_are_not_masked(monkeypatch, regime):
     backend = force(monkeypatch, regime)

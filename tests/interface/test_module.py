@@ -105,6 +105,8 @@ def test_what_stands_for_a_group_is_taken_and_shown():
         conr.group = conr.group
         if not isinstance(group, dist.ProcessGroup):  # this one has no name yet
             assert f"group={group!r}" in repr(conr)
+            copied = pickle.loads(pickle.dumps(conr))
+            copied.group = copied.group
 
 
 def test_world_before_init_process_group_is_never_a_local_loss():

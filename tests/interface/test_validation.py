@@ -65,11 +65,11 @@ TYPE_ERRORS = [
     (dict(mask=ones(N)), "mask must be a Tensor of dtype torch.bool, got torch.float32"),
     (
         dict(keys=3),
-        "keys must be a tuple (features, targets, predictions) or a MemoryBank, got int",
+        "keys must be a tuple (features, targets, predictions[, mask]) or a MemoryBank, got int",
     ),
     (
         dict(keys=()),
-        "keys must be a tuple (features, targets, predictions) or a MemoryBank, got 0 items",
+        "keys must be a tuple (features, targets, predictions[, mask]) or a MemoryBank, got 0",
     ),
     *(
         (dict(keys=module), f"keys must be a tuple … or a MemoryBank, got {kind}")

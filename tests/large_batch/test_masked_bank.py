@@ -194,7 +194,7 @@ def test_masks_are_kept_by(way):
     bank = bank_of([with_holes(each) for each in pushes(dtype=torch.float32)])
     expected = loss_with(bank, variant="released-age")
     other = WAYS[way](bank)
-    assert len(other.keys()) == 4 and other.mask.dtype == torch.bool
+    assert [t.dtype for t in other.keys()[3:]] == [torch.bool]
     assert same_bits(loss_with(other, variant="released-age"), expected)
 
 
@@ -230,6 +230,15 @@ def test_a_masked_bank_under_torch_compile():
     step = torch.compile(conr_loss, backend="aot_eager", fullgraph=True)
     found = step(**batch, **options, keys=bank.keys())
     torch.testing.assert_close(found, conr_loss(**batch, **options, keys=bank))
+
+
+def test_an_averaged_model_has_a_bank_as_well():
+    bank = bank_of(pushes(dtype=torch.float32))
+    averaged = torch.optim.swa_utils.AveragedModel(bank, use_buffers=True)
+    for _ in range(3):
+        averaged.update_parameters(bank)
+    for held, expected in zip(averaged.module.keys(), bank.keys(), strict=True):
+        torch.testing.assert_close(held, expected)
 
 
 def test_absent_keys_are_nobodys_positives_where_a_batch_without_is_told(monkeypatch):
