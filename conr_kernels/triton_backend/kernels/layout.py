@@ -90,7 +90,7 @@ def find_bands(
     lo, hi = tl.sum(tl.where(is_lo, ends, 0), axis=0), tl.max(ends, axis=0)
     if not HAS_KEYS:
         # A row that is not in its own band is not finite. Where it stands it has an empty one: it
-        # then meets nothing far from it, and bands' ends still grow from row to row.
+        # then meets nothing far from it, and ends of finite windows' bands grow from row to row.
         is_out = (i < lo) | (hi <= i)
         lo, hi = tl.where(is_out, i, lo), tl.where(is_out, i, hi)
     tl.store(lo_ptr + which * step + rows, lo)
