@@ -101,30 +101,35 @@ def forced(regime: str, allocations=guarded_allocations):
     kept = -1 if regime == "dense-recomputed" else launch_dense.KEPT_PAIRS
     workspace = {"parts": 1, "windows": 3 * 64 * 64 * 4}.get(regime, 2**27)
     chunks = 0 if regime == "dense-split" else launch_dense.GRAM_CHUNKS
+    mirrored = 2 if regime in ("parts", "sweeps", "windows") else 2**31
+    of_calls = dict(
+        WIDE_FEATURES=0,
+        PIECE_KEYS=1 if regime == "pieces" else 8192,
+        PIECES=2**31,
+        LIST_NUMBERS=0 if regime == "parts" else 2**31 - 1,
+        WORKSPACE=(workspace, workspace),
+        MIRRORED_ROWS=(mirrored, mirrored),
+        MIRRORED_BYTES=0,
+        SHORT_ROWS=2**14 if regime == "parts" else 0,
+    )
+    of_few = dict(
+        DENSE_PAIRS=pairs, KEPT_PAIRS=kept, GRAM_CHUNKS=chunks, GRAM_PART=1 if chunks == 0 else 4
+    )
+    of_order = dict(SORT_BLOCK=128, MERGE_FANS={}, MERGE_FAN=2, SEARCHES=64)
+    of_order["MOST_SORTED"] = 2**16 * (regime not in ("parts", "in turn"))
+    of_sweeps = dict(
+        PROGRAMS=3,
+        WIDE_PROGRAMS={90: 3},
+        WIDE_SLICES=3,
+        BOTH_ORDERS=0 if regime == "parts" else 2**26,
+        PARTS_BYTES=0 if regime == "in turn" else 2**25,
+        WIDE_BOTH_ORDERS=0 if regime == "parts" else 2**28,
+    )
     with (
-        mock.patch.object(launch_dense, "DENSE_PAIRS", pairs),
-        mock.patch.object(launch_dense, "KEPT_PAIRS", kept),
-        mock.patch.object(launch_dense, "GRAM_CHUNKS", chunks),
-        mock.patch.object(launch_dense, "GRAM_PART", 1 if chunks == 0 else 4),
-        mock.patch.object(call, "WIDE_FEATURES", 0),
-        mock.patch.object(call, "PIECE_KEYS", 1 if regime == "pieces" else 8192),
-        mock.patch.object(call, "PIECES", 2**31),
-        mock.patch.object(call, "LIST_NUMBERS", 0 if regime == "parts" else 2**31 - 1),
-        mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
-        mock.patch.object(
-            call, "MIRRORED_ROWS", (2 if regime in ("parts", "sweeps", "windows") else 2**31,) * 2
-        ),
-        mock.patch.object(call, "MIRRORED_BYTES", 0),
-        mock.patch.object(call, "SHORT_ROWS", 2**14 if regime == "parts" else 0),
-        mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {90: 3}),
-        mock.patch.multiple(launch_sweeps, PROGRAMS=3, WIDE_SLICES=3),
-        mock.patch.multiple(launch_order, SORT_BLOCK=128, MERGE_FANS={}, MERGE_FAN=2, SEARCHES=64),
-        mock.patch.object(
-            launch_order, "MOST_SORTED", 2**16 * (regime not in ("parts", "in turn"))
-        ),
-        mock.patch.object(launch_sweeps, "BOTH_ORDERS", 0 if regime == "parts" else 2**26),
-        mock.patch.object(launch_sweeps, "PARTS_BYTES", 0 if regime == "in turn" else 2**25),
-        mock.patch.object(launch_sweeps, "WIDE_BOTH_ORDERS", 0 if regime == "parts" else 2**28),
+        mock.patch.multiple(launch_dense, **of_few),
+        mock.patch.multiple(call, **of_calls),
+        mock.patch.multiple(launch_order, **of_order),
+        mock.patch.multiple(launch_sweeps, **of_sweeps),
         allocations(),
     ):
         yield
