@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import notices, validation
@@ -39,7 +41,8 @@ def gradient_cache(
         optimizer.step()
 
     The second encoding sees the first one's random numbers (dropout) and buffers, so that running
-    statistics count each row once; batch normalisation normalises within a chunk. Call it inside
+    statistics count each row once; an encoder that raises gets its buffers back, so that the step
+    can be tried again in smaller chunks. Batch normalisation normalises within a chunk. Call it inside
     ``torch.autocast`` for mixed precision. A ``DistributedDataParallel`` encoder reduces its
     gradients once, with the last chunk; give the ConR loss ``group=`` there and the regression
     loss the local mean. Buffers, parameters' devices and DDP are seen only of an encoder that is a
@@ -60,8 +63,10 @@ def gradient_cache(
 
     Raises:
         TypeError, ValueError: bad input or outputs.
-        RuntimeError: gradients are disabled; or the second encoding of a chunk differs from the
-            first by more than rounding, so that the gradients would be of another loss.
+        RuntimeError: gradients are disabled; a buffer of a lazy module has no shape yet; or the
+            second encoding of a chunk differs from the first by more than rounding (in a row by 4
+            epsilons of the features' or autocast's dtype, TF32's on GPUs), so that the gradients
+            would be of another loss.
     """
     if not torch.is_grad_enabled():
         raise RuntimeError(
@@ -85,10 +90,12 @@ def gradient_cache(
     devices = {t.device for t in (*named.values(), *state.parameters(), *state.buffers())}
     buffers = _hold_buffers(state)
     random_states, encoded = [], []
-    with torch.no_grad():
-        for chunk in chunks:
-            random_states.append(_random_state(devices))
-            encoded.append(encode(chunk))
+    try:
+        with torch.no_grad():
+            for chunk in chunks:
+                random_states.append(_random_state(devices))
+                encoded.append(encode(chunk))
+    finally:
         _restore_buffers(buffers)
     features, predictions = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     del encoded
@@ -109,15 +116,16 @@ def gradient_cache(
             # Gradients accumulate on each rank and are reduced with the last chunk.
             waits = hasattr(encoder, "no_sync") and k < n_chunks - 1
             with encoder.no_sync() if waits else nullcontext(), torch.enable_grad():
-                outputs = encode(chunk)
-                for output, whole in zip(outputs, (features, predictions), strict=True):
-                    _check_repeats(output, whole.tensor_split(n_chunks)[k])
-                pairs = [
-                    (output, whole.grad.tensor_split(n_chunks)[k])
-                    for output, whole in zip(outputs, (features, predictions), strict=True)
-                    if whole.grad is not None and output.requires_grad
-                ]
-                _backward([output for output, _ in pairs], [g for _, g in pairs])
+                outputs, gradients = [], []
+                for output, whole in zip(encode(chunk), (features, predictions), strict=True):
+                    if whole.grad is not None and output.requires_grad:
+                        _check_repeats(output, whole.tensor_split(n_chunks)[k])
+                        outputs.append(output)
+                        gradients.append(whole.grad.tensor_split(n_chunks)[k])
+                _backward(outputs, gradients)
+    except BaseException:
+        _restore_buffers(buffers)
+        raise
     finally:
         _set_random_state(end_state)
     return value.detach()
@@ -142,37 +150,81 @@ def _share_buffers(encoder: nn.Module) -> None:
             module.require_forward_param_sync = False
 
 
-#: A module, a buffer's name, the buffer, and a copy of what it held.
-Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]
+class Held(NamedTuple):
+    """A buffer as it was, None included: the tensor itself, its version and a copy."""
+
+    tensor: Tensor | None
+    version: int | None
+    copy: Tensor | None
+
+    @staticmethod
+    def of(t: Tensor | None) -> Held:
+        return Held(t, _version(t), None if t is None else t.clone())
+
+    def is_written(self) -> bool:
+        """Whether the tensor holds something else by now; ``.data`` is written unseen by versions."""
+        t = self.tensor
+        if t is None or _version(t) != self.version:
+            return t is not None
+        has_values = t.layout == torch.strided and not (t.is_nested or t.is_meta)
+        return has_values and not torch.equal(t, self.copy)
+
+
+def _version(t: Tensor | None) -> int | None:
+    return None if t is None or t.is_inference() else t._version
+
+
+#: Of each module its buffers by name.
+Buffers = list[tuple[nn.Module, dict[str, Held]]]
 
 
 def _hold_buffers(encoder: nn.Module) -> Buffers:
+    for name, t in encoder.named_buffers():
+        if is_lazy(t):
+            raise RuntimeError(
+                f"gradient_cache: the encoder's buffer {name} has no shape yet, so that it cannot "
+                "be kept for the second encoding: encode a few rows once before"
+            )
     return [
-        (module, name, t, t.clone())
+        (module, {name: Held.of(t) for name, t in module._buffers.items()})
         for module in encoder.modules()
-        for name, t in module._buffers.items()
-        if t is not None
     ]
 
 
 def _restore_buffers(buffers: Buffers) -> None:
-    """Of each its values, and the tensor itself where the encoder has put another in its place."""
-    for module, name, t, held in buffers:
-        t.copy_(held)
-        module._buffers[name] = t
+    """Values that were written, tensors in whose place the encoder has put others, and no further
+    ones. What was not written is left alone: an earlier graph may need it, or nobody can write it.
+    """
+    for module, held in buffers:
+        for name in module._buffers.keys() - held.keys():
+            del module._buffers[name]
+        for name, one in held.items():
+            module._buffers[name] = one.tensor
+            if one.is_written():
+                with torch.inference_mode() if one.tensor.is_inference() else torch.no_grad():
+                    one.tensor.copy_(one.copy)
 
 
 def _check_repeats(second: Tensor, first: Tensor) -> None:
-    """Rounding may differ, by kernels chosen anew; a state or a random number may not."""
+    """Rounding may differ, by kernels chosen anew; a state or a random number may not.
+
+    Most encodings repeat every bit. Where other kernels serve without a graph than with one
+    (transformers in eval mode, LSTMs) a row differed by at most 1.5 times the dtype's epsilon.
+    """
     first, second = first.detach(), second.detach()
-    dtype = first.dtype if first.is_floating_point() else torch.float32
+    dtype = first.dtype
     if torch.is_autocast_enabled(first.device.type):
         dtype = torch.get_autocast_dtype(first.device.type)
     eps = torch.finfo(dtype).eps
     if first.device.type != "cpu":
         eps = max(eps, 2**-10)  # of TF32
-    first, second = first.float(), second.float()
-    if (second - first).norm() > eps**0.5 * first.norm():  # neither where a number is not finite
+    tolerance = max(4 * eps, 2**-12)
+    rows, difference = (
+        t.float().flatten(1).norm(dim=1) if t.dim() > 1 else t.float().abs()
+        for t in (first, second.float() - first.float())
+    )
+    scale = rows.clamp(min=rows.square().mean().sqrt())  # a row that is nearly 0 cancels
+    if (difference > tolerance * scale).any():  # not where a number is not finite
         raise RuntimeError(
             "gradient_cache: the encoder's second encoding of a chunk differs from its first, so "
             "that the gradients would be wrong. Likely causes: random numbers that are not "
