@@ -55,7 +55,7 @@ among the keys; ``first``, ``window``, ``piece``: of the list.
 - PRECISION: ``tl.dot``'s, or "fp16x3": of float32 as two float16 (IN_HALVES: copies). UPCAST:
   products in float32, as Triton's interpreter multiplies 16-bit tiles wrongly. RESIDENT: anchors'
   features in registers. EARLY: a kernel may start before the last one's end, and waits for it
-  (``await_earlier``); LATE: behind its loops.
+  (``await_earlier``); LATE: not in its first statement.
 - D_PAD: D with its padding. BLOCK_I anchors × BLOCK_J keys × BLOCK_D columns of a tile; BLOCK_K:
   keys of a product's step; BLOCK, ROWS, CHUNK: of others.
 """
