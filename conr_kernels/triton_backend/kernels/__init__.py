@@ -43,8 +43,9 @@ that share a tile of anchors; ``n_parts``: of sums or of G; ``n_tiles_j``, ``per
 keys, of all and of a part; ``n_steps``: of a binary search; ``self_offset``: the anchors' place
 among the keys; ``first``, ``window``, ``piece``: of the list.
 
-**Constants.** Of the loss: L, RMSE, INSIDE, PUSHING, CONFUSED (negatives; in the positives' sweep
-"none" and False), UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS; REDUCED: sums of losses, not losses.
+**Constants.** Of the loss: L, RMSE, INSIDE, CONFUSED (negatives) and PHI, in the positives' sweep
+False and "one"; SCALED, WEIGHTED: e and ``w_i`` are in ``r_i``; UNIT_TERMS, COUNT_SELF,
+WEIGHTED_ROWS; REDUCED: sums of losses, not losses.
 
 - SAME: the anchors are the keys; HAS_KEYS: they are not. SWEEPS of a launch; NEGATIVES: which one a
   function serves. EDGE: a tile across a band's border, whose pairs are compared. EXACT: L = 1, the
