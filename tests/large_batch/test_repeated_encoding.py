@@ -49,10 +49,14 @@ class OwnGenerator(Encoder):
 
 
 class NumpyNoise(Encoder):
-    """A little of it: 5 %."""
+    """A little of it: 4 %."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = np.random.default_rng(0)
 
     def seen(self, x: Tensor) -> Tensor:
-        return x * torch.from_numpy(1 + 0.05 * np.random.randn(*x.shape)).float()
+        return x * torch.from_numpy(1 + 0.04 * self.random.standard_normal(x.shape)).float()
 
 
 class OneRow(Encoder):
@@ -180,7 +184,9 @@ class KnownFromTheFirst(Encoder):
     def seen(self, x: Tensor) -> Tensor:
         if self.mean is None:
             self.mean = x.mean(0)
+        if not hasattr(self, "scale"):
             self.register_buffer("scale", x.std(0))
+        self.scale = 0.5 * self.scale + 0.5 * x.std(0)
         return (x - self.mean) / self.scale
 
 
