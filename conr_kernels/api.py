@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import notices
+from . import notices, validation
 from .batch import Options, loss, prepare, try_prepare
 from .large_batch.memory_bank import MemoryBank
 from .large_batch.ranks import check_group, find_group, group_name
@@ -174,11 +174,12 @@ class ConRLoss(nn.Module):
         options.check()
         check_group(group)
         # Attributes, each by its name: compilers watch these one by one.
-        self.__dict__.update(options._asdict(), group=group)
+        self.__dict__.update({n: _plain(t) for n, t in options._asdict().items()}, group=group)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Options._fields:
             self.options._replace(**{name: value}).check()
+            value = _plain(value)
         elif name == "group":
             check_group(value)
         elif type(self) is ConRLoss and not hasattr(self, name):
@@ -232,3 +233,9 @@ def _check_spelling(name: str) -> None:
     is_near = begins_one or bool(difflib.get_close_matches(name.lower(), options, cutoff=0.75))
     if is_near and not name.startswith("_"):
         raise AttributeError(f"ConRLoss has no option {name!r}; it has {', '.join(options)}")
+
+
+def _plain(option: Any) -> Any:
+    """A number as a Python one, since compilers take numpy's scalars for arrays."""
+    is_other = validation.is_number(option) and type(option) not in (int, float)
+    return float(option) if is_other else option

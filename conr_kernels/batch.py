@@ -192,7 +192,7 @@ def prepare(
     w = as_weights(weights, x)
     is_reduced = mask is None and not in_group and not is_traced
     is_reduced = is_reduced and ops.reduces(x, y, keys, settings, reduction, backend)
-    mask = None if mask is None else mask.detach().reshape(-1)
+    mask = None if mask is None else mask.detach().reshape(-1).clone()  # saved for backward
     return Batch(x, y, p, w, keys, settings, reduction, backend, mask, key_mask, reduces=is_reduced)
 
 
@@ -309,6 +309,7 @@ def row_losses(batch: Batch) -> Tensor:
 
 def reference_losses(inputs: Inputs) -> Tensor:
     x, y, p, w, keys, *rest, n_absent = inputs
+    w = None if w is None else w.clone()  # saved for backward, and the caller may change his own
     if keys is not None:
         keys = (keys[0].to(inputs.dtype), *keys[1:])
     rows = (x.to(inputs.dtype).contiguous(), y, p, w, keys, *rest)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from .ops import backend_module
+from .validation import is_number
 
 
 @torch.compiler.assume_constant_result
@@ -14,6 +17,12 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
     return backend_module(backend).unavailable(device, dtype)
 
 
-def constant(value: float) -> float:
+def constant(value: Any) -> Any:
     """A number that tracing may have made symbolic, as a constant with a guard."""
-    return guard_scalar(value)
+    value = value if isinstance(value, (int, float)) else _as_python(value)
+    return guard_scalar(value) if isinstance(value, (int, float)) else value
+
+
+@torch.compiler.disable(reason="numpy's scalars are arrays to the compiler: use float(…) of them")
+def _as_python(value: Any) -> Any:
+    return float(value) if is_number(value) else value

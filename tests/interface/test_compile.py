@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -222,3 +224,38 @@ def test_make_fx_and_export_see_one_operator() -> None:
     names = [str(node.target) for node in program.graph.nodes]
     assert sum(name.startswith("conr_kernels.forward") for name in names) == 1
     torch.testing.assert_close(program.module()(x, y, p), conr_loss(x, y, p))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, Fraction])
+def test_a_module_takes_any_numbers_whole(number: type) -> None:
+    """Set at once or later, in one graph; weights are an argument, which compilers see as it is."""
+    x, y, p = make_rows(33)
+    expected = conr_loss(x, y, p, window=2, temperature=1, push_scale=3)
+    conr = ConRLoss(window=number(2), temperature=number(1))
+    step = torch.compile(conr, backend="eager", fullgraph=True)
+    conr.push_scale = number(3)
+    assert torch.equal(step(x, y, p), expected)
+    assert all(type(getattr(conr, n)) is float for n in ("window", "temperature", "push_scale"))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, Fraction])
+@pytest.mark.parametrize("is_argument", [False, True])
+def test_the_function_takes_any_numbers_where_the_graph_may_break(number, is_argument) -> None:
+    x, y, p = make_rows(33)
+    expected = conr_loss(x, y, p, 2, window=2, temperature=1, push_scale=3)
+
+    numbers = [number(2), number(1), number(3)]
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor, *of_call) -> Tensor:
+        h, tau, e = of_call or numbers
+        return conr_loss(x, y, p, h, window=h, temperature=tau, push_scale=e)
+
+    assert torch.equal(step(x, *numbers) if is_argument else step(x), expected)
+
+
+def test_what_is_no_number_is_named_in_a_compiled_function() -> None:
+    x, y, p = make_rows(33)
+    step = torch.compile(lambda h: conr_loss(x, y, p, window=h), backend="eager")
+    with pytest.raises(TypeError, match="window must be a Python number, got Tensor"):
+        step(torch.tensor(1.0))

@@ -35,6 +35,33 @@ def test_labels_may_change_between_loss_and_backward(monkeypatch, regime, reduct
     assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
 
 
+@pytest.mark.parametrize("how", ["changed", "of_inference_mode"])
+@pytest.mark.parametrize("name", ["targets", "predictions", "weights", "mask", "keys"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("n", [33, 700])
+def test_all_but_features_are_kept_as_copies(n, reduction, backend, name, how):
+    x, y, p = rows(n)
+    x.requires_grad_()
+    g = torch.Generator().manual_seed(0)
+    call = dict(targets=y, predictions=p, weights=torch.rand(n, generator=g))
+    if name in ("mask", "keys"):
+        call |= dict(mask=torch.rand(n, generator=g) < 0.8)
+        call |= dict(keys=(*rows(40, 1), torch.rand(40, generator=g) < 0.8))
+    if how == "of_inference_mode":
+        with torch.inference_mode():
+            call[name] = (
+                tuple(t.clone() for t in call[name]) if name == "keys" else call[name].clone()
+            )
+    options = dict(variant="released-age", reduction=reduction, backend=backend)
+    loss = conr_loss(x, **call, **options).sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    if how == "changed":
+        for t in call["keys"][1:] if name == "keys" else [call[name]]:
+            t.fill_(1)
+    assert expected.any() and torch.equal(torch.autograd.grad(loss, x)[0], expected)
+
+
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("with_keys", [False, True])
 @pytest.mark.parametrize("variant", ["paper", "released-age", "released-depth"])
