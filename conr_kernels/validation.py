@@ -125,6 +125,11 @@ def check_same_components(name_y: str, y: Tensor, name_p: str, p: Tensor) -> Non
         )
 
 
+def _is_column(t: Tensor, n_rows: int) -> bool:
+    """[N] or [N, 1]; number by number, since compilers do not compare tuples of symbolic ones."""
+    return t.dim() in (1, 2) and t.shape[0] == n_rows and t.shape[1:].numel() == 1
+
+
 def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
     if w is None:
         return
@@ -133,7 +138,7 @@ def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
             raise ValueError(f"weights must be ≥ 0, got {w}")
         return
     check_real("weights", w, "a Tensor, a number or None")
-    if w.dim() != 0 and w.shape not in ((x.shape[0],), (x.shape[0], 1)):
+    if w.dim() != 0 and not _is_column(w, x.shape[0]):
         raise ValueError(
             f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in {rows_of} "
             f"{tuple(x.shape)}, got {tuple(w.shape)}"
@@ -190,7 +195,7 @@ def check_bool(mask: Any, name: str = "mask") -> None:
 
 def check_mask(mask: Any, n_rows: int, rows_of: str, name: str = "mask") -> None:
     check_bool(mask, name)
-    if mask.shape not in ((n_rows,), (n_rows, 1)):
+    if not _is_column(mask, n_rows):
         raise ValueError(
             f"{name} must have shape (N,) or (N, 1) with N = {n_rows} as in {rows_of}, "
             f"got {tuple(mask.shape)}"

@@ -226,6 +226,16 @@ def test_make_fx_and_export_see_one_operator() -> None:
     torch.testing.assert_close(program.module()(x, y, p), conr_loss(x, y, p))
 
 
+@pytest.mark.parametrize("name", ["weights", "mask"])
+def test_weights_and_masks_may_come_when_sizes_are_symbolic(name: str) -> None:
+    step = torch.compile(ConRLoss(), backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    for n in (33, 40, 41):
+        rows = make_rows(n)
+        further = {name: rows[1] > 3 if name == "mask" else rows[1]} if n > 33 else {}
+        assert torch.equal(step(*rows, **further), ConRLoss()(*rows, **further))
+
+
 @pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, Fraction])
 def test_a_module_takes_any_numbers_whole(number: type) -> None:
     """Set at once or later, in one graph; weights are an argument, which compilers see as it is."""
