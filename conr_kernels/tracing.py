@@ -8,7 +8,6 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from .ops import backend_module
-from .validation import is_number
 
 
 @torch.compiler.assume_constant_result
@@ -18,11 +17,9 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
 
 
 def constant(value: Any) -> Any:
-    """A number that tracing may have made symbolic, as a constant with a guard."""
-    value = value if isinstance(value, (int, float)) else _as_python(value)
+    """A number that tracing may have made symbolic, as a constant with a guard.
+
+    Not numpy's scalars, which tracing takes for arrays: the checks refuse these, and what calls
+    them runs in eager mode, where they are numbers.
+    """
     return guard_scalar(value) if isinstance(value, (int, float)) else value
-
-
-@torch.compiler.disable(reason="numpy's scalars are arrays to the compiler: use float(…) of them")
-def _as_python(value: Any) -> Any:
-    return float(value) if is_number(value) else value

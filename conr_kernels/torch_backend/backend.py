@@ -86,10 +86,11 @@ def reduces(
 
 def reduced(
     inputs: Inputs, further: Keys | None, reduction: str, wants_gradient: bool
-) -> tuple[Tensor, tuple[Tensor], None]:
-    """The mean or sum of the row losses of a small batch, and its gradient in the loss's dtype.
+) -> tuple[Tensor, tuple[Tensor, Tensor], None]:
+    """The mean or sum of the row losses of a small batch; and its gradient times ``τ ‖x_i‖`` with
+    ``1/(τ ‖x_i‖)``, which may be beyond the loss's dtype until it meets the upstream gradient.
 
-    Where every row has the same upstream gradient nothing need be kept: a third less host time. The
+    Where every row has the same upstream gradient no pair need be kept: a third less host time. The
     bits are those of ``forward`` and ``backward``.
     """
     anchors, others, how = _prepare(inputs, further)
@@ -102,13 +103,15 @@ def reduced(
     G = small.gradient_sums(rows, None, how, pairs)
     small.add_products(G, products, rows)
     loss = loss.mean() if reduction == "mean" else loss.sum()
-    return loss, (project_rows(G, rows.q, anchors.inverse, how),), None
+    return loss, (tangential(G, rows.q), anchors.inverse / how.settings.temperature), None
 
 
-def reduced_gradient(x: Tensor, saved: tuple[Tensor], plan: None, upstream: Tensor) -> Tensor:
+def reduced_gradient(
+    x: Tensor, saved: tuple[Tensor, Tensor], plan: None, upstream: Tensor
+) -> Tensor:
     """The gradient that ``reduced`` found, times the upstream gradient."""
-    (gradient,) = saved
-    return (gradient * upstream).to(x.dtype)
+    G, scale = saved
+    return (G * (scale * upstream)).to(x.dtype)
 
 
 def _prepare(
@@ -175,5 +178,10 @@ def project(G: Tensor, anchors: Source, inverse: Tensor, how: How) -> Tensor:
 
 def project_rows(G: Tensor, q: Tensor, inverse: Tensor, how: How) -> Tensor:
     """``∂L/∂x_i = (∂L/∂q_i − q_i (q_i·∂L/∂q_i)) / ‖x_i‖`` with ``∂L/∂q_i = G_i/τ``; in place."""
+    return tangential(G, q).mul_(inverse / how.settings.temperature)
+
+
+def tangential(G: Tensor, q: Tensor) -> Tensor:
+    """``G_i − q_i (q_i·G_i)``; in place."""
     radial = (q * G).sum(dim=1, keepdim=True)
-    return G.addcmul_(q, radial, value=-1).mul_(inverse / how.settings.temperature)
+    return G.addcmul_(q, radial, value=-1)

@@ -205,6 +205,25 @@ def test_all_extremes_at_once_stay_finite(monkeypatch, regime):
         assert loss.isfinite() and gradient.isfinite().all() and gradient.any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("variant", ["paper", "released-age"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_only_the_gradient_itself_has_to_be_in_range(monkeypatch, regime, variant, reduction):
+    """Not that of the loss before it meets a small upstream gradient."""
+    backend = force(monkeypatch, regime)
+    batch = make_batch(33)
+    batch["features"] = torch.nn.functional.normalize(batch["features"]) * 1e-12
+    batch["weights"] = torch.full((33,), 1e30)
+    options = dict(variant=variant, reduction=reduction, g=torch.tensor(1e-20))
+    _, gradient = value_and_gradient(**batch, **options, backend=backend)
+    wide = {name: t.double() for name, t in batch.items()}
+    _, exact = value_and_gradient(**wide, **options, backend="reference")
+    assert exact.any()
+    torch.testing.assert_close(
+        gradient.double(), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max())
+    )
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 def test_predictions_at_the_ends_of_float32_are_finite(monkeypatch, regime):
     backend = force(monkeypatch, regime)
