@@ -210,6 +210,7 @@ def is_untransformed(x: Tensor) -> bool:
         and not x.is_meta
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
     )
 
 

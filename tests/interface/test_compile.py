@@ -226,6 +226,25 @@ def test_make_fx_and_export_see_one_operator() -> None:
     torch.testing.assert_close(program.module()(x, y, p), conr_loss(x, y, p))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("n", [33, 700])
+def test_a_traced_loss_has_the_value_and_the_gradient(n: int, reduction: str, backend: str) -> None:
+    def step(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        return conr_loss(x, y, p, backend=backend, reduction=reduction)
+
+    x, y, p = make_rows(n, 1)
+    traced = torch.jit.trace(step, (x.requires_grad_(), y, p))
+    results = []
+    for each in (traced, step):
+        x, y, p = make_rows(n)
+        loss = each(x.requires_grad_(), y, p)
+        results.append((loss, *torch.autograd.grad(loss.sum(), x)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("name", ["weights", "mask"])
 def test_weights_and_masks_may_come_when_sizes_are_symbolic(name: str) -> None:
     step = torch.compile(ConRLoss(), backend="eager", fullgraph=True)
