@@ -163,5 +163,14 @@ def test_what_inference_mode_has_made_goes_on_outside_of_it(way, then):
     else:
         bank.load_state_dict(other.state_dict())
         assert torch.equal(bank.keys()[1], other.keys()[1])
-    x, y, p = rows(5, seed=4)
-    conr_loss(x.requires_grad_(), y, p, keys=bank, window=0.1).backward()  # saves the bank's rows
+
+
+@pytest.mark.parametrize("way", ["widened", "loaded"])
+def test_buffers_widened_in_inference_mode_may_be_written_outside_of_it(way):
+    bank, other = filled(), MemoryBank(8, 4, label_dtype=torch.float64)
+    other.push(*rows(6, torch.float64, seed=2))
+    with torch.inference_mode():
+        MADE_IN_INFERENCE[way](bank, other)
+    assert bank.targets.dtype == torch.float64
+    for t in bank.buffers():
+        t.copy_(t.clone())  # as an average of models and a broadcast of buffers do
