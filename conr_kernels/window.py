@@ -174,17 +174,19 @@ def _common_step(y: Tensor, precision: float) -> float | None:
     gaps, rounding = torch.cat(of_columns, dim=1)
     if gaps.numel() == 0 or len(y) <= 2:
         return None
-    step, most = gaps.min().item(), gaps.max().item()
+    step = gaps.min().item()
     if rounding.median() > step / 4:  # neighbours in the labels' dtype: a grid if it is filled
         multiples = gaps / step
         return step if (multiples == multiples.round()).all() and multiples.median() == 1 else None
-    reach = step
+    reach, total, most = step, 1.0, min(gaps.max(), 8 * gaps.median()).item()
     while reach < most:  # the more steps a gap has, the better it must know the step
         reach *= 2
         near = gaps[gaps <= reach]
-        step = (near.sum() / (near / step).round().sum()).item()
-    off = (gaps / step - (gaps / step).round()).abs()
-    return step if (off <= 0.01 + rounding / step).all() else None
+        total = (near / step).round().sum().item()
+        step = near.sum().item() / total
+    multiples = gaps / step
+    tolerance = 0.01 + (rounding + multiples / total * rounding.median()) / step
+    return step if ((multiples - multiples.round()).abs() <= tolerance).all() else None
 
 
 def _between(
