@@ -117,7 +117,9 @@ def forced(regime: str, allocations=guarded_allocations):
         mock.patch.object(call, "LIST_NUMBERS", 0 if regime == "parts" else 2**31 - 1),
         mock.patch.object(call, "WORKSPACE", (workspace, workspace)),
         mock.patch.object(
-            call, "MIRRORED_ROWS", (2 if regime in ("parts", "sweeps", "windows") else 2**31,) * 2
+            call,
+            "MIRRORED_ROWS",
+            (*(2 if regime in ("parts", "sweeps", "windows") else 2**31,) * 2, 1),
         ),
         mock.patch.object(call, "MIRRORED_BYTES", 0),
         mock.patch.object(call, "SHORT_ROWS", 2**14 if regime == "parts" else 0),
