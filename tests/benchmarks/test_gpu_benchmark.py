@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu import __main__ as main
-from benchmarks.gpu import claims, plan, rows, steps
+from benchmarks.gpu import claims, device, plan, rows, steps
 from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
 from benchmarks.rows import ROOT
 
@@ -184,6 +184,17 @@ def test_a_run_says_what_it_plans_and_stops_at_its_limit(monkeypatch, record, ca
     assert f"{share * of['speed']:6.0f} s  speed" in out
     main.run_stages(["speed"], record, plan.PICTURE + plan.LEAST - 1)
     assert [row["note"] for row in record.rows if row["metric"] == "not run"] == ["no time left"]
+
+
+def test_every_file_of_gpu_tests_belongs_to_a_stage():
+    of_stages = {file for files, *_ in plan.TESTS.values() for file in files}
+    assert {f"tests/gpu/{file.name}" for file in (ROOT / "tests/gpu").glob("test_*")} < of_stages
+
+
+def test_a_graphs_time_is_that_of_replays_in_a_row():
+    """Which hide the start of the first, as far as 10 ms go."""
+    found = {t: device.steps_in_a_row(t) for t in (2e-5, 1e-3, 4e-3, 0.13)}
+    assert list(found.values()) == [20, 10, 2, 1]
 
 
 def test_stages_know_which_others_run(monkeypatch, record):
