@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops, reference, validation
 from .backends import choose_backend
 from .core.inputs import Inputs, Keys
-from .core.labels import as_labels, as_weights
+from .core.labels import as_keys, as_labels, as_weights
 from .variants import DISTANCES, Settings, Variant, resolve_variant
 
 
@@ -168,8 +168,7 @@ def prepare(
     """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
     is_traced = torch.compiler.is_compiling()
     settings = _traced_settings(options) if is_traced else _settings(options)
-    if hasattr(keys, "n_pushed"):  # a MemoryBank, no other module
-        keys = keys.keys(getattr(features, "dtype", None))
+    keys = as_keys(keys, getattr(features, "dtype", None))
     x, reduction = features, options.reduction
     if keys is None and mask is None and not is_traced:
         backend = _checked_backend(x, targets, predictions, weights, options.backend)

@@ -17,6 +17,11 @@ def as_labels(y: Tensor) -> Tensor:
     return (y[:, None] if y.dim() == 1 else y).contiguous()
 
 
+def as_keys(keys: object, dtype: torch.dtype | None = None) -> object:
+    """The rows of a MemoryBank, features in ``dtype`` if given; other keys as they are."""
+    return keys.keys(dtype) if hasattr(keys, "n_pushed") else keys
+
+
 def as_weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
     if w is None:
         return None

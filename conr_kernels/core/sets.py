@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import validation
 from ..variants import DISTANCES, Variant, resolve_variant
 from .counts import pair_counts
-from .labels import as_labels, as_weights
+from .labels import as_keys, as_labels, as_weights
 
 _library = torch.library.Library("conr_kernels", "FRAGMENT")
 _library.define(
@@ -74,8 +74,7 @@ def checked_rows(
     window, _, _ = validation.check_scalars(window, 1.0, 0.0)
     validation.check_choice("distance", distance, DISTANCES)
     variant = resolve_variant(variant)
-    if hasattr(keys, "n_pushed"):  # a MemoryBank, no other module
-        keys = keys.keys()
+    keys = as_keys(keys)
     validation.check_statistics(targets, predictions, keys, mask, weights)
     y, p = as_labels(targets), as_labels(predictions)
     takes_part = torch.ones(len(y), dtype=torch.bool, device=y.device)

@@ -24,7 +24,7 @@ from conr_kernels.triton_backend.configs import Config
 from conr_kernels.variants import PRESETS, Settings
 
 from .memory import fresh_tensors_full_of
-from .triton_interpreted import BF16, SENTINEL, Case, forced, guarded_allocations
+from .triton_cases import BF16, SENTINEL, Case, forced, guarded_allocations
 
 #: Rows of a tile, and keys of a step: the shipped tiles are too few and too slow here.
 SIDE, STEP = 32, 16

@@ -19,7 +19,7 @@ from conr_kernels.triton_backend import call, launch_sweeps
 from conr_kernels.triton_backend.configs import Config
 from conr_kernels.triton_backend.kernels import layout, mirrored
 
-from .triton_interpreted import BF16, F16, Case, forced
+from .triton_cases import BF16, F16, Case, forced
 
 H = 1.0
 SIDES = [(64, 64), (128, 64)]

@@ -26,7 +26,7 @@ from .cases import EMPTY_KINDS, KINDS, VARIANTS, cover, structured_cases, tie_ca
 from .cases import Case as StructuredCase
 from .memory import fresh_tensors_full_of
 from .oracle import assert_as_good_as_eager
-from .triton_interpreted import BF16, F16, F64, Case, forced
+from .triton_cases import BF16, F16, F64, Case, forced
 
 F32 = torch.float32
 #: One tile each: the interpreter takes long.

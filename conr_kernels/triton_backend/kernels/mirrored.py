@@ -21,7 +21,7 @@ from .layout import (
     sweep_of,
     upper_tiles,
 )
-from .sweeps import anchors_of, in_parts, pairs_of, whole
+from .sweeps import anchors_of, in_parts, pairs_of, program_of, whole
 
 
 @triton.jit
@@ -191,15 +191,9 @@ def _sums_of_sweep(
 
 @triton.jit
 def _sweep_here(parts_ptr, n_rows, SWEEPS: tl.constexpr, INSIDE: tl.constexpr):
-    """The number of this program in its sweep and of the sweep's programs, whether these are the
-    negatives', and where the sweep's parts are.
-    """
-    here, n_programs = tl.program_id(0), tl.num_programs(0)
-    negatives = SWEEPS == "negatives"
+    """As ``program_of``, and where the sweep's parts are."""
+    here, n_programs, negatives = program_of(SWEEPS)
     if SWEEPS == "both":
-        n_programs = n_programs // 2
-        negatives = here >= n_programs
-        here = here % n_programs
         behind = padded(n_rows).to(tl.int64) * (PARTS_OF_SUMS * (2 if INSIDE else 1))
         parts_ptr += tl.where(negatives, behind, 0)
     return here, n_programs, negatives, parts_ptr
@@ -213,8 +207,7 @@ def conr_mirrored_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Parts of the sums of every row, in the sweep's order: of ``"positives"``, ``"negatives"``, or
-    ``"both"``, the negatives' programs behind the positives'.
+    """Parts of the sums of every row, in the sweep's order.
 
     parts [n_sums, STRIPS + SLICES, N padded]: of each of a sweep's sums what the rows get of the
     strips before their own and of it (strip ``s`` in ``s % STRIPS``), and what those of the strip

@@ -236,6 +236,18 @@ def _sums_of_sweep(
         tl.store(n_ptr + parts, n_here, mask=is_row)
 
 
+@triton.jit
+def program_of(SWEEPS: tl.constexpr):
+    """Its number in its sweep, a sweep's programs, and whether it is the negatives' (the last)."""
+    here, n_programs = tl.program_id(0), tl.num_programs(0)
+    negatives = SWEEPS == "negatives"
+    if SWEEPS == "both":
+        n_programs = n_programs // 2
+        negatives = here >= n_programs
+        here = here % n_programs
+    return here, n_programs, negatives
+
+
 @triton.jit(do_not_specialize=["n_anchors", "n_keys", "n_slots", "apart"])
 def conr_forward_kernel(
     layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
@@ -248,8 +260,7 @@ def conr_forward_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Parts of a row's sums in the caller's order: of the n_slots programs that share a tile of
-    anchors, each takes an equal part of its key tiles. SWEEPS: ``"positives"``, ``"negatives"``, or
-    ``"both"``, the negatives' programs behind the positives'.
+    anchors, each takes an equal part of its key tiles.
 
     sums [2 sweeps, 3, n_slots, N]: ``Σ_P exp(s_ij)`` or ``Σ_M φ_ij exp(s_ij)``, where exponents are
     large divided by ``exp2(top)``; ``top``; ``Σ_P s_ij/log 2`` (INSIDE) or the number of negatives
@@ -257,12 +268,7 @@ def conr_forward_kernel(
     N]: positives.
     """
     await_earlier(EARLY)
-    here, n_programs = tl.program_id(0), tl.num_programs(0)
-    negatives = SWEEPS == "negatives"
-    if SWEEPS == "both":
-        n_programs = n_programs // 2
-        negatives = here >= n_programs
-        here = here % n_programs
+    here, _, negatives = program_of(SWEEPS)
     if negatives:
         _sums_of_sweep(
             here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,

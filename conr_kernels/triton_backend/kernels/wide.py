@@ -1,5 +1,5 @@
-"""The Triton kernels of the backward pass where a row's gradient does not fit the registers (D >
-256): ``H_ij`` goes through memory, in phases over tiles that no program owns.
+"""The Triton kernels of the backward pass where a row's gradient does not fit the registers
+(``configs.REGISTER_D``): ``H_ij`` goes through memory, in phases over tiles that no program owns.
 
 The pairs of tiles that the sweeps visit stand in a list, the positives' before the negatives', and
 go through memory a window of the list at a time, which has pairs of one sweep only. Where bands are
