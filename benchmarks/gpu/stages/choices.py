@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from conr_kernels.triton_backend.configs import Config
 
@@ -25,6 +26,8 @@ from .providers import BF16, COLLAPSED, F32, LIMITS, PROVIDERS, Size
 
 #: Replays whose bits are compared; turns of a time; steps of a turn with their host.
 REPEATS, TURNS, STEPS = (2 if device.REHEARSAL else 15), 7, (1 if device.REHEARSAL else 20)
+#: Choices, and steps of each way, whose kernels are timed by themselves.
+MOST_PROFILED, PROFILED = 6, 5
 #: The path and the tile of ``taken``.
 Way = dict[str, object]
 Graph = tuple[Callable[[], None], Callable[[], Tensor]]
@@ -158,6 +161,29 @@ def with_hosts(
         stage.add("time", t / STEPS, **row, mode=f"forward+backward, {name}")
 
 
+def kernel_times(stage: Stage, choice: Choice) -> None:
+    """Of every kernel of a step of each way, by the profiler, which may slow what comes later."""
+    activity = ProfilerActivity.CPU if device.REHEARSAL else ProfilerActivity.CUDA
+    step = functools.partial(PROVIDERS["triton"].step, choice.size.batch())
+    for name, way in choice.ways.items():
+        with taken(**way):
+            step()
+            device.synchronize()
+            with profile(activities=[activity]) as found:
+                for _ in range(PROFILED):
+                    step()
+                device.synchronize()
+        row = dict(provider="triton", **choice.size.row())
+        for event in found.key_averages():
+            seconds = event.self_device_time_total / PROFILED / 1e6
+            if seconds or device.REHEARSAL:
+                mode, note = f"{event.key[:60]}, {name}", f"{event.count / PROFILED:g} a step"
+                stage.add("kernel time", seconds, **row, mode=mode, note=note)
+
+
 def choices(stage: Stage) -> int:
-    """The ways of every choice."""
-    return stage.run({str(choice): functools.partial(choose, stage, choice) for choice in CHOICES})
+    """The ways of every choice; then the kernels of the first."""
+    cases = {str(choice): functools.partial(choose, stage, choice) for choice in CHOICES}
+    for choice in CHOICES[: 1 if device.REHEARSAL else MOST_PROFILED]:
+        cases[f"kernels, {choice}"] = functools.partial(kernel_times, stage, choice)
+    return stage.run(cases)
