@@ -79,8 +79,9 @@ class Options(NamedTuple):
         validation.check_choice("reduction", self.reduction, validation.REDUCTIONS)
         validation.check_choice("backend", self.backend, ("auto", *ops.BACKENDS, "reference"))
         variant = resolve_variant(self.variant)
-        validation.check_push_scale(self.push_scale, variant.pushing)
-        return Settings(*scalars, variant, self.distance)
+        settings = Settings(*scalars, variant, self.distance)
+        validation.check_push_scale(self.push_scale, variant.pushing, settings.pushing.phi)
+        return settings
 
 
 @functools.lru_cache(maxsize=64, typed=True)

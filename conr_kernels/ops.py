@@ -16,7 +16,9 @@ and, where one call finds the reduced loss and prepares its gradient,
   and further keys;
 - ``reduced(inputs, further, reduction, wants_gradient) -> (loss, saved tensors, plan)``; the keys
   are the rows and then the further keys;
-- ``reduced_gradient(x, saved, plan, upstream) -> gradient of x``.
+- ``reduced_gradient(x, saved, plan, upstream) -> gradient of x``;
+- ``takes_any_labels(x) -> bool``, if ever: whether ``reduced`` takes labels of any real dtype, [N]
+  or [N, L].
 
 ``inputs`` is core/inputs.py's, ``stats`` are core/rows.py's.
 """
@@ -64,6 +66,10 @@ _library.define(
 @functools.cache
 def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}_backend", __package__)
+
+
+def _optional(backend: str, function: str) -> Callable[..., bool] | None:
+    return getattr(backend_module(backend), function, None)
 
 
 @functools.lru_cache(maxsize=64)  # a schedule's temperature is another one at every step
@@ -168,12 +174,14 @@ def reduces(
     if reduction == "none" or backend == "reference" or not is_untransformed(x):
         return False
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    return backend_module(backend).reduces(x, y, further, settings, wants_gradient)
+    of_backend = _optional(backend, "reduces")
+    return of_backend is not None and of_backend(x, y, further, settings, wants_gradient)
 
 
 def takes_any_labels(x: Tensor, backend: str) -> bool:
     """Whether ``reduced_loss`` takes labels of any real dtype, [N] or [N, L]."""
-    return backend == "triton" and not x.is_cpu and backend_module(backend).takes_any_labels(x)
+    takes = None if backend == "reference" else _optional(backend, "takes_any_labels")
+    return takes is not None and takes(x)
 
 
 def reduced_loss(inputs: Inputs, further: Keys | None, reduction: str, backend: str) -> Tensor:

@@ -93,20 +93,12 @@ def row_losses(
     positive = positive | ~is_anchor[:, None]
     negative = negative | ~is_anchor[:, None]
     log_phi = {
-        "linear": lambda: d_ij.masked_fill(~negative | (d_ij == 0), 1.0).log(),
+        "one": lambda: torch.zeros_like(d_ij),
         "distance": lambda: d_ij.masked_fill(~negative | (d_ij == 0), 1.0).log(),
         "exponential": lambda: e * d_ij,
-        "weight": lambda: torch.zeros_like(d_ij),
-        "none": lambda: torch.zeros_like(d_ij),
-    }[variant.pushing]()
-    e_i = torch.full_like(w_i, e)
-    factors_of_r_i = {
-        "linear": (e_i, w_i),
-        "distance": (e_i,),
-        "exponential": (w_i,),
-        "weight": (e_i, w_i),
-        "none": (),
-    }[variant.pushing]
+    }[settings.pushing.phi]()
+    factors_of_r_i = [torch.full_like(w_i, e)] if settings.pushing.is_scaled else []
+    factors_of_r_i += [w_i] if settings.pushing.is_weighted else []
 
     log_E = torch.logsumexp(s_ij.masked_fill(~positive, -torch.inf), dim=1)
     log_B = torch.logsumexp((s_ij + log_phi).masked_fill(~negative, -torch.inf), dim=1)

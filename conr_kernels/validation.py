@@ -56,9 +56,9 @@ def check_scalars(window: Any, temperature: Any, push_scale: Any) -> tuple[float
     return math.inf if window > FLOAT32_MAX else window, temperature, push_scale
 
 
-def check_push_scale(push_scale: float, pushing: str) -> None:
+def check_push_scale(push_scale: float, pushing: str, phi: str) -> None:
     """A negative one would subtract from ``Z_i``, except in an exponent."""
-    if push_scale < 0 and pushing != "exponential":
+    if push_scale < 0 and phi != "exponential":
         raise ValueError(
             "push_scale must be ≥ 0 unless pushing is 'exponential', "
             f"got {push_scale} with pushing={pushing!r}"

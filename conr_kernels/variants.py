@@ -12,6 +12,7 @@ from .validation import check_choice, check_flag, check_variant_combination
 class Pushing(NamedTuple):
     """A pushing weight ``S_ij = r_i·φ(d_ij)``: whether ``e``, and whether ``w_i``, is a factor of
     ``r_i``; and ``φ(d)``: ``"one"``, ``"distance"`` ``d``, ``"exponential"`` ``exp(e·d)``.
+    DESIGN.md says how to add one.
     """
 
     is_scaled: bool
@@ -135,8 +136,3 @@ class Settings:
     def exponent_is_small(self) -> bool:
         """True where ``exp(s_ij)`` needs no shift: ``|s_ij| ≤ 1/τ`` and no exponential pushing."""
         return 2 / self.temperature <= self.SAFE_EXPONENT and self.pushing.phi != "exponential"
-
-    @property
-    def scales_by_distance(self) -> bool:
-        """True where ``φ(d_ij) = d_ij``."""
-        return self.pushing.phi == "distance"

@@ -32,12 +32,11 @@ _FLAGS = dict(
     weighted_rows=16,
     rmse=32,
     shifted=64,
-    phi_is_distance=128,
-    phi_is_exponential=256,
     rate_is_weighted=512,
     rate_is_scaled=1024,
     widened=2048,
 )
+_PHI_FLAGS = {"one": 0, "distance": 128, "exponential": 256}
 
 
 @functools.cache
@@ -210,13 +209,12 @@ def _find_scalars(settings: Settings, is_widened: bool) -> tuple[float, float, f
         weighted_rows=variant.weighted_rows,
         rmse=settings.distance == "rmse",
         shifted=not settings.exponent_is_small,
-        phi_is_distance=settings.pushing.phi == "distance",
-        phi_is_exponential=settings.pushing.phi == "exponential",
         rate_is_weighted=settings.pushing.is_weighted,
         rate_is_scaled=settings.pushing.is_scaled,
         widened=is_widened,
     )
     flags = sum(_FLAGS[name] for name, is_asked in asked.items() if is_asked)
+    flags += _PHI_FLAGS[settings.pushing.phi]
     return settings.window, settings.temperature, settings.push_scale, flags
 
 

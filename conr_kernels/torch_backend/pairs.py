@@ -167,13 +167,15 @@ def _masks(
             _drop_self(masks[0][1], tile)
         return masks, None, None
     d_ij = pair_distance(tile.of_anchors(i.y), tile.of_keys(j.y), settings.distance)
-    h, masks, log_phi = settings.window, None, None
+    h, phi, masks, log_phi = settings.window, settings.pushing.phi, None, None
     if tile.serves == "both":
         is_near = torch.empty_like(d_ij, dtype=dtype)
         masks = [(None, _drop_self(torch.le(d_ij, h, out=is_near), tile))]
-    if settings.pushing.phi == "exponential":
+    if phi == "exponential":
         log_phi = d_ij.to(dtype) * settings.push_scale
-    negative = torch.threshold_(d_ij, h, 0.0) if settings.scales_by_distance else d_ij.gt_(h)
+    elif phi not in ("one", "distance"):
+        raise NotImplementedError(f"torch backend: φ = {phi!r}")
+    negative = torch.threshold_(d_ij, h, 0.0) if phi == "distance" else d_ij.gt_(h)
     negative = negative.to(dtype)
     if settings.variant.negatives == "confused":
         for columns, is_near in _near_at_edges(tile, i.p, j.p, settings, dtype):

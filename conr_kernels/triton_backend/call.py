@@ -124,7 +124,7 @@ class Call:
             self.scale, self.unit = math.ldexp(self.scale, power), math.ldexp(1.0, -2 * power)
         self.window = largest_total(s.window, self.L, s.distance, str(form.labels)[6:])
         self.is_confused = s.variant.negatives == "confused"
-        self.is_tiny = s.scales_by_distance and s.window < s.SMALLEST_WINDOW
+        self.is_tiny = s.pushing.phi == "distance" and s.window < s.SMALLEST_WINDOW
         self.is_rescaled = form.dtype == torch.float16 or self.is_in_halves
         self.is_inside = s.variant.log == "inside"
         self.pair_flags = dict(
@@ -199,6 +199,19 @@ class Call:
             rows = [HALVES_HEAVY] * is_heavy
         row = next((row for row in rows if entry(*key, row)), self.form.arithmetic)
         return self.form.config(*key, row)
+
+
+def row_flags(s: Settings) -> dict[str, bool]:
+    """Constants of the kernels that finish rows."""
+    variant = s.variant
+    return dict(
+        INSIDE=variant.log == "inside",
+        SCALED=s.pushing.is_scaled,
+        WEIGHTED=s.pushing.is_weighted,
+        UNIT_TERMS=variant.unit_terms,
+        COUNT_SELF=variant.count_self,
+        WEIGHTED_ROWS=variant.weighted_rows,
+    )
 
 
 @functools.lru_cache(maxsize=64)

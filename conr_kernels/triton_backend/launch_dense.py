@@ -13,7 +13,7 @@ from ..core.inputs import Keys
 from ..variants import Settings
 from . import launch
 from .availability import interpreted
-from .call import arithmetic, is_early, largest_total, precision, tiles
+from .call import arithmetic, is_early, largest_total, precision, row_flags, tiles
 from .launch import OWN_KEYS, Launch, Parts, Place, Steps, place_of
 
 #: Up to this many pairs the kernels without a sort serve, where a row of the gradient stays in the
@@ -133,11 +133,10 @@ class Plan:
         # The interpreter multiplies 16-bit tiles wrongly.
         is_upcast = interpreted() and dtype.itemsize == 2
         products = dict(PRECISION=precision(arithmetic(dtype)), UPCAST=is_upcast)
-        rows = dict(SHIFTED=columns == 5, INSIDE=is_inside, PUSHING=variant.pushing)
         is_rmse = s.distance == "rmse" and L > 1
         pairs = dict(
-            D=D, L=L, RMSE=is_rmse, **rows, CONFUSED=variant.negatives == "confused",
-            KEPT=is_kept, WIDE=is_wide, **products,
+            D=D, L=L, RMSE=is_rmse, SHIFTED=columns == 5, INSIDE=is_inside, PHI=s.pushing.phi,
+            CONFUSED=variant.negatives == "confused", KEPT=is_kept, WIDE=is_wide, **products,
         )  # fmt: skip
         # Squares of differences must not be fused into the sum that follows.
         fusion = {"enable_fp_fusion": False} if is_rmse else {}
@@ -154,10 +153,8 @@ class Plan:
         )  # fmt: skip
         finished = Launch(
             bind(
-                dense.conr_dense_rows_kernel, {"num_warps": 4}, **rows,
-                UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
-                WEIGHTED_ROWS=variant.weighted_rows, ROWS=ROWS,
-                PARTS=1 << (n_parts - 1).bit_length(),
+                dense.conr_dense_rows_kernel, {"num_warps": 4}, SHIFTED=columns == 5,
+                **row_flags(s), ROWS=ROWS, PARTS=1 << (n_parts - 1).bit_length(),
             ),
             tiles(N, ROWS), N, K, n_parts, s.push_scale,
         )  # fmt: skip

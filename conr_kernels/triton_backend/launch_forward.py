@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .call import padded, tiles
+from .call import padded, row_flags, tiles
 from .launch import Launch
 from .launch_order import Ordering, Step
 
@@ -31,7 +31,7 @@ class Forward(Ordering):
     def _forward(self) -> Iterator[Step]:
         from .kernels import dense, layout, sweeps
 
-        call, s, variant = self.call, self.call.settings, self.call.settings.variant
+        call, s = self.call, self.call.settings
         chosen, n_slots = call.config("forward"), self.n_slots
         yield from self._sort()
         sweeps_of = {0: "both"} if self.stand_apart else {0: "positives", 1: "negatives"}
@@ -49,7 +49,7 @@ class Forward(Ordering):
                 sweeps.conr_forward_kernel, chosen.launch | call.fusion, SWEEPS=which,
                 CONFUSED=call.is_confused and has_negatives, SAME=not call.has_keys,
                 D_PAD=call.D_pad, INSIDE=call.is_inside and which != "negatives",
-                PUSHING=variant.pushing if has_negatives else "none",
+                PHI=s.pushing.phi if has_negatives else "one",
                 TINY=call.is_tiny and has_negatives, **call.pair_flags, **chosen.tiles,
                 RESIDENT=chosen.in_registers,
             )  # fmt: skip
@@ -60,10 +60,8 @@ class Forward(Ordering):
             )  # fmt: skip
             yield launch, self._pick("layout q_i y_i p_i q_j y_j p_j sums n")
         finish = call.bind(
-            sweeps.conr_finish_kernel, {"num_warps": 4}, SAME=not call.has_keys,
-            SHIFTED=call.pair_flags["SHIFTED"], INSIDE=call.is_inside, PUSHING=variant.pushing,
-            UNIT_TERMS=variant.unit_terms, COUNT_SELF=variant.count_self,
-            WEIGHTED_ROWS=variant.weighted_rows, TINY=call.is_tiny, ORDERS=1 + self.is_apart,
+            sweeps.conr_finish_kernel, {"num_warps": 4}, SAME=not call.has_keys, **row_flags(s),
+            SHIFTED=call.pair_flags["SHIFTED"], TINY=call.is_tiny, ORDERS=1 + self.is_apart,
             ROWS=FINISH_ROWS, SLOTS=SLOTS, REDUCED=call.form.reduction != "none",
         )  # fmt: skip
         n_programs = tiles(padded(call.N), FINISH_ROWS)
@@ -84,7 +82,7 @@ class Forward(Ordering):
         of_sums = {"SWEEPS": which, "INSIDE": call.is_inside and which != "negatives"}
         kernel = call.bind(
             mirrored.conr_mirrored_kernel, chosen.launch, **of_sums, D_PAD=call.D_pad,
-            PUSHING=s.variant.pushing if which != "positives" else "none",
+            PHI=s.pushing.phi if which != "positives" else "one",
             PRECISION=call.pair_flags["PRECISION"], UPCAST=call.pair_flags["UPCAST"],
             **chosen.tiles,
         )  # fmt: skip

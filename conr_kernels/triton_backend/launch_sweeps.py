@@ -117,7 +117,7 @@ class Plan(Forward):
         return dict(
             NEGATIVES=negatives, CONFUSED=call.is_confused and negatives, SAME=not call.has_keys,
             D_PAD=call.D_pad, INSIDE=call.is_inside and not negatives,
-            PUSHING=call.settings.variant.pushing if negatives else "none",
+            PHI=call.settings.pushing.phi if negatives else "one",
         )  # fmt: skip
 
     @property
@@ -151,7 +151,7 @@ class Plan(Forward):
             gradient.conr_backward_parts_kernel, chosen.launch | call.fusion, overlaps=True,
             APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
             D_PAD=call.D_pad,
-            INSIDE=call.is_inside, PUSHING=s.variant.pushing, RESCALE=call.is_rescaled,
+            INSIDE=call.is_inside, PHI=s.pushing.phi, RESCALE=call.is_rescaled,
             **call.pair_flags, **chosen.tiles, RESIDENT=chosen.in_registers,
         )  # fmt: skip
         launch = Launch(
@@ -238,7 +238,7 @@ class Plan(Forward):
                 **of_pairs,
                 D_PAD=call.D_pad,
                 INSIDE=call.is_inside,
-                PUSHING=s.variant.pushing,
+                PHI=s.pushing.phi,
                 LATE=is_late,
                 **call.pair_flags,
                 **chosen.tiles,

@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
@@ -26,6 +27,7 @@ from benchmarks.static.shipped import specialization
 from conr_kernels import conr_loss, triton_backend
 from conr_kernels.triton_backend.configs import KINDS, TABLE, Config
 from tests.gpu import test_gpu
+from tests.helpers.triton_kernels import kernels_of
 
 NCU = """==PROF== Connected to process 7
 a line of the program
@@ -47,6 +49,23 @@ def test_counters_of_every_kernels_slowest_launch_are_read():
     assert found["conr_a_kernel"] == pytest.approx(of_a)
     assert found["conr_b_kernel"]["imbalance"] == pytest.approx(20)
     assert counters.parsed("==ERROR== ERR_NVGPUCTRPERM") == {}
+
+
+def test_the_profiler_is_asked_for_every_kernel(monkeypatch):
+    commands = []
+
+    def start(command: list[str]) -> None:
+        commands.append(command)
+        raise KeyboardInterrupt
+
+    stage = rows.Stage("counters", 10.0)
+    monkeypatch.setattr(stage, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        counters.profile(stage, "ncu", Size(512))
+    (command,) = commands
+    pattern = command[command.index("--kernel-name") + 1].removeprefix("regex:")
+    assert all(re.search(pattern, name) for name in kernels_of())
+    assert command[command.index("--clock-control") + 1] == "none"
 
 
 def test_what_is_missing_is_not_run_and_says_why(monkeypatch, capsys):

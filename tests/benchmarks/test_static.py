@@ -25,15 +25,16 @@ from conr_kernels.variants import PUSHINGS
 from tests.helpers.triton_kernels import kernels_of
 
 BOOL = {True, False}
+PHIS = {pushing.phi for pushing in PUSHINGS.values()}
 #: What each constant of a kernel can be; None: sizes, of which the table of configurations or the
 #: shape of the call decides.
 CONSTANTS = {
     **dict.fromkeys(
-        ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "UNIT_TERMS", "COUNT_SELF", "WEIGHTED_ROWS",
-         "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE", "KEPT",
-         "LAST", "IN_HALVES", "LATE", "REDUCED"), BOOL,
+        ("RMSE", "SHIFTED", "INSIDE", "CONFUSED", "SCALED", "WEIGHTED", "UNIT_TERMS", "COUNT_SELF",
+         "WEIGHTED_ROWS", "TINY", "SAME", "HAS_KEYS", "HAS_P", "EXACT", "NEGATIVES", "RESCALE",
+         "KEPT", "LAST", "IN_HALVES", "LATE", "REDUCED"), BOOL,
     ),
-    "PUSHING": set(PUSHINGS), "PRECISION": {"tf32", "fp16x3", "ieee"}, "L": {1, 3},
+    "PHI": PHIS, "PRECISION": {"tf32", "fp16x3", "ieee"}, "L": {1, 3},
     # Only the interpreter multiplies 16-bit tiles wrongly, and is given labels in float64.
     "UPCAST": {False}, "WIDE": {False},
     "ORDERS": {1, 2}, "APART": {0, 1}, "SWEEPS": {"both", "positives", "negatives"},
@@ -51,7 +52,7 @@ EXCEPTIONS = {
     },
     # Neither float64 nor exponents that need a shift.
     ("conr_mirrored_kernel", "PRECISION"): {"tf32", "fp16x3"},
-    ("conr_mirrored_kernel", "PUSHING"): set(PUSHINGS) - {"exponential"},
+    ("conr_mirrored_kernel", "PHI"): PHIS - {"exponential"},
     # Their rows have a gradient.
     ("conr_dense_finish_kernel", "COLUMNS"): {3, 5},
     ("conr_scale_kernel", "COLUMNS"): {3, 5},

@@ -41,7 +41,7 @@ def exact(number: int, preset: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def numbers(preset: str) -> range:
     """Triton's interpreter takes a second for a few: one of each preset."""
-    k = list(PRESETS).index(preset) + 1
+    k = list(make_golden.PRESETS).index(preset) + 1
     return range(k, k + 1) if interpreted() else range(len(CASES))
 
 
@@ -56,7 +56,7 @@ def assert_golden(backend: Backend, batch: Batch, number: int, preset: str, boun
     assert (gradient[(batch.x == 0).all(dim=1)] == 0).all(), f"batch {number}"
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", make_golden.PRESETS)
 def test_float32_is_as_good_as_promised(backend: Backend, preset: str) -> None:
     """Gradients: three times eager's error and 10⁻⁶ of the largest term, which below τ = 0.06 is
     what rounding an exponent of 1/τ costs.
@@ -72,7 +72,7 @@ def test_float32_is_as_good_as_promised(backend: Backend, preset: str) -> None:
 
 
 @pytest.mark.parametrize("backend", WIDE, indirect=True)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", make_golden.PRESETS)
 def test_float64_is_good_to_the_rounding_of_exponents(backend: Backend, preset: str) -> None:
     u = unit(torch.float64)
     for number in numbers(preset):
@@ -81,7 +81,7 @@ def test_float64_is_good_to_the_rounding_of_exponents(backend: Backend, preset: 
         assert_golden(backend, batch, number, preset, bound)
 
 
-@pytest.mark.parametrize(("number", "preset"), list(enumerate(PRESETS, start=1)))
+@pytest.mark.parametrize(("number", "preset"), list(enumerate(make_golden.PRESETS, start=1)))
 def test_the_equation_still_gives_the_stored_bits(number: int, preset: str) -> None:
     batch = make_golden.make_batch(number)
     assert batch == CASES[number]["batch"]

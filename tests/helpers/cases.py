@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from conr_kernels.reference import pair_distance
-from conr_kernels.variants import PRESETS, Settings, Variant
+from conr_kernels.variants import PRESETS, PUSHINGS, Settings, Variant
 
-#: The presets, and variants with which any two of the flags meet.
+#: The presets, variants with which any two of the flags meet, and pushing weights of neither.
 VARIANTS = {
     **PRESETS,
     "outside-exponential": Variant("outside", "exponential", "all", True, False, True),
     "outside-weight": Variant("outside", "weight", "all", True, False, False),
     "inside-weight": Variant("inside", "weight", "all", False, True, True),
     "inside-distance": Variant("inside", "distance", "confused", False, False, False),
+}
+VARIANTS |= {
+    name: Variant(pushing=name)
+    for name in PUSHINGS
+    if all(name != variant.pushing for variant in VARIANTS.values())
 }
 LABEL_KINDS = ("ages", "grid", "real", "rare")
 PREDICTION_KINDS = ("near", "collapsed", "shuffled")

@@ -17,7 +17,7 @@ from torch import Tensor
 from conr_kernels import Variant, conr_loss, reference, triton_backend
 from conr_kernels.core.inputs import Inputs
 from conr_kernels.triton_backend import call, launch, launch_dense, launch_order, launch_sweeps
-from conr_kernels.variants import PRESETS, Settings
+from conr_kernels.variants import PRESETS, PUSHINGS, Settings
 
 from . import triton_cases
 from .triton_cases import BF16, F16, F64, Case, forced, guarded_allocations
@@ -75,6 +75,8 @@ CASES = [
     *(Case(40, 40, v, F64, regime=r) for v, r in itertools.product(
         ("paper", "released-age"), ("sweeps", "dense"))),
     Case(40, 70, "released-depth", F64),
+    *(Case(40, 24, Variant(pushing=v), regime=r)
+      for v, r in itertools.product(PUSHINGS, ("sweeps", "dense"))),
 ]  # fmt: skip
 HALVES = [
     *(Case(N, D, v, t, regime=r) for (N, D), v, t, r in itertools.product(

@@ -14,6 +14,7 @@ from torch import nn
 
 from conr_kernels import ConRLoss, Variant, available_backends, conr_loss
 from conr_kernels import batch as batches
+from conr_kernels.variants import PRESETS
 
 BACKENDS = ("torch", "reference", "auto")
 N, D = 5, 3
@@ -44,10 +45,7 @@ TENSORS = tuple(arguments())
 LABELS = ("targets", "predictions")
 LABEL_SHAPES = ((N + 1,), (1,), (1, N), (N, 0), (N, 1, 1), ())
 UNREAL = (torch.bool, torch.complex64)
-LEGAL_VARIANTS = (
-    "'paper', 'released-age', 'released-depth', 'no-pushing', 'no-weight', 'no-similarity', "
-    "'contrastive'"
-)
+LEGAL_VARIANTS = ", ".join(map(repr, PRESETS))
 
 TYPE_ERRORS = [
     (dict(features=[[1.0]]), "features must be a Tensor of floating dtype, got list"),

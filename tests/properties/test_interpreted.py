@@ -15,11 +15,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 #: What depends on a kernel most, where no number of examples is asked for: a call takes long.
-CHOSEN = [] if "CONR_EXAMPLES" in os.environ else ["-k", "agrees or keys or equal or float32"]
+WORDS = "agrees or refused or keys or equal or float32"
+CHOSEN = [] if "CONR_EXAMPLES" in os.environ else ["-k", WORDS]
 
 
 def test_interpreted_triton_kernels_have_the_properties_and_the_golden_values() -> None:
-    files = ["tests/properties/test_properties.py", "tests/golden/test_golden.py"]
+    names = "properties/test_properties", "properties/test_pushings", "golden/test_golden"
+    files = [f"tests/{name}.py" for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *files, *CHOSEN, "--tb=short", "-p", "no:cacheprovider"],
         cwd=ROOT,

@@ -165,12 +165,12 @@ def test_the_unit_of_the_labels_does_not_matter(backend: Backend, case: Case) ->
     rows, gradient = backend(batch)
     for c in (8.0, 0.25):
         e = settings.push_scale
-        if settings.variant.pushing in ("linear", "distance", "exponential"):
+        if settings.pushing.phi != "one":
             e = e / c
         scaled = batch._replace(y=batch.y * c, p=batch.p * c)
         scaled = scaled.asks(window=settings.window * c, push_scale=e)
         scaled_rows, scaled_gradient = backend(scaled)
-        if not (takes_log and settings.scales_by_distance):
+        if not (takes_log and settings.pushing.phi == "distance"):
             assert torch.equal(scaled_rows, rows)
             assert torch.equal(scaled_gradient, gradient)
         assert_rows(batch, scaled_rows, rows)

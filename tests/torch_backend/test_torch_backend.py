@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conr_kernels import conr_loss, reference
+from conr_kernels import torch_backend as torch_room
 from conr_kernels.core import sweep
 from conr_kernels.core.inputs import Inputs
 from conr_kernels.core.rows import scale_statistics
@@ -198,3 +199,20 @@ def test_sweeps_hold_few_copies_of_the_features(own, further, dtype, forward, ba
     copy, tile = 4 * n * D, 8 * 4 * torch_tiles.TILE_PAIRS
     assert peak_bytes(step) <= forward * copy + tile
     assert peak_bytes(losses[0].backward) <= backward * copy + tile
+
+
+def test_four_functions_make_a_backend_that_serves_every_reduction(monkeypatch):
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = (torch.arange(64) % 7).float()
+
+    def step(reduction: str) -> torch.Tensor:
+        x.grad = None
+        loss = conr_loss(x, y, y.flip(0), backend="torch", reduction=reduction)
+        loss.sum().backward()
+        return x.grad
+
+    expected = {reduction: step(reduction) for reduction in ("mean", "sum", "none")}
+    for name in ("reduces", "reduced", "reduced_gradient"):
+        monkeypatch.delattr(torch_room, name)
+    for reduction, gradient in expected.items():
+        torch.testing.assert_close(step(reduction), gradient)

@@ -296,25 +296,20 @@ def log_add(a, b):
 @triton.jit
 def finish_rows(
     E, B, s_sum, n, has_negative, w, n_keys, push_scale,
-    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, UNIT_TERMS: tl.constexpr,
-    COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
+    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr,
+    UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Losses and statistics (core/rows.py) in float64: ``(ℓ, α or sign, β, γ or sign, log|α|,
-    log|γ|)``.
+    log|γ|)``; SCALED, WEIGHTED: ``e`` and ``w_i`` are factors of ``r_i``.
     """
     is_anchor = (n > 0) & has_negative
     one = tl.full(E.shape, 1.0, tl.float64)
     n = tl.where(is_anchor, n, 1.0)
     E = tl.where(is_anchor, E, 0.0 if SHIFTED else 1.0)
     B = tl.where(is_anchor, B, 0.0)
-    if PUSHING == "linear" or PUSHING == "weight":
-        r = w * push_scale
-    elif PUSHING == "exponential":
-        r = w
-    elif PUSHING == "distance":
-        r = one * push_scale
-    else:
-        r = one
+    r = w if WEIGHTED else one
+    if SCALED:
+        r *= push_scale
     count = n + 1 if COUNT_SELF else n
     log_alpha, log_gamma = tl.zeros_like(E), tl.zeros_like(E)
     if SHIFTED:

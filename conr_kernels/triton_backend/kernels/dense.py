@@ -158,7 +158,7 @@ def _pair_totals(
 def pairs_of_tile(
     y_i, p_i, y_ptr, p_ptr, key_y_ptr, key_p_ptr, rows, columns, n_anchors, n_keys, self_offset,
     h, exponent, s_ij, WIDE: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
-    PUSHING: tl.constexpr, CONFUSED: tl.constexpr,
+    PHI: tl.constexpr, CONFUSED: tl.constexpr,
 ):  # fmt: skip
     """``[j ∈ P_i]``, ``[j ∈ M_i]``, ``φ_ij`` (0 outside ``M_i``) and the negatives' exponents."""
     h = tl.full((), h, y_i.dtype)
@@ -172,12 +172,13 @@ def pairs_of_tile(
         delta = _pair_totals(p_i, p_ptr, i, key_p_ptr, j, L, RMSE, WIDE)
         is_negative = is_negative & (delta <= h)
     t_ij = s_ij
-    if PUSHING == "exponential":
+    if PHI == "exponential":
         d_ij = distance_of(total, L, RMSE).to(s_ij.dtype)
         t_ij += tl.where(is_negative, d_ij * tl.full((), exponent, s_ij.dtype), 0.0)
-    if PUSHING == "linear" or PUSHING == "distance":
+    if PHI == "distance":
         phi_ij = tl.where(is_negative, distance_of(total, L, RMSE), 0.0).to(s_ij.dtype)
     else:
+        tl.static_assert(PHI == "one" or PHI == "exponential")
         phi_ij = tl.where(is_negative, 1.0, 0.0).to(s_ij.dtype)
     return is_positive, is_negative, phi_ij, t_ij
 
@@ -205,7 +206,7 @@ def conr_dense_sums_kernel(
     n_anchors, n_keys, self_offset, n_tiles_j, per_part, n_gram_parts, width,
     h: tl.float64, push_scale: tl.float64, scale: tl.float64,
     D: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr, PUSHING: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
+    INSIDE: tl.constexpr, PHI: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -269,7 +270,7 @@ def conr_dense_sums_kernel(
 
         is_positive, is_negative, phi_ij, t_ij = pairs_of_tile(
             y_i, p_i, y_ptr, p_ptr, key_y_ptr, key_p_ptr, rows, columns, n_anchors, n_keys,
-            self_offset, h, push_scale * LOG2E, s_ij, WIDE, L, RMSE, PUSHING, CONFUSED,
+            self_offset, h, push_scale * LOG2E, s_ij, WIDE, L, RMSE, PHI, CONFUSED,
         )  # fmt: skip
         # Ones made of s_ij: the masks are then found once, in the layout of its tile.
         one = s_ij * 0 + 1
@@ -331,9 +332,9 @@ def _row_sum(
 def conr_dense_rows_kernel(
     w_ptr, n_absent_ptr, sums_ptr, loss_ptr, stats_ptr,
     n_anchors, n_keys, n_parts, push_scale: tl.float64,
-    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, UNIT_TERMS: tl.constexpr,
-    COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr,
+    UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Losses and statistics of ROWS rows from their sums over at most PARTS parts.
 
@@ -358,7 +359,7 @@ def conr_dense_rows_kernel(
         _row_sum(sums_ptr, 0, 5, parts, n_parts, rows, n_anchors, SHIFTED),
         _row_sum(sums_ptr, 1, 6, parts, n_parts, rows, n_anchors, SHIFTED),
         s_sum, n, m != 0, w, n_counted, push_scale,
-        SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
+        SHIFTED, INSIDE, SCALED, WEIGHTED, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
     )  # fmt: skip
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
     poison, rows = (n + w) * 0, rows.to(tl.int64)

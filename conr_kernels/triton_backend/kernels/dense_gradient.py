@@ -38,7 +38,7 @@ def conr_dense_gradient_kernel(
     n_anchors, n_keys, self_offset, n_tiles_j, per_part,
     h: tl.float64, push_scale: tl.float64, factor: tl.float64,
     D: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr, PUSHING: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
+    INSIDE: tl.constexpr, PHI: tl.constexpr, CONFUSED: tl.constexpr, KEPT: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def conr_dense_gradient_kernel(
             s_ij = (gram * factor_i[:, None]) * inverse_j[None, :]
         is_positive, is_negative, phi_ij, t_ij = pairs_of_tile(
             y_i, p_i, y_ptr, p_ptr, key_y_ptr, key_p_ptr, rows, columns, n_anchors, n_keys,
-            self_offset, h, push_scale * LOG2E, s_ij, WIDE, L, RMSE, PUSHING, CONFUSED,
+            self_offset, h, push_scale * LOG2E, s_ij, WIDE, L, RMSE, PHI, CONFUSED,
         )  # fmt: skip
         alpha_j, log_alpha_j = _coefficients(coef_j_ptr, j, 0, COLUMNS, SHIFTED)
         gamma_j, log_gamma_j = _coefficients(coef_j_ptr, j, 2, COLUMNS, SHIFTED)

@@ -39,12 +39,12 @@ def pair_gradients(
     s_ij, anchors, of_anchors, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
     NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, BLOCK_J: tl.constexpr,
+    PHI: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """``H_ij`` of a tile."""
     is_in, phi_ij, t_ij = pairs_of(
         s_ij, anchors, j0, y_j_ptr, p_j_ptr, n_keys,
-        NEGATIVES, EDGE, CONFUSED, L, RMSE, PUSHING, BLOCK_J,
+        NEGATIVES, EDGE, CONFUSED, L, RMSE, PHI, BLOCK_J,
     )  # fmt: skip
     of_i, log_i, beta_i = of_anchors
     of_j, log_j, beta_j = coefficients_of(
@@ -97,7 +97,7 @@ def _add_tile(
     G, tile_j, anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
     width, unit, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr,
     D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
-    INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
+    INSIDE: tl.constexpr, PHI: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,7 @@ def _add_tile(
     )
     H_ij = pair_gradients(
         s_ij, anchors, of_anchors, j0, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-        NEGATIVES, EDGE, CONFUSED, L, RMSE, SHIFTED, INSIDE, PUSHING, BLOCK_J,
+        NEGATIVES, EDGE, CONFUSED, L, RMSE, SHIFTED, INSIDE, PHI, BLOCK_J,
     )  # fmt: skip
     if PRECISION == "fp16x3":
         H_ij, scale = halves_in_range(H_ij, UPCAST)
@@ -187,7 +187,7 @@ def _sum_of_sweep(
     q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, unit, h, push_scale,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PHI: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
@@ -227,13 +227,13 @@ def _sum_of_sweep(
         G = _add_tile(
             G, tile_at(t, full), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
             coef_j_ptr, n_keys, width, unit, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
-            INSIDE, PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            INSIDE, PHI, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     for t in range(n_edges * slot // n_slots, n_edges * (slot + 1) // n_slots):
         G = _add_tile(
             G, tile_at(t, edges), anchors, of_anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr,
             coef_j_ptr, n_keys, width, unit, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE, SHIFTED,
-            INSIDE, PUSHING, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            INSIDE, PHI, RESCALE, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     return G, tl.load(order_ptr + rows), behind
 
@@ -244,7 +244,7 @@ def conr_backward_parts_kernel(
     n_anchors, n_keys, n_slots, width, unit: tl.float64, h: tl.float64, push_scale: tl.float64,
     APART: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PHI: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -261,14 +261,14 @@ def conr_backward_parts_kernel(
         G, row, _ = _sum_of_sweep(
             tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr,
             y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h, push_scale,
-            False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, PRECISION, UPCAST,
+            False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "one", RESCALE, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
         )  # fmt: skip
     else:
         G, row, _ = _sum_of_sweep(
             tile, slot, n_slots, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr, q_j_ptr,
             y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, APART, unit, h, push_scale,
-            True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, RESCALE, PRECISION,
+            True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PHI, RESCALE, PRECISION,
             UPCAST, BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
         )  # fmt: skip
     G_ptr += (which * n_slots + slot).to(tl.int64) * n_anchors * D_PAD
@@ -322,7 +322,7 @@ def conr_backward_kernel(
     kappa: tl.float64,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
-    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
+    SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PHI: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -345,7 +345,7 @@ def conr_backward_kernel(
     G, row, behind = _sum_of_sweep(
         tile, 0, 1, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, coef_i_ptr,
         q_j_ptr, y_j_ptr, p_j_ptr, coef_j_ptr, n_anchors, n_keys, width, apart, unit, h, push_scale,
-        NEGATIVES, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, PUSHING, RESCALE, PRECISION,
+        NEGATIVES, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, PHI, RESCALE, PRECISION,
         UPCAST, BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
     )  # fmt: skip
     parts = in_parts(G, PARTS)

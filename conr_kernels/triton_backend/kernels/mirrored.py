@@ -61,7 +61,7 @@ def _fold_rows(tile, IS_PARTLY: tl.constexpr):
 def _add_tile(
     totals, extras, tile_i, j0, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows, width,
     unit, h, push_scale, EDGE: tl.constexpr, NEGATIVES: tl.constexpr, D_PAD: tl.constexpr,
-    INSIDE: tl.constexpr, PUSHING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    INSIDE: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums of rows ``j`` with those of a tile of pairs added; those of rows ``i`` in memory."""
@@ -91,7 +91,7 @@ def _add_tile(
     for c in tl.static_range(PARTS):
         _, phi_ij, t_ij = pairs_of(
             parts[c], anchors, j0 + c * WIDTH, y_ptr, p_ptr, n_rows,
-            NEGATIVES, EDGE, NEGATIVES, 1, False, PUSHING, WIDTH,
+            NEGATIVES, EDGE, NEGATIVES, 1, False, PHI, WIDTH,
         )  # fmt: skip
         terms = tl.exp2(t_ij) * phi_ij
         done = done + (totals[c] + _fold_rows(terms, IS_PARTLY),)
@@ -124,7 +124,7 @@ def _parts_of(layout_ptr, n_rows, n_programs, NEGATIVES: tl.constexpr, BLOCK_J: 
 def _sums_of_sweep(
     here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_rows, width, apart, unit, h,
     push_scale, NEGATIVES: tl.constexpr, D_PAD: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PHI: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One sweep's parts of the sums, of the strip and the slice of program ``here``."""
@@ -172,14 +172,14 @@ def _sums_of_sweep(
         for tile_i in range(c, d):
             totals, extras = _add_tile(
                 totals, extras, tile_i, j0, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
-                width, unit, h, push_scale, False, NEGATIVES, D_PAD, INSIDE, PUSHING, PRECISION,
+                width, unit, h, push_scale, False, NEGATIVES, D_PAD, INSIDE, PHI, PRECISION,
                 UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
         for t in range(tl.maximum(b - a, 0) - (d - c)):
             tile_i = a + t + tl.where(t < c - a, 0, d - c)
             totals, extras = _add_tile(
                 totals, extras, tile_i, j0, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
-                width, unit, h, push_scale, True, NEGATIVES, D_PAD, INSIDE, PUSHING, PRECISION,
+                width, unit, h, push_scale, True, NEGATIVES, D_PAD, INSIDE, PHI, PRECISION,
                 UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
         own_ptrs = own_ptr + j0 + tl.arange(0, BLOCK_J)
@@ -203,7 +203,7 @@ def _sweep_here(parts_ptr, n_rows, SWEEPS: tl.constexpr, INSIDE: tl.constexpr):
 def conr_mirrored_kernel(
     layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart, unit: tl.float64,
     h: tl.float64, push_scale: tl.float64,
-    SWEEPS: tl.constexpr, D_PAD: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
+    SWEEPS: tl.constexpr, D_PAD: tl.constexpr, INSIDE: tl.constexpr, PHI: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -219,13 +219,13 @@ def conr_mirrored_kernel(
     if negatives == 0:
         _sums_of_sweep(
             here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart,
-            unit, h, push_scale, False, D_PAD, INSIDE, "none", PRECISION, UPCAST,
+            unit, h, push_scale, False, D_PAD, INSIDE, "one", PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     else:
         _sums_of_sweep(
             here, n_programs, layout_ptr, q_ptr, y_ptr, p_ptr, parts_ptr, n_anchors, width, apart,
-            unit, h, push_scale, True, D_PAD, False, PUSHING, PRECISION, UPCAST,
+            unit, h, push_scale, True, D_PAD, False, PHI, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
 

@@ -39,7 +39,7 @@ from .layout import (
 @triton.jit
 def negative_weights(
     y_i, y_i_ptrs, y_j_ptrs, p_i, p_i_ptrs, p_j_ptrs, step_i, step_j, h, exponent, t_ij,
-    DELTA: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, PUSHING: tl.constexpr,
+    DELTA: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, PHI: tl.constexpr,
 ):  # fmt: skip
     """``[j ∈ M_i]``, ``φ_ij`` (0 outside ``M_i``) and the exponent of a tile; DELTA: compare
     predictions.
@@ -48,11 +48,12 @@ def negative_weights(
     is_in = total > h
     if DELTA:
         is_in = is_in & (pair_total(p_i, p_i_ptrs, step_i, p_j_ptrs, step_j, L, RMSE) <= h)
-    if PUSHING == "exponential":
+    if PHI == "exponential":
         t_ij += tl.where(is_in, distance_of(total, L, RMSE).to(t_ij.dtype) * exponent, 0.0)
-    if PUSHING == "linear" or PUSHING == "distance":
+    if PHI == "distance":
         phi_ij = tl.where(is_in, distance_of(total, L, RMSE), 0.0).to(t_ij.dtype)
     else:
+        tl.static_assert(PHI == "one" or PHI == "exponential")
         phi_ij = tl.where(is_in, 1.0, 0.0).to(t_ij.dtype)
     return is_in, phi_ij, t_ij
 
@@ -80,7 +81,7 @@ def anchors_of(
 def pairs_of(
     s_ij, anchors, j0, y_j_ptr, p_j_ptr, n_keys,
     NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr,
-    L: tl.constexpr, RMSE: tl.constexpr, PUSHING: tl.constexpr, BLOCK_J: tl.constexpr,
+    L: tl.constexpr, RMSE: tl.constexpr, PHI: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """``[j ∈ P_i]`` or ``[j ∈ M_i]``, ``φ_ij`` (0 outside the set) and the exponent of a tile."""
     y_i, y_i_ptrs, p_i, p_i_ptrs, self_i, step_i, h, exponent = anchors
@@ -88,7 +89,7 @@ def pairs_of(
     if NEGATIVES:
         is_in, phi_ij, t_ij = negative_weights(
             y_i, y_i_ptrs, y_j_ptr + j, p_i, p_i_ptrs, p_j_ptr + j, step_i, step_j, h, exponent,
-            s_ij, EDGE and CONFUSED, L, RMSE, PUSHING,
+            s_ij, EDGE and CONFUSED, L, RMSE, PHI,
         )  # fmt: skip
     elif EDGE:
         total = pair_total(y_i, y_i_ptrs, step_i, y_j_ptr + j, step_j, L, RMSE)
@@ -138,7 +139,7 @@ def _add_tile(
     sums, tile_j, anchors, q_i, q_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, n_keys, width, unit,
     EDGE: tl.constexpr, NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PHI: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums with those of a tile of pairs added."""
@@ -151,7 +152,7 @@ def _add_tile(
     )
     is_in, phi_ij, t_ij = pairs_of(
         s_ij, anchors, j0, y_j_ptr, p_j_ptr, n_keys,
-        NEGATIVES, EDGE, CONFUSED, L, RMSE, PUSHING, BLOCK_J,
+        NEGATIVES, EDGE, CONFUSED, L, RMSE, PHI, BLOCK_J,
     )  # fmt: skip
     if NEGATIVES and TINY:
         extra += fold(is_in.to(extra.dtype))
@@ -169,7 +170,7 @@ def _sums_of_sweep(
     n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
     NEGATIVES: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PHI: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
@@ -205,13 +206,13 @@ def _sums_of_sweep(
         total, top, extra, n = _add_tile(
             (total, top, extra, n), tile_at(t, full), anchors, q_i, q_i_ptr, q_j_ptr,
             y_j_ptr, p_j_ptr, n_keys, width, unit, False, NEGATIVES, CONFUSED, D_PAD, L, RMSE,
-            SHIFTED, INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            SHIFTED, INSIDE, PHI, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
     for t in range(n_edges * slot // n_slots, n_edges * (slot + 1) // n_slots):
         total, top, extra, n = _add_tile(
             (total, top, extra, n), tile_at(t, edges), anchors, q_i, q_i_ptr, q_j_ptr,
             y_j_ptr, p_j_ptr, n_keys, width, unit, True, NEGATIVES, CONFUSED, D_PAD, L, RMSE,
-            SHIFTED, INSIDE, PUSHING, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
+            SHIFTED, INSIDE, PHI, TINY, PRECISION, UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
         )  # fmt: skip
 
     rows = tile * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -255,7 +256,7 @@ def conr_forward_kernel(
     push_scale: tl.float64,
     SWEEPS: tl.constexpr, CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr,
-    PUSHING: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PHI: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -273,14 +274,14 @@ def conr_forward_kernel(
         _sums_of_sweep(
             here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
             n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
-            True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PUSHING, TINY, PRECISION, UPCAST,
+            True, CONFUSED, SAME, D_PAD, L, RMSE, SHIFTED, False, PHI, TINY, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
         )  # fmt: skip
     else:
         _sums_of_sweep(
             here, layout_ptr, q_i_ptr, y_i_ptr, p_i_ptr, q_j_ptr, y_j_ptr, p_j_ptr, sums_ptr, n_ptr,
             n_anchors, n_keys, n_slots, width, apart, unit, h, push_scale,
-            False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "none", False, PRECISION, UPCAST,
+            False, False, SAME, D_PAD, L, RMSE, SHIFTED, INSIDE, "one", False, PRECISION, UPCAST,
             BLOCK_I, BLOCK_J, BLOCK_D, RESIDENT,
         )  # fmt: skip
 
@@ -306,11 +307,10 @@ def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.c
 def conr_finish_kernel(
     sums_ptr, n_ptr, poison_ptr, w_ptr, n_absent_ptr, layout_ptr, loss_ptr, stats_ptr,
     n_anchors, n_keys, n_slots, push_scale: tl.float64,
-    SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
-    UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr, WEIGHTED_ROWS: tl.constexpr,
-    TINY: tl.constexpr, ORDERS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    REDUCED: tl.constexpr,
-    EARLY: tl.constexpr,
+    SAME: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, SCALED: tl.constexpr,
+    WEIGHTED: tl.constexpr, UNIT_TERMS: tl.constexpr, COUNT_SELF: tl.constexpr,
+    WEIGHTED_ROWS: tl.constexpr, TINY: tl.constexpr, ORDERS: tl.constexpr, ROWS: tl.constexpr,
+    SLOTS: tl.constexpr, REDUCED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Losses, or their sum (REDUCED), and statistics of ROWS rows from at most SLOTS parts of their
     sums; a program each.
@@ -350,7 +350,7 @@ def conr_finish_kernel(
         n_counted = tl.maximum(n_counted - tl.load(n_absent_ptr).to(tl.float64), n)
     loss, alpha, beta, gamma, log_alpha, log_gamma = finish_rows(
         E, B, s_sum * LN2, n, has_negative, w, n_counted, push_scale,
-        SHIFTED, INSIDE, PUSHING, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
+        SHIFTED, INSIDE, SCALED, WEIGHTED, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
     )  # fmt: skip
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
     poison, rows = poison.to(tl.float64), rows.to(tl.int64)

@@ -101,7 +101,7 @@ def _of_entry(entry, list_ptr, starts_ptr, n_tiles):
 def _store_gradients(
     pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys,
     NEGATIVES: tl.constexpr, EDGE: tl.constexpr, CONFUSED: tl.constexpr, L: tl.constexpr,
-    RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PUSHING: tl.constexpr,
+    RMSE: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, PHI: tl.constexpr,
     RESCALE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``H_ij`` of a tile, to its slot of H."""
@@ -117,7 +117,7 @@ def _store_gradients(
     for c in tl.static_range(PARTS):
         H_ij = pair_gradients(
             parts[c], anchors, of_anchors, j0 + c * WIDTH, y_j_ptr, p_j_ptr, coef_j_ptr, n_keys,
-            NEGATIVES, EDGE, CONFUSED, L, RMSE, SHIFTED, INSIDE, PUSHING, WIDTH,
+            NEGATIVES, EDGE, CONFUSED, L, RMSE, SHIFTED, INSIDE, PHI, WIDTH,
         )  # fmt: skip
         if RESCALE:
             largest = tl.maximum(largest, tl.max(tl.abs(H_ij), axis=1))
@@ -146,7 +146,7 @@ def conr_wide_scores_kernel(
     p_j_ptr, coef_j_ptr, H_ptr, H_scale_ptr, n_anchors, n_keys, first, window, piece, apart, width,
     unit: tl.float64, h: tl.float64, push_scale: tl.float64,
     CONFUSED: tl.constexpr, SAME: tl.constexpr, D_PAD: tl.constexpr,
-    INSIDE: tl.constexpr, PUSHING: tl.constexpr, RESCALE: tl.constexpr,
+    INSIDE: tl.constexpr, PHI: tl.constexpr, RESCALE: tl.constexpr,
     L: tl.constexpr, RMSE: tl.constexpr, SHIFTED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -219,12 +219,12 @@ def conr_wide_scores_kernel(
                 if negatives:
                     _store_gradients(
                         pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, True, EDGE == 1,
-                        CONFUSED, L, RMSE, SHIFTED, False, PUSHING, RESCALE, BLOCK_K,
+                        CONFUSED, L, RMSE, SHIFTED, False, PHI, RESCALE, BLOCK_K,
                     )  # fmt: skip
                 else:
                     _store_gradients(
                         pairs, slot, H_ptr, H_scale_ptr, n_anchors, n_keys, False, EDGE == 1,
-                        False, L, RMSE, SHIFTED, INSIDE, "none", RESCALE, BLOCK_K,
+                        False, L, RMSE, SHIFTED, INSIDE, "one", RESCALE, BLOCK_K,
                     )  # fmt: skip
         next = tl.where(number + n_programs < first + n_here, number + n_programs, -1)
         entry = _entry_of(next, entry, later_starts, starts_ptr, n_entries)
