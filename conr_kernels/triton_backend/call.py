@@ -30,6 +30,8 @@ from .launch import bind
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
 ROW_PAD = 128
+#: Numbers of the head of wide features' list of pairs of tiles, and of each tile of anchors.
+LIST_HEAD, LIST_TILE = 8, 7
 #: Of wide features' H_ij, bytes that are kept at a time: as many as the features', times
 #: WIDE_FEATURES, but from the first to the second of these, and for larger features half as many as
 #: theirs.
@@ -153,7 +155,7 @@ class Call:
         window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
         window = min(window, n_pairs)
         piece = min(max(PIECE_KEYS // chosen.BLOCK_J, window // PIECES, 1), window)
-        of_list = 8 + 2 * ((7 + tiles(n_j, piece)) * n + 1)
+        of_list = LIST_HEAD + 2 * ((LIST_TILE + tiles(n_j, piece)) * n + 1)
         dtype = torch.int32 if 2 * n_pairs + 3 * window <= LIST_NUMBERS else torch.int64
         each = tiles(n_pairs, window)
         if self.is_confused and not is_apart:

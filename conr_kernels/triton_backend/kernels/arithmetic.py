@@ -294,6 +294,15 @@ def log_add(a, b):
 
 
 @triton.jit
+def counted_keys(n_keys, n_absent_ptr, n):
+    """How many keys UNIT_TERMS counts, for rows with n positives."""
+    n_counted = n_keys.to(tl.float64)
+    if n_absent_ptr is not None:  # more than there are others for rows that take no part
+        n_counted = tl.maximum(n_counted - tl.load(n_absent_ptr).to(tl.float64), n)
+    return n_counted
+
+
+@triton.jit
 def finish_rows(
     E, B, s_sum, n, has_negative, w, n_keys, push_scale,
     SHIFTED: tl.constexpr, INSIDE: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr,
