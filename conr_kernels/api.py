@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -68,13 +69,13 @@ def conr_loss(
         keys: ``(features, targets, predictions[, mask])`` of further rows, or a ``MemoryBank``:
             positives and negatives of the batch's rows, no anchors, no gradient.
         group: a ``torch.distributed`` process group, or ``"world"`` for the default one: the batch
-            is the union of all ranks' rows
-            (any number on each, also none) and, with ``keys``, of all ranks' keys. ``"mean"`` and
-            ``"sum"`` give the union's value on every rank, ``"none"`` this rank's rows. The
-            gradient is the union's, for this rank's features, times the number of ranks:
-            ``DistributedDataParallel`` divides by that number, so W processes train as one with
-            the union batch, beside a locally averaged regression loss. Every rank of the group has
-            to make the call, and the backward pass. Not traced by ``torch.compile``.
+            is the union of all ranks' rows (any number on each, also none) and, with ``keys``, of
+            all ranks' keys. ``"mean"`` and ``"sum"`` give the union's value on every rank,
+            ``"none"`` this rank's rows. The gradient is the union's, for this rank's features,
+            times the number of ranks: ``DistributedDataParallel`` divides by that number, so W
+            processes train as one with the union batch, beside a locally averaged regression loss.
+            Every rank of the group has to make the call, and the backward pass. Not traced by
+            ``torch.compile``.
         mask: bool [N] or [N, 1], True for the rows that take part (missing labels, invalid pixels).
             The others are no anchors and nobody's keys, and may hold anything, NaN included; their
             row loss and gradient are 0. ``"mean"`` divides by the rows that take part. The value is
@@ -82,15 +83,24 @@ def conr_loss(
             host and with shapes that do not change.
 
     Returns:
-        The loss: float32, float64 for float64 features, also under autocast. Differentiable once in
-        ``features`` alone (any number of times with ``backend="reference"``). Label distances are
-        compared in float32, exact for integers up to 2²⁴ (float64 labels on the CPU: in float64).
+        The loss: float32, float64 for float64 features, also under autocast. It is 0, with a
+        gradient of 0, where no row is an anchor: N = 0, no row with both a positive and a negative,
+        no row that takes part. Differentiable once, in ``features`` alone (any number of times with
+        ``backend="reference"``): targets, predictions and weights act through sets and factors and
+        get no gradient, also those that require one. Label distances are compared in float32, exact
+        for integers up to 2²⁴ (float64 labels on the CPU: in float64).
 
     Raises:
         TypeError, ValueError: bad input; the message names the argument, what was expected and
-            what was got.
-        RuntimeError: an explicit backend that cannot run here, or a second derivative of a fused
-            backend.
+            what was got. With a ``group`` all ranks raise where one has bad input, and ValueError
+            where they disagree (D, L, dtypes, options, ``requires_grad``).
+        RuntimeError: an explicit backend that cannot run here; a ``group`` before
+            ``init_process_group``; ``vmap``, forward-mode or second derivatives of a backend other
+            than ``"reference"``.
+
+    Warns:
+        UserWarning: once a process each, of a loss that trains nothing: on the CPU, the first batch
+            in which no row is an anchor; one of several processes whose loss has no ``group``.
     """
     options = Options(window, temperature, push_scale, variant, distance, reduction, backend)
     return _loss(features, targets, predictions, weights, keys, mask, options, group)
@@ -127,6 +137,8 @@ class ConRLoss(nn.Module):
 
     A temperature schedule is ``conr.temperature = 0.1``. The module has no parameters or buffers.
     Copies, pickles and averaged models keep the options; of a process group they carry the name.
+    Other attributes can be set as of any module, but not by a name that resembles an option's
+    (``conr.temprature``), which would have no effect; subclasses are free to.
 
     Args:
         window: ``h ≥ 0``, the label distance up to which two rows are similar.
@@ -142,8 +154,7 @@ class ConRLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: an option that ``conr_loss`` would refuse.
-
-    ``forward`` takes ``conr_loss``'s rows (weights ≥ 0) and keys in its order, returns its value.
+        AttributeError: a name that is set and is nearly an option's.
     """
 
     def __init__(
@@ -170,6 +181,8 @@ class ConRLoss(nn.Module):
             self.options._replace(**{name: value}).check()
         elif name == "group":
             check_group(value)
+        elif type(self) is ConRLoss and not hasattr(self, name):
+            _check_spelling(name)
         super().__setattr__(name, value)
 
     @property
@@ -188,6 +201,14 @@ class ConRLoss(nn.Module):
         keys: tuple[Tensor, ...] | MemoryBank | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
+        """``conr_loss`` with this module's options.
+
+        Args:
+            features, targets, predictions, weights, keys, mask: as ``conr_loss`` documents them.
+
+        Returns:
+            The loss, as ``conr_loss`` documents it; so are errors and warnings.
+        """
         return _loss(features, targets, predictions, weights, keys, mask, self.options, self.group)
 
     def extra_repr(self) -> str:
@@ -199,3 +220,15 @@ class ConRLoss(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "group": find_group(state["group"])})
+
+
+def _check_spelling(name: str) -> None:
+    """Refuses what is nearly an option's name, or begins one: it was meant, and would do nothing.
+
+    Any other name is let through: tools set attributes of their own on every module of a model.
+    """
+    options = (*Options._fields, "group")
+    begins_one = any(option.startswith(name) for option in options)
+    is_near = begins_one or bool(difflib.get_close_matches(name.lower(), options, cutoff=0.75))
+    if is_near and not name.startswith("_"):
+        raise AttributeError(f"ConRLoss has no option {name!r}; it has {', '.join(options)}")

@@ -40,8 +40,12 @@ from .variants import Settings, Variant
 
 BACKENDS = ("triton", "cuda", "torch")
 NO_SECOND_DERIVATIVE = (
-    "conr_loss has no second derivative and no vmap rule in its fused backends; "
+    "conr_loss has no second or forward-mode derivative and no vmap rule in its fused backends; "
     'use backend="reference", which supports both'
+)
+NO_TRANSFORM_COMPILED = (
+    'torch.compile of a torch.func transform of conr_loss is supported by backend="reference" '
+    "alone; leave the transform uncompiled"
 )
 
 _SETTINGS = (
@@ -68,6 +72,7 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}_backend", __package__)
 
 
+@functools.cache
 def _optional(backend: str, function: str) -> Callable[..., bool] | None:
     return getattr(backend_module(backend), function, None)
 
@@ -156,7 +161,9 @@ def row_losses(inputs: Inputs, backend: str) -> Tensor:
         return _EagerForward.apply(inputs.x, inputs, backend)
     rows, keys, scalars = _operands(inputs, backend)
     operands = (*rows, inputs.w, *keys, inputs.n_absent, *scalars)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            raise RuntimeError(NO_TRANSFORM_COMPILED)
         return _TransformedForward.apply(*operands)[0]
     return torch.ops.conr_kernels.forward(*operands)[0]
 

@@ -36,8 +36,7 @@ def conr_statistics(
         floor = (1/N) Σ_i A_i (n_i/c_i) log n_i        [times w_i with weighted_rows]
 
     with ``c_i = n_i`` [+ 1 with ``count_self``]. As ``ℓ_i ≥ (n_i/c_i) log n_i`` while no ``S_ij``
-    is
-    negative, no features bring the mean loss below it: what can be learnt is the excess. O(N)
+    is negative, no features bring the mean loss below it: what can be learnt is the excess. O(N)
     memory, no synchronisation on a GPU; O(N log N) time for one component, N² comparisons for more.
 
     Args:

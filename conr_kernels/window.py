@@ -26,9 +26,16 @@ FINE = 16
 
 
 class WindowSuggestion(NamedTuple):
-    """The proposed window; the labels' step (None: real numbers without one); and for each of some
-    windows the mean shares of the other rows that are positives and negatives (None without
-    predictions), and the share of a batch's rows to be expected without a positive.
+    """The proposed window, and the table that it is taken from.
+
+    Attributes:
+        window: the proposal.
+        step: the difference of which all labels' differences are multiples; None where there is no
+            such step.
+        windows: about a dozen, ascending. For each of them:
+        positives: the mean share of the other rows that are a row's positives;
+        negatives: the same of its negatives; None without predictions;
+        alone: the share of a batch's rows to be expected without a positive.
     """
 
     window: float

@@ -1,5 +1,6 @@
 // The arithmetic of ConR, once for host and device: label distances and masks of a pair, the sums
-// of a row, and a row's loss and gradient coefficients from its sums. Symbols as in the README.
+// of a row, and a row's loss and gradient coefficients from its sums. Symbols as in
+// conr_kernels/MATHEMATICS.md.
 #pragma once
 
 #include <cmath>

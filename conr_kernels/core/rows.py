@@ -1,4 +1,4 @@
-"""From the sums of a row to its loss and its gradient coefficients (spec: sections 2 to 4).
+"""From the sums of a row to its loss and its gradient coefficients (MATHEMATICS.md).
 
 A row's *statistics* are what the backward pass needs, for an upstream gradient of 1:
 

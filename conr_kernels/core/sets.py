@@ -30,8 +30,15 @@ torch.library.register_fake("conr_kernels::pair_counts", _pair_counts_fake, lib=
 
 
 class ConRStatistics(NamedTuple):
-    """``n_i`` and ``m_i`` [N] int64, ``A_i`` [N] bool, the floor of the mean loss, a scalar; and
-    how many rows take part, a scalar.
+    """What the loss sees in a batch, on its device.
+
+    Attributes:
+        n_positives: ``n_i`` [N], int64: 0 of rows that take no part.
+        n_negatives: ``m_i`` [N], int64, likewise.
+        is_anchor: ``A_i`` [N], bool: the row has both.
+        floor: a scalar, below which no features bring the mean loss (``conr_statistics``); of a
+            group, the union's.
+        rows: a scalar, int64: how many of this process's rows take part.
     """
 
     n_positives: Tensor
@@ -41,9 +48,12 @@ class ConRStatistics(NamedTuple):
     rows: Tensor
 
     def summary(self) -> dict[str, float]:
-        """Plain floats for a logger, of this process's rows: how many take part; the shares of them
-        that are anchors, have no positive, have no negative; means of positives and negatives; and
-        the floor. Synchronises once.
+        """Plain floats for a logger. Synchronises once.
+
+        Returns:
+            ``rows``: how many of this process's rows take part. Shares of these: ``anchors``,
+            ``without_positives``, ``without_negatives``. Of each of them, on average:
+            ``mean_positives``, ``mean_negatives``. And ``floor``.
         """
         n_i, m_i = self.n_positives.double(), self.n_negatives.double()
         out = len(n_i) - self.rows  # rows that take no part have neither

@@ -25,9 +25,8 @@ def gradient_cache(
 
     Encodes in chunks without a graph, differentiates the loss over all N rows with respect to
     features and predictions, then encodes each chunk again with a graph and backpropagates its
-    rows' gradient (Gao,
-    Zhang, Han, Callan: *Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup*,
-    2021). Gradients are accumulated in ``.grad`` and equal those of
+    rows' gradient (Gao, Zhang, Han, Callan: *Scaling Deep Contrastive Learning Batch Size under
+    Memory Limited Setup*, 2021). Gradients are accumulated in ``.grad`` and equal those of
     ``loss(*encoder(inputs)).backward()`` to rounding, for the memory of one chunk's activations
     and one more forward pass. ::
 

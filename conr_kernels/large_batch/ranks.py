@@ -59,8 +59,13 @@ def existing_group(group: Any) -> Any:
     """The process group that ``group=`` means now.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: there is none, or the call is inside a ``torch.func`` transform.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "group= exchanges rows between processes, which torch.func transforms cannot follow: "
+            "use torch.autograd.grad or backward()"
+        )
     if not dist.is_available() or not dist.is_initialized():
         of = ' of "world"' if isinstance(group, str) else ""
         raise RuntimeError(

@@ -245,8 +245,8 @@ def gradient_weights(
 
 
 def _times_coefficients(t_ij: Tensor, c_i: Tensor, c_j: Tensor) -> Tensor:
-    """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c as sign and logarithm [..., N,
-    2].
+    """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c [..., N, 2] as sign and
+    logarithm.
     """
     if c_i.shape[-1] == 1:
         return (c_i + c_j.mT).mul_(t_ij)

@@ -30,6 +30,8 @@ from .launch import bind
 #: What the rows of wide features, and the numbers of rows, are padded to.
 WIDE_PAD = 128
 ROW_PAD = 128
+#: Numbers of the head of wide features' list of pairs of tiles, and of each tile of anchors.
+LIST_HEAD, LIST_TILE = 8, 7
 #: Of wide features' H_ij, bytes that are kept at a time: as many as the features', times
 #: WIDE_FEATURES, but from the first to the second of these, and for larger features half as many as
 #: theirs.
@@ -40,8 +42,8 @@ WORKSPACE = 2**27, 2**29
 PIECES = 128
 PIECE_KEYS = 8192
 #: Rows, and of wide features, from which on the forward pass takes each pair once: fewer are too
-#: little work to add up parts of.
-MIRRORED_ROWS = 2**14 + 1, 2**13
+#: little work to add up parts of. And from which on the gradient of wide features does.
+MIRRORED_ROWS = 2**14 + 1, 2**13, 1
 #: Bytes of a row of features from which on it does: of narrower ones the parts of sums would be
 #: most of the memory.
 MIRRORED_BYTES = 128
@@ -148,11 +150,12 @@ class Call:
         # factor in 16 bits alone, and float16 has a scale for each row of a tile.
         is_mirrored = self.L == 1 and self.is_confused and not self.has_keys
         is_mirrored &= self.form.dtype == torch.bfloat16 and chosen.BLOCK_I == chosen.BLOCK_J
+        is_mirrored &= MIRRORED_ROWS[2] <= self.N
         n_pairs = n * (n + 1) // 2 if is_mirrored else n * n_j
         window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
         window = min(window, n_pairs)
         piece = min(max(PIECE_KEYS // chosen.BLOCK_J, window // PIECES, 1), window)
-        of_list = 8 + 2 * ((7 + tiles(n_j, piece)) * n + 1)
+        of_list = LIST_HEAD + 2 * ((LIST_TILE + tiles(n_j, piece)) * n + 1)
         dtype = torch.int32 if 2 * n_pairs + 3 * window <= LIST_NUMBERS else torch.int64
         each = tiles(n_pairs, window)
         if self.is_confused and not is_apart:

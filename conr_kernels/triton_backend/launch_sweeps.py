@@ -219,7 +219,7 @@ class Plan(Forward):
         if call.is_rescaled:
             parts.add("H_scale", window * chosen.BLOCK_I, call.dtype)
             H = "H H_scale"
-        if call.form.dtype.itemsize == 2:  # as in _backward
+        if call.form.dtype.itemsize == 2:  # as in _backward_in_turn
             parts.add("G_rest", N * call.D, torch.int16)
             G = "G G_rest"
         of_all = {"CONFUSED": call.is_confused, "SAME": not call.has_keys}

@@ -18,7 +18,7 @@ def distance(a, b, kind):
 
 
 def pair_loop_losses(x, y, p, w, settings):
-    """``ℓ_i`` of spec.md sections 2 and 3, pair by pair in Python floats."""
+    """``ℓ_i`` of conr_kernels/MATHEMATICS.md, pair by pair in Python floats."""
     v, h, tau, e = settings.variant, settings.window, settings.temperature, settings.push_scale
     x, y, p, w = x.tolist(), y.double().tolist(), p.double().tolist(), w.tolist()
     norms = [math.sqrt(sum(c * c for c in row)) for row in x]

@@ -1,5 +1,6 @@
 """Writes golden.json: row losses and gradients of small batches for every preset, from the equation
-in 50 digits. Run as ``python -m tests.golden.make_golden``; knows nothing of the package.
+in 50 digits. Run as ``python -m tests.golden.make_golden``; knows nothing of the package. Symbols
+and derivation: conr_kernels/MATHEMATICS.md.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def similarity(q: list[list[mpf]], b: dict) -> Callable[[int, int], mpf]:
 
 
 def row_losses(b: dict, preset: str) -> tuple[list[mpf], list[Row | None]]:
-    """``ℓ_i`` (sections 2 and 3), and the rows that are anchors, None for the others."""
+    """``ℓ_i``, and the rows that are anchors, None for the others."""
     where, pushing, negatives_are, unit_terms, count_self, weighted_rows = PRESETS[preset]
     N, h, e = len(b["x"]), b["window"], b["push_scale"]
     s = similarity(unit_rows(b["x"]), b)
@@ -156,7 +157,7 @@ def row_losses(b: dict, preset: str) -> tuple[list[mpf], list[Row | None]]:
 
 
 def row_gradient(b: dict, preset: str, states: list[Row | None]) -> list[list[mpf]]:
-    """``∂(Σ_i g_i ℓ_i)/∂x`` (section 4)."""
+    """``∂(Σ_i g_i ℓ_i)/∂x``."""
     where, pushing, *_, weighted_rows = PRESETS[preset]
     N, D, e, tau = len(b["x"]), len(b["x"][0]), b["push_scale"], b["temperature"]
     q = unit_rows(b["x"])

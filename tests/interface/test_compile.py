@@ -168,6 +168,23 @@ def test_func_grad_equals_autograd() -> None:
     assert torch.equal(got, x.grad)
 
 
+def test_func_grad_takes_what_is_compiled_but_is_no_part_of_a_full_graph() -> None:
+    x, y, p = make_rows(33)
+
+    def loss(x: Tensor) -> Tensor:
+        return conr_loss(x, y, p)
+
+    expected = torch.func.grad(loss)(x)
+    for outer, inner in ((torch.compile, None), (None, torch.compile)):
+        torch._dynamo.reset()
+        step = torch.func.grad(inner(loss, backend="eager") if inner else loss)
+        step = outer(step, backend="eager") if outer else step
+        assert torch.equal(step(x), expected)
+    step = torch.compile(torch.func.grad(loss), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave the transform uncompiled"):
+        step(x)
+
+
 def test_second_derivative_names_the_reference_which_has_one() -> None:
     x, y, p = make_rows(12)
     x.requires_grad_()

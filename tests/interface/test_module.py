@@ -135,7 +135,67 @@ def test_a_memory_bank_itself_serves_as_keys():
     assert half.isfinite() and half > 0
 
 
+@pytest.mark.parametrize(
+    "name", ["temprature", "Temperature", "t", "pushscale", "windw", "dist", "groups", "backends"]
+)
+def test_a_name_that_is_nearly_an_options_is_refused(name):
+    conr = ConRLoss()
+    for value in (0.1, None, torch.ones(1), nn.Parameter(torch.ones(1)), nn.Linear(1, 1)):
+        with pytest.raises(AttributeError, match=f"no option '{name}'; it has window, temperature"):
+            setattr(conr, name, value)
+    assert not hasattr(conr, name)
+
+
+def test_a_module_takes_every_other_attribute():
+    """What modules, tools and subclasses set goes on working."""
+    conr = ConRLoss()
+    conr.qconfig, conr.ds_id, conr._group, conr.log_every = None, 7, "mine", 5
+    conr.extra, conr.learnt = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
+    conr.register_buffer("windows", torch.ones(3))
+    conr.windows = torch.zeros(3)  # a buffer by then
+    conr.register_forward_pre_hook(lambda *_: None)
+    conr.forward = conr.forward
+    assert conr.double().eval().train().training and conr.windows.dtype == torch.float64
+    assert set(conr.state_dict()) == {"extra.weight", "extra.bias", "learnt", "windows"}
+    del conr.forward
+    for copied in (copy.deepcopy(conr), AveragedModel(conr).module):
+        assert (copied.ds_id, copied._group, copied.log_every) == (7, "mine", 5)
+        assert copied.options == conr.options and copied.windows.shape == (3,)
+
+
+class Scheduled(ConRLoss):
+    def __init__(self, temperatures, **options):
+        super().__init__(**options)
+        self.temperatures, self.weights_of_task = temperatures, {}
+
+
+def test_a_subclass_has_attributes_of_any_name():
+    conr = Scheduled([0.2, 0.1], window=2.0)
+    conr.windows = [1.0, 2.0]
+    conr = pickle.loads(pickle.dumps(conr))
+    conr.temperature = conr.temperatures[1]
+    assert conr.windows == [1.0, 2.0]
+    assert torch.equal(conr(*rows()), conr_loss(*rows(), window=2.0, temperature=0.1))
+
+
+def test_a_compiled_model_holds_the_module():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.conr = nn.Linear(7, 6), ConRLoss(window=3.0)
+
+        def forward(self, x, y, p):
+            return self.conr(self.body(x), y, p)
+
+    model = Model()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for temperature in (0.2, 0.3):
+        model.conr.temperature = temperature
+        torch.testing.assert_close(compiled(*rows()), model(*rows()))
+
+
 def test_help_documents_every_argument():
+    assert "conr_loss" in ConRLoss.forward.__doc__ != nn.Module.forward.__doc__
     text = ConRLoss.__doc__
     assert all(f"        {name}: " in text for name in (*OPTIONS, "group"))
     assert ConRLoss(variant=Variant(pushing="none")).variant == Variant(pushing="none")

@@ -8,7 +8,12 @@ import torch
 
 from conr_kernels import conr_loss
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+TEXTS = [
+    README,
+    *(path for room in ("conr_kernels", "benchmarks") for path in (ROOT / room).rglob("*.md")),
+]
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -20,11 +25,14 @@ def test_example_runs_and_a_loss_gives_a_gradient(number):
         assert torch.isfinite(names["loss"]) and names["x"].grad.abs().max() > 0
 
 
-def test_there_are_examples_and_the_files_that_are_named_exist():
-    text = README.read_text(encoding="utf-8")
+def test_there_are_examples():
     assert sum("loss.backward()" in example for example in EXAMPLES) >= 2
-    for target in re.findall(r"\]\(([\w./-]+)\)", text):
-        assert (README.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_files_that_a_text_names_exist(path):
+    for target in re.findall(r"\]\(([\w./-]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("variant", ["paper", "released-age", "released-depth"])

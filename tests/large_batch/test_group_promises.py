@@ -54,6 +54,14 @@ def check_world_and_copies_give_the_unions_loss(rank: int, own: slice, _: slice)
         torch.testing.assert_close(conr(*(t[own] for t in rows(37))), expected)
 
 
+def check_transforms_are_refused(rank: int, own: slice, _: slice) -> None:
+    x, y, p = (t[own] for t in rows(37))
+    for backend in ("auto", "reference"):
+        loss = ConRLoss(group="world", backend=backend)
+        with pytest.raises(RuntimeError, match="torch.func transforms cannot follow"):
+            torch.func.grad(loss)(x, y, p)
+
+
 def check_labels_may_change_before_backward(rank: int, own: slice, _: slice) -> None:
     for n_ranks_of in (dist.group.WORLD, dist.new_group([rank], use_local_synchronization=True)):
         x, y, p = (t[own].clone() for t in rows(37))

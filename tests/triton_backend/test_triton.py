@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.static import compiled
 from conr_kernels import conr_loss, triton_backend
-from conr_kernels.triton_backend import call, launch_sweeps
+from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
 from conr_kernels.triton_backend.call import largest_total
 from conr_kernels.variants import PRESETS, Settings
 
@@ -52,6 +52,14 @@ def test_cpu_tensors_without_the_interpreter_are_refused_with_a_remedy() -> None
     x, y = torch.randn(4, 3), torch.zeros(4)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         conr_loss(x, y, y, backend="triton")
+
+
+def test_host_and_kernels_have_the_same_sizes() -> None:
+    from conr_kernels.triton_backend.kernels import dense, layout, tile_list
+
+    assert layout.ROW_PAD.value == call.ROW_PAD
+    assert dense.PAD.value == launch_dense.PAD
+    assert (tile_list.HEAD.value, tile_list.PER_TILE.value) == (call.LIST_HEAD, call.LIST_TILE)
 
 
 def test_without_triton_the_package_works_and_says_what_to_do() -> None:

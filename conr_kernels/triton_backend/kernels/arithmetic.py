@@ -243,6 +243,14 @@ def add_exponentials(total, top, t_ij, phi_ij, is_in, SHIFTED: tl.constexpr, MAS
 
 
 @triton.jit
+def join_parts(totals, tops, axis: tl.constexpr):
+    """Parts ``totals·exp2(tops)`` of sums as one total and one top."""
+    top = tl.max(tops, axis=axis)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    return tl.sum(totals * tl.exp2(tops - tl.expand_dims(shift, axis)), axis=axis), top
+
+
+@triton.jit
 def sum_of(total, top, SHIFTED: tl.constexpr):
     """A row's sum in float64, or its natural logarithm where it was shifted."""
     if SHIFTED:
@@ -291,6 +299,15 @@ def log_add(a, b):
     """``log(exp(a) + exp(b))`` where not both are −inf."""
     top = tl.maximum(a, b)
     return top + log1p(tl.exp(tl.minimum(a, b) - top))
+
+
+@triton.jit
+def counted_keys(n_keys, n_absent_ptr, n):
+    """How many keys UNIT_TERMS counts, for rows with n positives."""
+    n_counted = n_keys.to(tl.float64)
+    if n_absent_ptr is not None:  # more than there are others for rows that take no part
+        n_counted = tl.maximum(n_counted - tl.load(n_absent_ptr).to(tl.float64), n)
+    return n_counted
 
 
 @triton.jit

@@ -11,12 +11,16 @@ import triton.language as tl
 from .arithmetic import (
     LN2,
     LOG2E,
+    add_exponentials,
     await_earlier,
+    counted_keys,
     distance_of,
     dot,
     finish_rows,
+    join_parts,
     rounded_statistics,
     store_columns,
+    sum_of,
     sum_of_products,
 )
 
@@ -25,7 +29,7 @@ PAD = tl.constexpr(16)
 
 
 @triton.jit
-def padded(n):
+def padded_16(n):
     return tl.cdiv(n, PAD) * PAD
 
 
@@ -187,11 +191,7 @@ def pairs_of_tile(
 def _add(total, top, t_ij, weight, is_in, SHIFTED: tl.constexpr):
     """Adds a tile's ``weight·exp2(t_ij)`` to the rows' ``total·exp2(top)``; unshifted top is 0."""
     if SHIFTED:
-        t_ij = tl.where(is_in, t_ij, float("-inf"))
-        new_top = tl.maximum(top, tl.max(t_ij, axis=1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        terms = tl.exp2(t_ij - shift[:, None]) * weight
-        return total * tl.exp2(top - shift) + tl.sum(terms, axis=1), new_top
+        return add_exponentials(total, top, t_ij, weight, is_in, True, True)
     else:
         return total + tl.sum(tl.exp2(t_ij) * weight, axis=1), top
 
@@ -223,9 +223,9 @@ def conr_dense_sums_kernel(
     rows = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
     is_row = rows < n_anchors
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n_padded = padded(n_anchors)
+    n_padded = padded_16(n_anchors)
     inverse_j_ptr = kept_ptr + n_padded
-    factor_ptr = inverse_j_ptr + padded(n_keys)
+    factor_ptr = inverse_j_ptr + padded_16(n_keys)
     s_ptr = factor_ptr + n_padded
     i = tl.minimum(rows, n_anchors - 1)
     y_i, p_i = load_labels(y_ptr, i, 0, L, WIDE), load_labels(p_ptr, i, 0, L, WIDE)
@@ -262,10 +262,10 @@ def conr_dense_sums_kernel(
             tl.store(kept_ptr + rows, inverse_i, mask=rows < n_padded)
             tl.store(factor_ptr + rows, factor_i, mask=rows < n_padded)
         if tile_i == 0:
-            tl.store(inverse_j_ptr + columns, inverse_j, mask=columns < padded(n_keys))
+            tl.store(inverse_j_ptr + columns, inverse_j, mask=columns < padded_16(n_keys))
         if KEPT:
-            offsets = rows.to(tl.int64)[:, None] * padded(n_keys) + columns[None, :]
-            mask = is_row[:, None] & (columns < padded(n_keys))[None, :]
+            offsets = rows.to(tl.int64)[:, None] * padded_16(n_keys) + columns[None, :]
+            mask = is_row[:, None] & (columns < padded_16(n_keys))[None, :]
             tl.store(s_ptr + offsets, s_ij, mask=mask)
 
         is_positive, is_negative, phi_ij, t_ij = pairs_of_tile(
@@ -303,7 +303,7 @@ def conr_dense_sums_kernel(
 
 @triton.jit
 def _load_sums(sums_ptr, field, parts, n_parts, rows, n_rows, other):
-    offsets = parts.to(tl.int64)[:, None] * padded(n_rows) + rows[None, :]
+    offsets = parts.to(tl.int64)[:, None] * padded_16(n_rows) + rows[None, :]
     mask = (parts < n_parts)[:, None] & (rows < n_rows)[None, :]
     return tl.load(sums_ptr + field + offsets, mask=mask, other=other)
 
@@ -314,16 +314,12 @@ def _row_sum(
     SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """A sum over the parts in float64, or its natural logarithm where it was shifted."""
-    field = n_parts.to(tl.int64) * padded(n_rows)
+    field = n_parts.to(tl.int64) * padded_16(n_rows)
     total = _load_sums(sums_ptr, which * field, parts, n_parts, rows, n_rows, 0.0).to(tl.float64)
     if SHIFTED:
-        top = _load_sums(sums_ptr, top_at * field, parts, n_parts, rows, n_rows, float("-inf"))
-        top = top.to(tl.float64)
-        largest = tl.max(top, axis=0)
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        total = tl.sum(total * tl.exp2(top - shift[None, :]), axis=0)
-        result = (largest + tl.log2(total)) * LN2
-        return tl.where(largest == float("-inf"), float("-inf"), result)
+        tops = _load_sums(sums_ptr, top_at * field, parts, n_parts, rows, n_rows, float("-inf"))
+        total, top = join_parts(total, tops.to(tl.float64), 0)
+        return sum_of(total, top, True)
     else:
         return tl.sum(total, axis=0)
 
@@ -352,9 +348,7 @@ def conr_dense_rows_kernel(
     w = tl.full((ROWS,), 1.0, tl.float64)
     if w_ptr is not None:
         w = tl.load(w_ptr + rows, mask=is_row, other=1.0).to(tl.float64)
-    n_counted = n_keys.to(tl.float64)
-    if n_absent_ptr is not None:  # more than there are others for rows that take no part
-        n_counted = tl.maximum(n_counted - tl.load(n_absent_ptr).to(tl.float64), n)
+    n_counted = counted_keys(n_keys, n_absent_ptr, n)
     loss, alpha, beta, gamma, log_alpha, log_gamma = finish_rows(
         _row_sum(sums_ptr, 0, 5, parts, n_parts, rows, n_anchors, SHIFTED),
         _row_sum(sums_ptr, 1, 6, parts, n_parts, rows, n_anchors, SHIFTED),

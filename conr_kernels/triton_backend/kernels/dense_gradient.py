@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import LN2, LOG2E, await_earlier, dot, scale_pair, sum_of_products, to_base_2
-from .dense import load_chunk, load_labels, padded, pairs_of_tile, store_total
+from .dense import load_chunk, load_labels, padded_16, pairs_of_tile, store_total
 
 
 @triton.jit
@@ -60,9 +60,9 @@ def conr_dense_gradient_kernel(
     i = tl.minimum(rows, n_anchors - 1).to(tl.int64)
     k = chunk * BLOCK_D
     dtype: tl.constexpr = kept_ptr.dtype.element_ty
-    n_padded = padded(n_anchors)
+    n_padded = padded_16(n_anchors)
     inverse_j_ptr = kept_ptr + n_padded
-    factor_ptr = inverse_j_ptr + padded(n_keys)
+    factor_ptr = inverse_j_ptr + padded_16(n_keys)
     s_ptr = factor_ptr + n_padded
     alpha_i, log_alpha_i = _coefficients(coef_i_ptr, i, 0, COLUMNS, SHIFTED)
     gamma_i, log_gamma_i = _coefficients(coef_i_ptr, i, 2, COLUMNS, SHIFTED)
@@ -80,8 +80,8 @@ def conr_dense_gradient_kernel(
         x_j = load_chunk(key_x_ptr, columns, n_keys, k, D, BLOCK_D, UPCAST)
         inverse_j = tl.load(inverse_j_ptr + j)
         if KEPT:
-            offsets = rows.to(tl.int64)[:, None] * padded(n_keys) + columns[None, :]
-            mask = is_row[:, None] & (columns < padded(n_keys))[None, :]
+            offsets = rows.to(tl.int64)[:, None] * padded_16(n_keys) + columns[None, :]
+            mask = is_row[:, None] & (columns < padded_16(n_keys))[None, :]
             s_ij = tl.load(s_ptr + offsets, mask=mask, other=0.0)
         else:
             gram = dot(x_i, tl.trans(x_j), None, PRECISION)
@@ -152,7 +152,7 @@ def conr_dense_finish_kernel(
         radial = tl.zeros((ROWS,), dtype)
         for _ in range(n_parts):
             radial += tl.load(radial_ptr + rows, mask=is_row, other=0.0)
-            radial_ptr += padded(n_anchors)
+            radial_ptr += padded_16(n_anchors)
     poison = tl.zeros((ROWS,), dtype)
     for c in tl.static_range(3):
         poison += tl.load(coef_ptr + rows * COLUMNS + c, mask=is_row, other=0.0) * 0

@@ -12,11 +12,14 @@ STRIPS, SLICES = tl.constexpr(32), tl.constexpr(16)
 PARTS_OF_SUMS = tl.constexpr(STRIPS + SLICES)
 POSITIVE_STRIPS, NEGATIVE_STRIPS = tl.constexpr(64), tl.constexpr(96)
 
+#: What sorted rows are padded to, and numbers of the layout's head.
+ROW_PAD = tl.constexpr(128)
+
 
 @triton.jit
 def padded(n):
     """Sorted arrays have zero features and NaN labels, which no set contains, up to there."""
-    return tl.cdiv(n, 128) * 128
+    return tl.cdiv(n, ROW_PAD) * ROW_PAD
 
 
 @triton.jit
@@ -28,7 +31,7 @@ def parts_of(layout_ptr, n_anchors, n_keys, SAME: tl.constexpr):
     first beyond and, unless SAME, the order of the anchors; the ranks of both (``ranks_of``).
     """
     keys, anchors = padded(n_keys), padded(n_anchors)
-    self_ptr = layout_ptr + 128
+    self_ptr = layout_ptr + ROW_PAD
     order_j_ptr = self_ptr if SAME else self_ptr + anchors
     lo_ptr = order_j_ptr + keys
     hi_ptr = lo_ptr + anchors
@@ -151,7 +154,7 @@ def choose_sweep(
         is_near = tl.load(p_i + n_anchors - 1) - tl.load(p_j) <= reach
         is_near = is_near & (tl.load(p_j + n_keys - 1) - tl.load(p_i) <= reach)
         choice += choice & is_near.to(tl.int32)
-    n_blocks, at = tl.cdiv(n_anchors, ROWS), tl.arange(0, 128)
+    n_blocks, at = tl.cdiv(n_anchors, ROWS), tl.arange(0, ROW_PAD)
     of_all = tl.cdiv(n_blocks, STRIPS)
     of_y = tl.minimum(_strip_size(tl.max(reach_y, axis=0), ROWS), of_all)
     of_p = tl.minimum(_strip_size(tl.max(reach_p, axis=0), ROWS), of_all)

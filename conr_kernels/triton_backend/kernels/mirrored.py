@@ -14,6 +14,7 @@ from .layout import (
     NEGATIVE_STRIPS,
     PARTS_OF_SUMS,
     POSITIVE_STRIPS,
+    ROW_PAD,
     SLICES,
     STRIPS,
     chosen_copies,
@@ -28,7 +29,7 @@ from .sweeps import anchors_of, in_parts, pairs_of, program_of, whole
 def _strips_of(layout_ptr, n_rows, NEGATIVES: tl.constexpr, BLOCK: tl.constexpr):
     """Tiles of a strip, and how many strips there are."""
     size = tl.load(layout_ptr + (NEGATIVE_STRIPS if NEGATIVES else POSITIVE_STRIPS))
-    size *= 128 // BLOCK
+    size *= ROW_PAD // BLOCK
     return size, tl.cdiv(tl.cdiv(n_rows, BLOCK), size)
 
 

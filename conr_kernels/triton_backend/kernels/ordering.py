@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import await_earlier, store_tile, to_base_2
-from .layout import choose_sweep, find_bands, padded, parts_of, ranks_of
+from .layout import ROW_PAD, choose_sweep, find_bands, padded, parts_of, ranks_of
 
 
 @triton.jit(do_not_specialize=["n_keys"])
@@ -358,7 +358,7 @@ def conr_order_kernel(
                     EXACT, BAND_ROWS,
                 )  # fmt: skip
             else:
-                tl.store(layout_ptr + tl.arange(0, 128), 0)
+                tl.store(layout_ptr + tl.arange(0, ROW_PAD), 0)
     else:
         pid -= n_bands
         second = 1

@@ -13,10 +13,12 @@ from .arithmetic import (
     LOG2E,
     add_exponentials,
     await_earlier,
+    counted_keys,
     distance_of,
     finish_rows,
     fold,
     in_registers,
+    join_parts,
     load_tile,
     pair_total,
     rounded_statistics,
@@ -294,9 +296,7 @@ def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.c
     top = extra
     if SHIFTED:
         tops = tl.load(sums_ptrs + stride, mask=is_part, other=float("-inf")).to(tl.float64)
-        top = tl.max(tops, axis=1)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(total * tl.exp2(tops - shift[:, None]), axis=1)
+        total, top = join_parts(total, tops, 1)
     if EXTRA:
         parts = tl.load(sums_ptrs + 2 * stride, mask=is_part, other=0.0)
         extra = tl.sum(parts.to(tl.float64), axis=1)
@@ -345,9 +345,7 @@ def conr_finish_kernel(
     w = tl.full((ROWS,), 1.0, tl.float64)
     if w_ptr is not None:
         w = tl.load(w_ptr + rows, mask=is_row, other=0.0).to(tl.float64)
-    n_counted = n_keys.to(tl.float64)
-    if n_absent_ptr is not None:  # more than there are others for rows that take no part
-        n_counted = tl.maximum(n_counted - tl.load(n_absent_ptr).to(tl.float64), n)
+    n_counted = counted_keys(n_keys, n_absent_ptr, n)
     loss, alpha, beta, gamma, log_alpha, log_gamma = finish_rows(
         E, B, s_sum * LN2, n, has_negative, w, n_counted, push_scale,
         SHIFTED, INSIDE, SCALED, WEIGHTED, UNIT_TERMS, COUNT_SELF, WEIGHTED_ROWS,
