@@ -36,9 +36,10 @@ def density_weights(
 
     Args:
         targets: labels of the whole training set [N, …], any real values and signs: a Tensor, a
-            numpy array, a pandas column or a list. Of several components each has its own
-            frequencies, and a row's weight is the mean over its components: joint bins of many
-            components would hold one row each, all weighing alike.
+            numpy array, a pandas column or a list; what a masked array masks, and None in an array
+            of objects, is NaN. Integers count in float64, exact up to 2⁵³. Of several components
+            each has its own frequencies, and a row's weight is the mean over its components: joint
+            bins of many components would hold one row each, all weighing alike.
         method: ``"inverse"`` or ``"sqrt_inverse"`` (milder).
         bin_width: width of a bin in the labels' units, > 0.
         smoothing: None or the kernel over offsets ``o`` in bins: ``"gaussian"`` ``exp(−o²/2σ²)``,
@@ -52,8 +53,8 @@ def density_weights(
         (``UserWarning``) where all weights are equal although the labels differ.
 
     Raises:
-        TypeError, ValueError: bad input; the message names the argument, what was expected and
-            what was got.
+        TypeError, ValueError: bad input, or a label that is no finite number of bins; the message
+            names the argument, what was expected and what was got.
     """
     validation.check_choice("method", method, METHODS)
     if smoothing is not None:
@@ -64,6 +65,12 @@ def density_weights(
     device = targets.device if isinstance(targets, Tensor) else "cpu"
     rounding = torch.finfo(y.dtype).eps / 2 if y.dtype.is_floating_point else 0.0
     bins = _bin_index(y.double(), float(bin_width), rounding)
+    beyond = y[y.isfinite() & ~bins.isfinite()]
+    if len(beyond) > 0:
+        raise ValueError(
+            f"bin_width must keep targets / bin_width finite, got {bin_width} with a label of "
+            f"{beyond[0].item():g}"
+        )
     kernel = _kernel(smoothing, kernel_size, float(sigma))
 
     is_finite = bins.isfinite().all(dim=1)
@@ -84,7 +91,9 @@ def density_weights(
 
 
 def label_rows(name: str, labels: Any) -> Tensor:
-    """Labels as [N, L] on the CPU, of a Tensor, array, column or list [N, …] of numbers."""
+    """Labels as [N, L] on the CPU, of a Tensor, array, column or list [N, …] of numbers; NaN are
+    those that a masked array masks.
+    """
     if not isinstance(labels, Tensor):
         kind = type(labels).__name__
         try:
@@ -92,6 +101,9 @@ def label_rows(name: str, labels: Any) -> Tensor:
                 labels = labels.to_numpy()
             if str(getattr(labels, "dtype", "")) == "object":
                 labels = labels.astype(float)
+            if hasattr(labels, "filled"):  # a masked array
+                is_integer = labels.dtype.kind in "iu"
+                labels = (labels.astype(float) if is_integer else labels).filled(math.nan)
             if isinstance(labels, (list, tuple)):
                 as_given = torch.tensor(labels)
                 is_float = as_given.is_floating_point()
@@ -103,6 +115,8 @@ def label_rows(name: str, labels: Any) -> Tensor:
         if not isinstance(labels, Tensor):
             raise TypeError(f"{name} must be a Tensor, an array, a column or a list, got {kind}")
     validation.check_rows(name, {name: labels})
+    if labels.is_meta:
+        raise ValueError(f"{name} must hold values, got a Tensor on the meta device")
     labels = labels.detach().cpu()
     return labels[:, None] if labels.dim() == 1 else labels.flatten(1)
 

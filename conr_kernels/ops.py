@@ -72,6 +72,7 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}_backend", __package__)
 
 
+@functools.cache
 def _optional(backend: str, function: str) -> Callable[..., bool] | None:
     return getattr(backend_module(backend), function, None)
 

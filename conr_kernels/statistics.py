@@ -46,7 +46,8 @@ def conr_statistics(
         weights: density weights, used by the floor of variants with ``weighted_rows``.
 
     Returns:
-        ``ConRStatistics``. A NaN label is in nobody's sets.
+        ``ConRStatistics``. A NaN label is in nobody's sets, and an infinite one in no set of its
+        equals: their distance is NaN.
 
     Raises:
         TypeError, ValueError: bad input; with a ``group`` on every rank.

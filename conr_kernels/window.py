@@ -1,7 +1,9 @@
-"""Which window: the shares of positives and negatives over windows, and one between label steps."""
+"""Which window: the shares of positives and negatives over windows between possible distances."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +11,18 @@ from torch import Tensor
 
 from . import validation
 from .core.counts import pair_counts
+from .core.labels import as_labels
 from .density import label_rows
+from .reference import pair_distance
 from .variants import DISTANCES
 
-#: At most this many rows are looked at, evenly spaced.
-SAMPLE = 4096
+#: At most this many rows are looked at, evenly spaced, and the distances of a part to all of them.
+SAMPLE, PART = 4096, 256
 #: A proposal leaves at most this share of a batch's rows without a positive.
 ALONE = 0.05
+#: The shares of pairs within the first windows that are tried; then as many between two of them.
+LEVELS = (0.0, *(2.0 ** (-k / 2) for k in range(16, 0, -1)), 1.0)
+FINE = 16
 
 
 class WindowSuggestion(NamedTuple):
@@ -53,11 +60,20 @@ def suggest_window(
     targets: Any, predictions: Any = None, *, batch_size: int = 64, distance: str = "mae"
 ) -> WindowSuggestion:
     """A window for these labels: the smallest at which hardly any row of a batch is without a
-    positive, between two steps of the labels where they have a common step.
+    positive, half-way between two distances that labels can have.
 
-    Labels on a grid, such as ages or tenths, have many pairs whose difference *is* a multiple of
-    the step. With a window of just that, rounding decides on every one of them; half a step more
-    holds the same pairs in any units and dtype.
+    Labels on a grid, such as ages or tenths, have many pairs whose distance *is* a multiple of
+    the step. With a window of just that, rounding decides on every one of them; half-way to the
+    next possible distance it holds the same pairs in any units and in every dtype that holds the
+    labels. Of L components with a common step possible are the multiples of ``step / L``
+    (``"mae"``) and ``step·√(k / L)`` (``"rmse"``). Without a common step, as of components with
+    steps of 1 and 0.3, the window lies half-way between two neighbouring distances of the rows
+    looked at, and of several such pairs between the farthest apart; other rows may have others.
+
+    Labels are taken as the loss on a CPU compares them: in float32, which holds integers up to
+    2²⁴ (float64 labels in float64). Rows that are not finite are left out, and single outliers
+    change nothing. The smallest is that of the windows tried, which lie closest around the
+    proposal; where none will do, the widest.
 
     Args:
         targets: the training labels [N, …]: a Tensor, array, column or list.
@@ -69,67 +85,143 @@ def suggest_window(
         ``WindowSuggestion``; printed, it is a table.
 
     Raises:
-        TypeError, ValueError: bad input, or labels that are all the same.
+        TypeError, ValueError: bad input, or labels among which the loss finds no difference.
     """
     validation.check_counts(batch_size=batch_size)
     validation.check_choice("distance", distance, DISTANCES)
-    y = label_rows("targets", targets).double()
-    p = y if predictions is None else label_rows("predictions", predictions).double()
+    given = label_rows("targets", targets)
+    y = as_labels(given)
+    p = y if predictions is None else as_labels(label_rows("predictions", predictions))
     if p.shape != y.shape:
         raise ValueError(
             "targets and predictions must have the same rows and components, got "
             f"{tuple(y.shape)} and {tuple(p.shape)}"
         )
     is_finite = y.isfinite().all(1) & p.isfinite().all(1)
-    at = is_finite.nonzero()[:, 0]
-    at = at[torch.linspace(0, max(len(at) - 1, 0), min(len(at), SAMPLE)).long()]
-    spread = (y[at].amax(0) - y[at].amin(0)).max().item() if len(at) > 0 else 0.0
-    if spread == 0:
-        raise ValueError("targets must have labels that differ, got none that do")
+    at = _sample(y, is_finite.nonzero()[:, 0])
+    wide = y[at].double()
+    d = pair_distance(wide[:: max(len(at) // PART, 1)], wide, distance).flatten().sort().values
+    if len(d) == 0 or d[-1] == 0:
+        given = given[is_finite]
+        is_lost = not given.dtype.is_floating_point and bool((given != given[:1]).any())
+        where = f" in {y.dtype}, as the loss compares {given.dtype} ones" if is_lost else ""
+        hint = ": subtract the least of them" if is_lost else ""
+        raise ValueError(f"targets must have labels that differ{where}, got none that do{hint}")
 
-    step = _common_step(y[is_finite], _precision(targets))
-    windows = _candidates(step, spread)
-    found: list[tuple[float, float, float]] = []
-    for window in windows:
-        n_i, m_i = pair_counts(y[at], p[at], y[at], p[at], window, distance, "confused")
-        share = n_i / (len(at) - 1)
-        alone = (1 - share) ** (batch_size - 1)
-        found.append(
-            (share.mean().item(), (m_i / (len(at) - 1)).mean().item(), alone.mean().item())
-        )
-    positives, negatives, alone = map(list, zip(*found, strict=True))
-    best = next((h for h, a in zip(windows, alone, strict=True) if a <= ALONE), windows[-1])
-    shown = None if predictions is None else negatives
-    return WindowSuggestion(best, step, windows, positives, shown, alone)
+    precision = _precision(given)
+    step = _common_step(y[is_finite].double(), precision)
+    typical = wide.abs().median(0).values.mean().item()
+    windows, widths = _between(d, step, y.shape[1], distance, 4 * precision * typical)
+    rows = (y[at], p[at], y[at], p[at])
+    kind = "all" if predictions is None else "confused"
+    found: dict[int, tuple[float, float, float]] = {}
+
+    def serves(gap: int) -> bool:
+        if gap not in found:
+            n_i, m_i = pair_counts(*rows, windows[gap].item(), distance, kind)
+            share, negatives = (n.double() / (len(at) - 1) for n in (n_i, m_i))
+            alone = (1 - share) ** (batch_size - 1)
+            found[gap] = tuple(t.mean().item() for t in (share, negatives, alone))
+        return found[gap][-1] <= ALONE
+
+    share = torch.searchsorted(d, windows, right=True) / len(d)
+    edges = torch.searchsorted(share, torch.tensor(LEVELS, dtype=share.dtype)).tolist()
+    coarse = _widest(widths, edges)
+    is_enough = [serves(gap) for gap in coarse]
+    k = bisect_left(is_enough, True)
+    best = coarse[min(k, len(coarse) - 1)]
+    if any(is_enough):
+        start = coarse[k - 1] + 1 if k > 0 else 0
+        fine = _widest(widths, torch.linspace(start, best, FINE + 1).long().tolist())
+        best = [*fine, best][bisect_left(fine, True, key=serves)]
+    shown = sorted(found)
+    positives, negatives, alone = map(list, zip(*(found[gap] for gap in shown), strict=True))
+    negatives = None if predictions is None else negatives
+    of_shown = (windows[shown].tolist(), positives, negatives, alone)
+    return WindowSuggestion(windows[best].item(), step, *of_shown)
 
 
-def _precision(targets: Any) -> float:
-    """The relative rounding of the labels as they were given."""
-    dtype = getattr(targets, "dtype", None)
-    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    if not isinstance(dtype, torch.dtype) and "float32" in str(dtype):
-        return torch.finfo(torch.float32).eps
-    return torch.finfo(dtype).eps if is_float else torch.finfo(torch.float64).eps
+def _sample(y: Tensor, rows: Tensor) -> Tensor:
+    """At most SAMPLE of the rows, evenly spaced; with one that differs, if there is any."""
+    at = rows[torch.linspace(0, max(len(rows) - 1, 0), min(len(rows), SAMPLE)).long()]
+    differs = (y[rows] != y[at[:1]]).any(1)
+    if differs.any() and (y[at] == y[at[:1]]).all():
+        at = torch.cat([at, rows[differs][:1]])
+    return at
+
+
+def _precision(given: Tensor) -> float:
+    """The relative rounding of the labels as they were given, and as the loss takes integers."""
+    if given.dtype.is_floating_point:
+        return torch.finfo(given.dtype).eps
+    is_exact = len(given) == 0 or given.double().abs().max() <= 2**24
+    return torch.finfo(torch.float64 if is_exact else torch.float32).eps
+
+
+def _distinct(v: Tensor, rounding: Tensor) -> Tensor:
+    """The values of an ascending ``v`` [n], of those that only ``rounding`` [n] tells apart the
+    first. A longer run of close values is no rounding.
+    """
+    starts = torch.ones_like(v, dtype=torch.bool)
+    starts[1:] = v.diff() > rounding[1:]
+    first = starts.nonzero()[:, 0]
+    last = torch.cat([first[1:], first.new_tensor([len(v)])]) - 1
+    is_noise = v[last] - v[first] <= rounding[first]
+    return v[starts | ~is_noise[starts.cumsum(0) - 1]]
 
 
 def _common_step(y: Tensor, precision: float) -> float | None:
     """The difference of which all differences of labels are multiples, to rounding; else None."""
-    gaps = torch.cat([column.unique().diff() for column in y.unbind(1)])
-    rounding = 4 * precision * y.abs().max().item()
-    gaps = gaps[gaps > rounding]
+    of_columns = []
+    for column in y.unbind(1):
+        v, typical = column.unique(), column.abs().median()
+        v = _distinct(v, 2 * precision * v.abs().clamp(min=typical))
+        rounding = 4 * precision * torch.maximum(v[1:].abs(), v[:-1].abs()).clamp(min=typical)
+        of_columns.append(torch.stack([v.diff(), rounding]))
+    gaps, rounding = torch.cat(of_columns, dim=1)
+    if gaps.numel() == 0 or len(y) <= 2:
+        return None
     step = gaps.min().item()
+    if rounding.median() > step / 4:  # neighbours in the labels' dtype: a grid if it is filled
+        multiples = gaps / step
+        return step if (multiples == multiples.round()).all() and multiples.median() == 1 else None
+    reach, total, most = step, 1.0, min(gaps.max(), 8 * gaps.median()).item()
+    while reach < most:  # the more steps a gap has, the better it must know the step
+        reach *= 2
+        near = gaps[gaps <= reach]
+        total = (near / step).round().sum().item()
+        step = near.sum().item() / total
     multiples = gaps / step
-    tolerance = 0.01 + rounding / step * multiples
-    is_grid = ((multiples - multiples.round()).abs() <= tolerance).all() and rounding < step / 4
-    return step if is_grid and len(y) > 2 else None
+    tolerance = 0.01 + (rounding + multiples / total * rounding.median()) / step
+    return step if ((multiples - multiples.round()).abs() <= tolerance).all() else None
 
 
-def _candidates(step: float | None, spread: float) -> list[float]:
-    """About a dozen windows: half-way between steps, or halvings of the labels' range."""
+def _between(
+    d: Tensor, step: float | None, n_components: int, distance: str, rounding: float
+) -> tuple[Tensor, Tensor]:
+    """Half-way from each of the distances but the largest to the next that is possible; and how far
+    apart the two are.
+    """
+    d = d.clamp(max=2 * validation.FLOAT32_MAX).unique_consecutive()
     if step is None:
-        return [spread / 2**k for k in range(12, 0, -1)]
-    windows, k = [], 0
-    while (k + 0.5) * step < spread and len(windows) < 16:
-        windows.append((k + 0.5) * step)
-        k = max(k + 1, k * 3 // 2)
-    return windows
+        found = _distinct(d, torch.full_like(d, rounding))
+        low, high = found[:-1], found[1:]
+    else:
+        power = 2 if distance == "rmse" and n_components > 1 else 1
+        unit = step / n_components ** (1 / power)
+        k = (d / unit).pow(power).round().unique_consecutive()[:-1]
+        low, high = (unit * each.pow(1 / power) for each in (k, k + 1))
+    if len(low) == 0:  # labels that rounding alone tells apart
+        low, high = d[:-1], d[1:]
+    is_finite = (low + high) / 2 <= validation.FLOAT32_MAX
+    return ((low + high) / 2)[is_finite], (high - low)[is_finite]
+
+
+def _widest(widths: Tensor, edges: list[int]) -> list[int]:
+    """Of every stretch between two edges the first of the widest gaps."""
+    chosen = []
+    for a, b in pairwise(edges):
+        if a < b:
+            stretch = widths[a:b]
+            chosen.append(a + int((stretch >= 0.9 * stretch.max()).nonzero()[0, 0]))
+    return chosen

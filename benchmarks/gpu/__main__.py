@@ -11,6 +11,7 @@ timed where they can be imported: unpack their wheels and name the folder in PYT
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,11 +19,13 @@ from pathlib import Path
 from . import claims, plan, steps
 from .plan import LIMIT, NAMES, STAGES
 from .processes import Record, run_together
+from .rows import CHOSEN
 
 
 def run_stages(names: list[str], record: Record, limit: float) -> None:
     """Phase after phase; a phase may use what earlier ones left of their time."""
     start, limit = time.monotonic(), limit - plan.PICTURE
+    known = os.environ | {CHOSEN: " ".join(names)}
     seconds_of = plan.planned(names, limit)
     for stage in STAGES:
         if stage.name in names:
@@ -37,7 +40,7 @@ def run_stages(names: list[str], record: Record, limit: float) -> None:
             continue
         print(f"{time.monotonic() - start:4.0f} s  {', '.join(s.name for s in stages)}: at most "
               f"{seconds:.0f} s", flush=True)  # fmt: skip
-        run_together([plan.task_of(stage.name) for stage in stages], seconds, record)
+        run_together([plan.task_of(stage.name, known) for stage in stages], seconds, record)
         record.decide()
 
 

@@ -21,6 +21,8 @@ REHEARSAL = os.environ.get("CONR_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
 #: The backend that is measured; its stand-in is quick, Triton's interpreter is not.
 TRITON = "torch" if REHEARSAL else "triton"
+#: Bytes up to which both sweeps have room at once.
+ROOM = ("BOTH_ORDERS", "WIDE_BOTH_ORDERS", "PARTS_BYTES")
 T = TypeVar("T")
 
 
@@ -42,20 +44,26 @@ def cuda_tool(name: str) -> str | None:
 
 @contextlib.contextmanager
 def path(name: str) -> Iterator[None]:
-    """Which kernels serve a few rows: ``"sorted"``, those of sorted rows; ``"once"``, of these the
-    ones that take each pair once; ``""``, those of few.
+    """Which kernels serve any number of rows: ``"every pair"``, those of few; ``"sorted"``, those
+    of sorted rows; ``"once"``, of these the ones that take each pair once; ``"listed"``, such ones
+    for the gradient of wide features alone; ``""``, as shipped. With ``", in turns"`` behind it, a
+    sweep after the other, as where both have no room at once.
     """
     from conr_kernels.cuda_backend import backend as cuda
-    from conr_kernels.triton_backend import call, launch_dense
+    from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
 
     if not name:
         yield
         return
-    once = {"sorted": 2**31, "once": 2}[name]
+    name, _, turns = name.partition(", ")
+    never, pairs = 2**31, 2**40 if name == "every pair" else -1
+    rows = {"once": (2, 2, 2), "listed": (never, never, 2)}.get(name, (never,) * 3)
+    room = {limit: getattr(launch_sweeps, limit) * (not turns) for limit in ROOM}
     with (
-        mock.patch.object(launch_dense, "DENSE_PAIRS", -1),
-        mock.patch.object(cuda, "DENSE_PAIRS", -1),
-        mock.patch.object(call, "MIRRORED_ROWS", (once, once)),
+        mock.patch.object(launch_dense, "DENSE_PAIRS", pairs),
+        mock.patch.object(cuda, "DENSE_PAIRS", pairs),
+        mock.patch.object(call, "MIRRORED_ROWS", rows),
+        mock.patch.multiple(launch_sweeps, **room),
     ):
         yield
 
@@ -102,6 +110,11 @@ def seconds(
             stop.synchronize()
             found[key].append(start.elapsed_time(stop) / 1e3 / steps)
     return {key: statistics.median(values) for key, values in found.items()}
+
+
+def steps_in_a_row(t: float) -> int:
+    """Calls of so many seconds that take about 10 ms together, 20 at the most."""
+    return 1 if REHEARSAL else max(1, min(20, int(0.01 / t)))
 
 
 def extra_bytes(function: Callable[[], object]) -> int:

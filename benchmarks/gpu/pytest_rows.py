@@ -15,7 +15,11 @@ from . import device
 from .rows import ROW
 
 #: By the file; all others are of the stage "integration".
-STAGES = {"tests/gpu/test_gpu.py": "tests", "tests/cuda_backend/test_cuda_gpu.py": "cuda-tests"}
+STAGES = {
+    "tests/gpu/test_gpu.py": "tests",
+    "tests/gpu/test_gpu_host.py": "tests",
+    "tests/cuda_backend/test_cuda_gpu.py": "cuda-tests",
+}
 #: The output before pytest captures it.
 _output = os.fdopen(os.dup(1), "w", buffering=1)
 _failed: set[str] = set()

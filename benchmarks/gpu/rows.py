@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ ROW, CASE, TABLE = "row: ", "case: ", "table: "
 COLUMNS = (
     "stage", "case", "provider", "mode", "metric", "N", "D", "dtype", "regime", "value", "note",
 )  # fmt: skip
+#: In the environment, the stages of a run, for the one that compiles what the others launch.
+CHOSEN = "CONR_STAGES"
 #: Exit status of a stage's process that has to be started again behind the case that ended it.
 BROKEN = 17
 
@@ -64,20 +67,20 @@ class Stage:
         self.add("failed", 1, **row, note=text[:300])
 
     def start(self, command: list[str], **environment: str) -> subprocess.Popen:
-        """A process in the repository whose output is kept."""
+        """A process in the repository, with a group of its own, whose output is kept."""
         return subprocess.Popen(
             command, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def output_of(self, process: subprocess.Popen) -> tuple[int, str]:
-        """Exit status and output; a process that outlasts the deadline is ended, what it printed
-        remains.
+        """Exit status and output; a process that outlasts the deadline is ended with those that it
+        started, which would hold its output open; what it printed remains.
         """
         try:
             output, _ = process.communicate(timeout=max(self.left(), 1))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             output += "\ncut off: it took too long"
         return process.returncode, output

@@ -14,7 +14,7 @@ from .rows import Stage
 #: A rehearsal's pairs of rows that Triton's kernels without a sort serve.
 REHEARSAL_PAIRS = 400
 #: Where a stage is; the others: in speed.
-MODULES = {"warm": "warm", "tune": "tune", "counters": "counters"} | dict.fromkeys(
+MODULES = {name: name for name in ("warm", "tune", "choices", "counters")} | dict.fromkeys(
     ("build", "sanitizer", "triton-kernels", "cuda-kernels", "planted-fault"), "checks"
 )
 

@@ -106,9 +106,11 @@ def recorded_launches(
     window: float = 1.0,
     has_weights: bool = True,
     precision: str = "high",
+    reduction: str = "mean",
 ) -> list[Launch]:
     """The launches of one step, from tensors without storage: of the losses' mean and its gradient,
-    of the losses and theirs where there are further keys (``K``), of which some are absent.
+    of the losses and theirs where that is asked for (``"none"``) or where there are further keys
+    (``K``), of which some are absent.
     """
     settings = Settings(window, temperature, 0.01, resolve_variant(variant), distance)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -120,19 +122,21 @@ def recorded_launches(
         matmul_precision(precision),
         intercepted(architecture, reach, L == 1) as launches,
     ):
-        if K is None:
-            inputs = Inputs(*rows, None, 0, settings)
-            loss, kept, plan = triton_backend.reduced(inputs, None, "mean", True)
+        keys = n_absent = coef_j = None
+        if K is not None:
+            y_j = torch.empty(K, L, device="meta")
+            keys = (torch.empty(K, D, dtype=dtype, device="meta"), y_j, y_j)
+            if settings.variant.unit_terms:
+                n_absent = torch.empty((), dtype=torch.int64, device="meta")
+        inputs = Inputs(*rows, keys, 0, settings, n_absent)
+        if K is None and reduction != "none":
+            loss, kept, plan = triton_backend.reduced(inputs, None, reduction, True)
             triton_backend.reduced_gradient(x, kept, plan, loss)
             return launches
-        y_j = torch.empty(K, L, device="meta")
-        keys = (torch.empty(K, D, dtype=dtype, device="meta"), y_j, y_j)
-        is_counted = settings.variant.unit_terms
-        n_absent = torch.empty((), dtype=torch.int64, device="meta") if is_counted else None
-        inputs = Inputs(*rows, keys, 0, settings, n_absent)
         loss, stats, layout = triton_backend.forward(inputs)
         coef_i = scale_statistics(stats, loss)
-        coef_j = coef_i.new_empty((K, coef_i.shape[1]))
+        if K is not None:
+            coef_j = coef_i.new_empty((K, coef_i.shape[1]))
         triton_backend.backward(inputs, coef_i, coef_j, layout)
     return launches
 

@@ -10,8 +10,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from unittest import mock
 
-from tqdm import tqdm
-
 from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend.configs import Config
 
@@ -114,6 +112,8 @@ def judge(
 
 def rank(kind: str, D: int, arithmetic: str, arch: int, variant: str, N: int) -> None:
     """Prints the candidates, best first, and those that are rejected."""
+    from tqdm import tqdm  # the stage that tunes needs none
+
     width = call.bucket(D, arithmetic)
     kind = "wide" if kind == "backward" and width == 0 else kind
     width = {"wide": 0, "product": call.columns_of(D)}.get(kind, width)

@@ -17,8 +17,9 @@ def pair_counts(
 ) -> tuple[Tensor, Tensor]:
     """``n_i`` and ``m_i``, int64 [N], of anchors [N, L] that are all among the keys [K, L].
 
-    A NaN label is in no set of anybody, a NaN prediction in none that predictions decide. One
-    component: O(K log K) by sorted orders; several: all pairs, a bounded block at a time. No host
+    A distance that is NaN is neither within the window nor beyond it: a NaN label is in no set of
+    anybody, and two labels that are the same infinity in none of each other. One component:
+    O(K log K) by sorted orders; several: all pairs, a bounded block at a time. No host
     synchronisation on a GPU.
     """
     if len(y_i) == 0:
@@ -26,11 +27,7 @@ def pair_counts(
         return nothing, nothing.clone()
     count = _count_sorted if y_i.shape[1] == 1 else _count_blocks
     n_i, m_i = count(y_i, p_i, y_j, p_j, window, distance, negatives)
-    return n_i - _is_valid(y_i).long(), m_i  # of the positives, one is the anchor itself
-
-
-def _is_valid(y: Tensor) -> Tensor:
-    return ~y.isnan().any(dim=1)
+    return n_i - y_i.isfinite().all(dim=1).long(), m_i  # d_ii = 0, or NaN, which counts nowhere
 
 
 def _count_blocks(
@@ -53,29 +50,38 @@ def _count_sorted(
 ) -> tuple[Tensor, Tensor]:
     y_order, *in_y = _bands_of(y_i[:, 0], y_j[:, 0], window)
     n_i = in_y[1] - in_y[0]
+    # Of anchors with a finite label, +∞, −∞ (NaN: none): which keys are at a distance from them.
+    y = y_i[:, 0]
+    kind = (y == torch.inf) + 2 * (y == -torch.inf).long()
+    is_apart = torch.stack([~(each - y_j[:, 0]).isnan() for each in (0.0, torch.inf, -torch.inf)])
     if negatives == "all":
-        return n_i, torch.where(_is_valid(y_i), _is_valid(y_j).sum() - n_i, 0)
+        return n_i, torch.where(y.isnan(), 0, is_apart.sum(1)[kind] - n_i)
     p_order, *in_p = _bands_of(p_i[:, 0], p_j[:, 0], window)
-    has_label = _is_valid(y_j)[p_order].long().cumsum(0)
-    has_label = torch.cat([has_label.new_zeros(1), has_label])
-    similar_p = has_label[in_p[1]] - has_label[in_p[0]]
+    before = torch.nn.functional.pad(is_apart[:, p_order].long().cumsum(1), (1, 0))
+    similar_p = before[kind, in_p[1]] - before[kind, in_p[0]]
     place_in_p = torch.empty_like(p_order)
     place_in_p[p_order] = torch.arange(len(p_order), device=p_order.device)
     similar = _count_within(place_in_p[y_order], *in_y, *in_p)
-    return n_i, torch.where(_is_valid(y_i), similar_p - similar, 0)
+    return n_i, torch.where(y.isnan(), 0, similar_p - similar)
 
 
 def _bands_of(y_i: Tensor, y_j: Tensor, window: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys' order, NaN last, and each anchor's band in it: empty for a NaN anchor."""
+    """The keys' order, NaN last, and each anchor's band in it: empty for a NaN anchor, and with a
+    finite window for an infinite one.
+    """
     sorted_j, order = y_j.sort(stable=True)
+    n_valid = sorted_j.isnan().logical_not_().sum()
+    if window == torch.inf:  # all keys but NaN and the anchor's own infinity
+        lo = torch.where(y_i == -torch.inf, (y_j == -torch.inf).sum(), 0)
+        hi = torch.where(y_i == torch.inf, n_valid - (y_j == torch.inf).sum(), n_valid)
+        return order, lo, torch.where(y_i.isnan(), lo, hi)
     sorted_i, anchor_order = (sorted_j, order) if y_i is y_j else y_i.sort(stable=True)
     lo, hi = (torch.empty_like(anchor_order) for _ in range(2))
-    n_valid = sorted_j.isnan().logical_not_().sum()
-    # As the greatest number a NaN key is behind every band but that of an infinite window.
+    # As infinity a NaN key is behind every finite anchor's band.
     at = bands(sorted_i, sorted_j.nan_to_num(torch.inf, torch.inf, -torch.inf), window)
     for band, found in zip((lo, hi), at, strict=True):
-        band[anchor_order] = found.minimum(n_valid)
-    return order, lo, torch.where(y_i.isnan(), lo, hi)
+        band[anchor_order] = found
+    return order, lo, torch.where(y_i.isfinite(), hi, lo)
 
 
 def _count_within(places: Tensor, lo: Tensor, hi: Tensor, a: Tensor, b: Tensor) -> Tensor:

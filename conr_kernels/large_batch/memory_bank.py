@@ -11,13 +11,21 @@ from torch import Tensor, nn
 from .. import validation
 
 
+def _holding_both(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The dtype that holds labels of both as the loss compares them: 16 bits hold no integers."""
+    both = torch.promote_types(a, b)
+    is_mixed = a.is_floating_point != b.is_floating_point
+    return torch.promote_types(both, torch.float32) if is_mixed else both
+
+
 class MemoryBank(nn.Module):
     """The last ``size`` rows that were pushed, to serve as ``keys`` of ``conr_loss``.
 
     The rows are buffers: they move with the module and are part of its state dict, of which they
-    are loaded with their number or not at all. Labels and predictions are never rounded, since a
-    window decides on them: they keep their dtype when the module changes its own, and wider ones
-    that are pushed or loaded widen it. ::
+    are loaded with their number or not at all. Labels and predictions serve exactly as in a batch,
+    since a window decides on them: they keep their dtype when the module changes its own, and wider
+    ones that are pushed or loaded widen it. Like the loss, a bank of floating labels takes integers
+    in float32, exact up to 2²⁴. ::
 
         loss = conr(features, targets, predictions, keys=bank, mask=mask)
         bank.push(features, targets, predictions, mask)
@@ -87,7 +95,7 @@ class MemoryBank(nn.Module):
                 f"the bank holds D = {D} features and L = {L} labels a row, got features "
                 f"{tuple(features.shape)} and targets {tuple(targets.shape)}"
             )
-        self._widen(targets=targets.dtype, predictions=predictions.dtype)
+        self._make_writable(targets=targets.dtype, predictions=predictions.dtype)
         self.has_mask |= mask is not None
         takes_part = self.mask.new_ones(N) if mask is None else mask.reshape(N)
         kept = min(N, size)
@@ -104,10 +112,13 @@ class MemoryBank(nn.Module):
             held[: kept - until_end] = rows[until_end:]
         self.n_pushed += N
 
-    def _widen(self, **dtypes: torch.dtype) -> None:
-        for name, dtype in dtypes.items():
-            held = getattr(self, name)
-            setattr(self, name, held.to(torch.promote_types(held.dtype, dtype)))
+    def _make_writable(self, **dtypes: torch.dtype) -> None:
+        """Buffers wide enough for rows of these dtypes, which may be written in any mode."""
+        for name, held in self._buffers.items():
+            dtype = _holding_both(held.dtype, dtypes.get(name, held.dtype))
+            if dtype != held.dtype or held.is_inference():
+                with torch.inference_mode(False):
+                    setattr(self, name, held.to(dtype, copy=True))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *of_the_call: Any
@@ -122,7 +133,8 @@ class MemoryBank(nn.Module):
             t is not None and t.shape == self._buffers[name].shape for name, t in found.items()
         )
         if is_whole:
-            self._widen(targets=found["targets"].dtype, predictions=found["predictions"].dtype)
+            dtypes = {name: found[name].dtype for name in ("targets", "predictions")}
+            self._make_writable(**dtypes)
         else:
             *_, missing_keys, _, error_messages = of_the_call
             error_messages += [

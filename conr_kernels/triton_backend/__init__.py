@@ -90,7 +90,7 @@ def takes_any_labels(x: Tensor) -> bool:
     """Whether ``reduced`` takes labels of any real dtype, [N] or [N, L]: its kernels convert, but
     not the interpreter.
     """
-    return not x.is_cpu and few.serves(len(x), *x.shape, x.dtype)
+    return not x.is_cpu and few.serves(x.shape[0], *x.shape, x.dtype)
 
 
 def reduced(
@@ -104,7 +104,7 @@ def _reduced(
     x: Tensor, inputs: Inputs, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], few.Plan | many.Plan]:
     x, y, p, w, _, _, settings, _ = inputs.contiguous()
-    path = few if few.serves(len(x), *x.shape, x.dtype) else many
+    path = few if few.serves(x.shape[0], *x.shape, x.dtype) else many
     plan = path.plan_of(x, y, None, 0, settings, reduction)
     return *path.reduced(plan, place_of(x), x, y, p, w, wants_gradient), plan
 

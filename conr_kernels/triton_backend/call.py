@@ -42,8 +42,8 @@ WORKSPACE = 2**27, 2**29
 PIECES = 128
 PIECE_KEYS = 8192
 #: Rows, and of wide features, from which on the forward pass takes each pair once: fewer are too
-#: little work to add up parts of.
-MIRRORED_ROWS = 2**14 + 1, 2**13
+#: little work to add up parts of. And from which on the gradient of wide features does.
+MIRRORED_ROWS = 2**14 + 1, 2**13, 1
 #: Bytes of a row of features from which on it does: of narrower ones the parts of sums would be
 #: most of the memory.
 MIRRORED_BYTES = 128
@@ -150,6 +150,7 @@ class Call:
         # factor in 16 bits alone, and float16 has a scale for each row of a tile.
         is_mirrored = self.L == 1 and self.is_confused and not self.has_keys
         is_mirrored &= self.form.dtype == torch.bfloat16 and chosen.BLOCK_I == chosen.BLOCK_J
+        is_mirrored &= MIRRORED_ROWS[2] <= self.N
         n_pairs = n * (n + 1) // 2 if is_mirrored else n * n_j
         window = _even(n * n_j, kept // (chosen.BLOCK_I * chosen.BLOCK_J * itemsize))
         window = min(window, n_pairs)

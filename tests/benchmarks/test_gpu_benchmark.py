@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu import __main__ as main
-from benchmarks.gpu import claims, plan, rows, steps
+from benchmarks.gpu import claims, device, plan, rows, steps
 from benchmarks.gpu.processes import LINE_SIZE, Record, Task, run_together
 from benchmarks.rows import ROOT
 
@@ -123,6 +123,16 @@ def test_a_failing_case_leaves_the_later_ones_alone_and_the_deadline_skips_the_r
     )
 
 
+def test_a_tool_that_outlasts_the_deadline_ends_with_the_program_that_it_started():
+    """As compute-sanitizer does with what it watches, which holds the output open."""
+    stage = rows.Stage("name", 3.0)
+    tool = f"import subprocess; print('begun', flush=True); subprocess.run(['sleep', '{FOREVER}'])"
+    start = time.monotonic()
+    status, output = stage.output_of(stage.start([sys.executable, "-c", tool]))
+    assert time.monotonic() - start < 30
+    assert status < 0 and output.startswith("begun") and "cut off" in output
+
+
 def test_a_lost_context_ends_the_process_for_a_restart(monkeypatch):
     monkeypatch.setattr(rows.device, "is_broken", lambda: True)
     stage = rows.Stage("name", 100.0)
@@ -176,6 +186,24 @@ def test_a_run_says_what_it_plans_and_stops_at_its_limit(monkeypatch, record, ca
     assert [row["note"] for row in record.rows if row["metric"] == "not run"] == ["no time left"]
 
 
+def test_every_file_of_gpu_tests_belongs_to_a_stage():
+    of_stages = {file for files, *_ in plan.TESTS.values() for file in files}
+    assert {f"tests/gpu/{file.name}" for file in (ROOT / "tests/gpu").glob("test_*")} < of_stages
+
+
+def test_a_graphs_time_is_that_of_replays_in_a_row():
+    """Which hide the start of the first, as far as 10 ms go."""
+    found = {t: device.steps_in_a_row(t) for t in (2e-5, 1e-3, 4e-3, 0.13)}
+    assert list(found.values()) == [20, 10, 2, 1]
+
+
+def test_stages_know_which_others_run(monkeypatch, record):
+    known = []
+    monkeypatch.setattr(main, "run_together", lambda tasks, *_: known.extend(tasks))
+    main.run_stages(["warm", "speed"], record, 100.0)
+    assert [task.environment[rows.CHOSEN] for task in known] == ["warm speed"] * 2
+
+
 def test_without_a_gpu_nothing_runs_and_nothing_is_claimed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main.main(["--out", str(tmp_path / "out")]) == 0
@@ -223,16 +251,38 @@ def test_verdicts_of_ratios():
 def test_verdicts_of_rates_and_memory():
     t = 6 * 65_536**2 * 128 / 400e12
     collapsed = time_row("triton", t, N=65_536, regime=claims.COLLAPSED, mode=claims.GRAPH)
-    assert verdict("collapsed, N=65536 D=128: 6", [collapsed]) == ("400 TFLOP/s", "met")
+    assert verdict("collapsed, N=65536 D=128: 6", [collapsed]) == ("400 TFLOP/s", "missed")
     wide = dict(stage="speed", metric="visited pairs", D=2048, value=1e8)
     rows = [
         *(wide | {"mode": mode} for mode in ("forward", "scores", "product")),
         time_row("triton", 2 * 2048 * 3e8 / 400e12, D=2048, mode=claims.GRAPH),
         dict(stage="speed", metric="TFLOP/s", value=800.0),
     ]
-    assert verdict("N=16384 D=2048", rows) == ("0.500", "missed")
+    assert verdict("N=16384 D=2048: graph's rate", rows) == ("0.500", "missed")
+    f32 = time_row("triton", 4e-3, N=65_536, dtype="float32", mode=claims.GRAPH)
+    assert verdict("N=65536 D=128 float32: graph's time", [f32]) == ("4.000 ms", "met")
     memory = dict(stage="speed", metric="memory", provider="triton", N=2**20, D=128, value=2**30)
     assert verdict("N=1048576 D=128: extra", [memory]) == ("4.00", "met")
+
+
+def test_verdicts_of_choices_and_of_the_devices_time():
+    graph = time_row("triton", 6e-4, N=65_536, mode=claims.GRAPH)
+    claim = "N=65536 D=128 bfloat16: graph's time"
+    assert verdict(claim, [graph]) == ("0.600 ms", "met")
+    assert verdict(claim, [graph | {"value": 7e-4}]) == ("0.700 ms", "missed")
+    once, for_each = (
+        graph | {"stage": "choices", "mode": f"cuda graph, {way}", "value": t}
+        for way, t in (("once", 6e-4), ("sorted", 8e-4))
+    )
+    claim = "N=65536 D=128 bfloat16: once over"
+    assert verdict(claim, [once, graph]) == ("", "not run")
+    assert verdict(claim, [once, for_each]) == ("0.750", "met")
+    assert verdict(claim, [once | {"value": 9e-4}, for_each])[1] == "missed"
+    equal = dict(stage="choices", metric="equal replays", value=15)
+    claim = "large batches: replays"
+    assert verdict(claim, [graph]) == ("", "not run")
+    assert verdict(claim, [equal, equal]) == ("2 ways, 0 wrong", "met")
+    assert verdict(claim, [equal, equal | {"metric": "wrong"}]) == ("1 ways, 1 wrong", "missed")
 
 
 def test_verdicts_of_tests_and_sanitizer():
@@ -258,7 +308,7 @@ def test_verdicts_of_tests_and_sanitizer():
     assert decided == [["met", "not run"], ["not run", "not run"], ["missed", "not run"]]
 
 
-def sanitized(record: Record, of_fault: str, of_kernels: str) -> None:
+def sanitized(record: Record, of_fault: str, of_kernels: str, seconds: float = 60.0) -> None:
     """A run of the stage with programs in place of compute-sanitizer's, as its parent reads it."""
     code = f"""
 import os, subprocess, sys
@@ -272,7 +322,7 @@ def start(command, **options):
     (name,) = set(codes) & set(command)
     return plain([sys.executable, "-c", codes[name]], **options)
 subprocess.Popen = start
-sys.exit(checks.sanitizer(rows.Stage("sanitizer", 60.0)))
+sys.exit(checks.sanitizer(rows.Stage("sanitizer", {seconds})))
 """
     run(record, code)
 
@@ -291,6 +341,16 @@ def test_a_program_that_fails_under_the_sanitizer_is_a_failure(record):
     sanitized(record, RAISES + "raise SystemExit(9)", RAISES + "raise SystemExit(1)")
     assert ("triton memcheck", "failed") in metrics(record)
     assert [row["stage"] for row in record.rows if row["metric"] == "failed"] == 2 * ["sanitizer"]
+
+
+@pytest.mark.parametrize("report, metric", [("", "not run"), ("Invalid __global__ w", "failed")])
+def test_a_sanitizer_that_is_cut_off_says_how_far_it_came(record, report, metric):
+    """And is a failure where it had found a fault by then."""
+    code = f"import time; print('ran N=33', flush=True); print({report!r}, flush=True); "
+    sanitized(record, RAISES + "raise SystemExit(9)", f"{code}time.sleep({FOREVER})", 8.0)
+    (row,) = [row for row in record.rows if row.get("case") == "triton memcheck"]
+    assert row["metric"] == metric and "1 of 18 regimes" in row["note"]
+    assert "cut off" not in [row["metric"] for row in record.rows]
 
 
 def test_the_steps_time_and_the_devices_stand_side_by_side():

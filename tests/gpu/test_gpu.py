@@ -20,13 +20,16 @@ from conr_kernels.triton_backend import launch_sweeps
 WHY_NOT = device.reason_against()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"not run: {WHY_NOT}")
 
-#: Rows of a batch, features, and ``device.path``: every pair, with D split, with s_ij recomputed;
-#: sorted rows, with D in chunks, by the kernels that take each pair once.
+#: Rows of a batch, features, and ``device.path``: sorted rows by the kernels that take each pair
+#: once, with D in chunks; every pair, with D split, with s_ij recomputed; other sorted rows.
 REGIMES = [
+    (1537, 128, "once"), (1100, 300, "once"),
     (31, 33, ""), (1000, 512, ""), (32, 100_000, ""), (1537, 128, ""),
     (1537, 128, "sorted"), (4097, 65, ""), (3001, 256, "sorted"), (1500, 2048, ""),
-    (1537, 128, "once"), (1100, 300, "once"),
 ]  # fmt: skip
+#: As of large features: a sweep after the other.
+IN_TURNS = [(1537, 128, "once, in turns"), (1100, 300, "once, in turns"),
+            (1537, 128, "sorted, in turns")]  # fmt: skip
 VARIANTS = ["paper", "released-age", "released-depth", "contrastive"]
 #: Largest errors of loss and gradient, relative to their largest entry.
 LIMITS = {
@@ -42,6 +45,7 @@ SMALL_AND_LARGE = [(200, ""), (1800, "sorted")]
 FAR = 40_000_000
 if device.REHEARSAL:
     REGIMES = [(31, 33, ""), (700, 17, "sorted"), (40, 300, "once")]
+    IN_TURNS = [(40, 17, "once, in turns")]
     PRECISION_SIZES = [(24, 17, "once")]
     REPEATS, FAR, SMALL_AND_LARGE = 2, 400, [(200, ""), (700, "sorted")]
 
@@ -104,6 +108,18 @@ def test_auto_picks_triton() -> None:
 @pytest.mark.parametrize(("N", "D", "path"), REGIMES)
 def test_agrees_with_the_float64_reference(N: int, D: int, path: str, dtype, variant: str) -> None:
     assert_close(batch(N, D, dtype), LIMITS[dtype], path, variant=variant)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("N", "D", "path"), IN_TURNS)
+def test_sweeps_in_turns(N: int, D: int, path: str, dtype, reduction: str) -> None:
+    rows = batch(N, D, dtype)
+    assert_close(rows, LIMITS[dtype], path, reduction=reduction)
+    first, *others = (
+        loss_and_gradient(rows, device.TRITON, path, reduction=reduction) for _ in range(16)
+    )
+    assert all(map(torch.equal, first, again) for again in others)
 
 
 @pytest.mark.parametrize(("N", "D", "path"), PRECISION_SIZES)

@@ -108,7 +108,7 @@ def forced(regime: str, allocations=guarded_allocations):
         PIECES=2**31,
         LIST_NUMBERS=0 if regime == "parts" else 2**31 - 1,
         WORKSPACE=(workspace, workspace),
-        MIRRORED_ROWS=(mirrored, mirrored),
+        MIRRORED_ROWS=(mirrored, mirrored, 1),
         MIRRORED_BYTES=0,
         SHORT_ROWS=2**14 if regime == "parts" else 0,
     )

@@ -145,6 +145,20 @@ def test_arrays_columns_and_lists_are_labels_as_tensors_are():
     )
 
 
+@pytest.mark.parametrize("dtype", ["int64", "float32", "float64", "object"])
+@pytest.mark.parametrize("shape", [(8,), (4, 2)])
+def test_what_a_masked_array_masks_is_missing(dtype, shape):
+    values, masked = [3, 1, 3, 2, 1, 2, 9, 1], [0, 0, 0, 0, 0, 0, 1, 0]
+    given = np.ma.array(values, mask=masked, dtype=dtype).reshape(shape)
+    expected = torch.tensor(values, dtype=torch.float64)
+    expected[6] = math.nan
+    w = density_weights(given)
+    torch.testing.assert_close(
+        w, density_weights(expected.reshape(shape)).to(w.dtype), equal_nan=True
+    )
+    assert w.isnan().sum() == 1
+
+
 def test_any_shape_whose_first_axis_is_the_rows():
     y = torch.randint(0, 4, (20, 2, 3), generator=torch.Generator().manual_seed(0))
     assert torch.equal(density_weights(y), density_weights(y.flatten(1)))
@@ -182,6 +196,14 @@ def test_labels_are_not_written_and_carry_no_gradient():
         (dict(method="inv"), ValueError, "'inverse', 'sqrt_inverse', got 'inv'"),
         (dict(smoothing="box"), ValueError, "'gaussian', 'triangular', 'laplace', got 'box'"),
         (dict(bin_width=0.0), ValueError, "bin_width must be finite and > 0, got 0.0"),
+        (
+            dict(targets=torch.ones(3, device="meta")),
+            ValueError,
+            "targets must hold .* on the meta",
+        ),
+        (dict(targets=[1e308, 1.0], bin_width=1e-5), ValueError, "bin_width .*1e-05 .* 1e.308"),
+        (dict(targets=[[0.0, 5.0]], bin_width=1e-310), ValueError, "bin_width .* 1e-310 .* 5"),
+        (dict(targets=np.ma.array([True, False])), TypeError, "torch.bool"),
         (dict(bin_width=math.nan), ValueError, "bin_width"),
         (dict(sigma=-1.0), ValueError, "sigma must be finite and > 0, got -1.0"),
         (dict(sigma="2"), TypeError, "sigma must be a Python number, got str"),

@@ -53,6 +53,44 @@ def test_counts_are_those_of_all_pairs(monkeypatch, device, n, n_components, dis
             assert torch.equal(found.is_anchor, (expected[0] > 0) & (expected[1] > 0))
 
 
+@pytest.mark.parametrize("window", [0.0, 0.5, float("inf")])
+@pytest.mark.parametrize(("n_components", "distance"), [(1, "mae"), (2, "mae"), (2, "rmse")])
+@pytest.mark.parametrize("variant", ["paper", "contrastive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counts_of_infinities_are_those_of_all_pairs(
+    window, n_components, distance, variant, dtype
+):
+    """The distance of an infinity to itself is NaN: in no set, and no row to take off a count."""
+    g = torch.Generator().manual_seed(n_components)
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 0.25, 1.0, 3e38], dtype=dtype)
+    for share in (0, 3):  # of all values alike, or mostly numbers
+        draw = torch.randint(-share, 7, (4, 40, n_components), generator=g)
+        y, p, key_y, key_p = values[torch.where(draw < 0, 3 + draw % 4, draw)]
+        mask = torch.rand(40, generator=g) < 0.7
+        y_j, p_j = torch.cat([y, key_y]), torch.cat([p, key_p])
+        keys = (torch.ones(40, 4), key_y, key_p)
+        options = dict(window=window, distance=distance, variant=variant)
+        for found, expected in (
+            (conr_statistics(y, p, **options), by_pairs(y, p, **options)),
+            (
+                conr_statistics(y, p, keys=keys, **options),
+                by_pairs(y, p, **options, y_j=y_j, p_j=p_j),
+            ),
+        ):
+            assert torch.equal(found.n_positives, expected[0])
+            assert torch.equal(found.n_negatives, expected[1])
+        found = conr_statistics(y, p, mask=mask, **options)
+        n_i, m_i = by_pairs(y[mask], p[mask], **options)
+        assert torch.equal(found.n_positives[mask], n_i) and not found.n_positives[~mask].any()
+        assert torch.equal(found.n_negatives[mask], m_i) and not found.n_negatives[~mask].any()
+
+
+def test_an_infinite_label_has_no_set_of_its_own():
+    found = conr_statistics(torch.tensor([1.0, 2.0, 1.0, torch.inf]), torch.ones(4), window=0.5)
+    assert found.n_positives.tolist() == [1, 0, 1, 0]
+    assert found.n_negatives.tolist() == [2, 3, 2, 3]
+
+
 @pytest.mark.parametrize("n_components", [1, 2])
 def test_masked_rows_are_as_if_absent(n_components):
     y, p = grid(60, n_components, 3)

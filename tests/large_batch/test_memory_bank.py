@@ -111,3 +111,66 @@ def test_float64_labels_of_a_default_bank_serve_as_the_same_rows_do(window):
     bank.push(*rest)
     options = dict(window=window, variant="contrastive")
     assert torch.equal(conr_loss(*own, keys=bank, **options), conr_loss(*own, keys=rest, **options))
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
+@pytest.mark.parametrize("pushed", [torch.int64, torch.int16, torch.float16])
+def test_integers_and_16_bits_meet_without_rounding_what_float32_holds(held, pushed):
+    """257 is none of bfloat16's numbers, 2049 none of float16's; both are in this batch's."""
+    x, more = torch.randn(4, 4), torch.tensor([256, 257, 2048, 2049])
+    first = more.to(held)
+    bank = MemoryBank(8, 4, label_dtype=held)
+    bank.push(x, first, first)
+    bank.push(x, more.to(pushed), more.to(pushed))
+    for labels in bank.keys()[1:]:
+        assert torch.equal(labels[:4, 0].double(), first.double())
+        assert torch.equal(labels[4:, 0].double(), more.to(pushed).double())
+
+
+def test_integers_beyond_float32_serve_as_the_same_rows_do():
+    x, y = torch.randn(6, 4), 2**24 + torch.arange(6)
+    bank = MemoryBank(8, 4)
+    bank.push(x, y, y)
+    for labels in (y, y.double()):
+        options = dict(window=0.5, variant="contrastive", reduction="none")
+        expected = conr_loss(x, labels, labels, keys=(x, y, y), **options)
+        assert torch.equal(conr_loss(x, labels, labels, keys=bank, **options), expected)
+
+
+MADE_IN_INFERENCE = {
+    "widened": lambda bank, other: bank.push(*rows(3, torch.float64)),
+    "loaded": lambda bank, other: bank.load_state_dict(other.state_dict()),
+    "assigned": lambda bank, other: loaded(bank, copy.deepcopy(other), assign=True),
+    "deepcopy": lambda bank, other: copy.deepcopy(bank),
+    "constructed": lambda bank, other: MemoryBank(8, 4),
+    "half": lambda bank, other: bank.half(),
+}
+
+
+@pytest.mark.parametrize("then", ["push", "load"])
+@pytest.mark.parametrize("way", MADE_IN_INFERENCE)
+def test_what_inference_mode_has_made_goes_on_outside_of_it(way, then):
+    bank, other = filled(), MemoryBank(8, 4, label_dtype=torch.float64)
+    other.push(*rows(6, torch.float64, seed=2))
+    with torch.inference_mode():
+        made = MADE_IN_INFERENCE[way](bank, other)
+    bank = made if isinstance(made, MemoryBank) else bank
+    if then == "push":
+        bank.push(*rows(2, torch.float64, seed=3))
+        assert torch.equal(
+            bank.keys()[1][(bank.n_pushed - 1) % 8], rows(2, torch.float64, 3)[1][1:]
+        )
+    else:
+        bank.load_state_dict(other.state_dict())
+        assert torch.equal(bank.keys()[1], other.keys()[1])
+
+
+@pytest.mark.parametrize("way", ["widened", "loaded"])
+def test_buffers_widened_in_inference_mode_may_be_written_outside_of_it(way):
+    bank, other = filled(), MemoryBank(8, 4, label_dtype=torch.float64)
+    other.push(*rows(6, torch.float64, seed=2))
+    with torch.inference_mode():
+        MADE_IN_INFERENCE[way](bank, other)
+    assert bank.targets.dtype == torch.float64
+    for t in bank.buffers():
+        t.copy_(t.clone())  # as an average of models and a broadcast of buffers do

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from conr_kernels import conr_loss, reference
+from conr_kernels import conr_loss, ops, reference
 from conr_kernels import torch_backend as torch_room
 from conr_kernels.core import sweep
 from conr_kernels.core.inputs import Inputs
@@ -214,5 +214,6 @@ def test_four_functions_make_a_backend_that_serves_every_reduction(monkeypatch):
     expected = {reduction: step(reduction) for reduction in ("mean", "sum", "none")}
     for name in ("reduces", "reduced", "reduced_gradient"):
         monkeypatch.delattr(torch_room, name)
+    monkeypatch.setattr(ops, "_optional", ops._optional.__wrapped__)
     for reduction, gradient in expected.items():
         torch.testing.assert_close(step(reduction), gradient)

@@ -52,8 +52,9 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
 
 def profile(stage: Stage, tool: str, size: Size) -> None:
     code = f"from benchmarks.gpu.stages.counters import one_step; one_step({size.N}, {size.D})"
-    command = [tool, "--csv", "--page", "raw", "--kernel-name", "regex:conr_", "--metrics"]
-    command += [",".join(METRICS), sys.executable, "-c", code]
+    command = [tool, "--clock-control", "none", "--csv", "--page", "raw"]
+    command += ["--kernel-name", "regex:conr_", "--metrics", ",".join(METRICS)]
+    command += [sys.executable, "-c", code]
     status, output = stage.output_of(stage.start(command))
     kernels = parsed(output) if status == 0 else {}
     if not kernels:

@@ -43,8 +43,14 @@ class Size(NamedTuple):
         return f"N={self.N} D={self.D} {row['dtype']} {self.regime}"
 
     def batch(self) -> Batch:
-        n, d = device.small(self.N), device.narrow(self.D)
-        return make_batch(n, d, REGIMES[self.regime], device.DEVICE, self.dtype)
+        return _batch(self)
+
+
+@functools.lru_cache(maxsize=1)
+def _batch(size: Size) -> Batch:
+    """The host takes seconds to draw the largest."""
+    n, d = device.small(size.N), device.narrow(size.D)
+    return make_batch(n, d, REGIMES[size.regime], device.DEVICE, size.dtype)
 
 
 def dense_losses(batch: Batch, reduction: str) -> Tensor:

@@ -36,7 +36,7 @@ RATE_SIZE = 8192
 T = TypeVar("T")
 Runs = dict[str, Callable[[], object]]
 Row = dict[str, object]
-Cases = dict[str, Callable[[], None]]
+Cases = dict[str, functools.partial[None]]
 
 
 def tried(stage: Stage, row: Row, function: Callable[..., T], *arguments: object) -> T | None:
@@ -54,8 +54,8 @@ def tried(stage: Stage, row: Row, function: Callable[..., T], *arguments: object
 def timed(
     stage: Stage, runs: Runs, row: Row, repeats: int, steps: int, has_graph: bool = True
 ) -> None:
-    """Peak extra memory, time of steps in a row and, as a CUDA graph, their time on the device
-    alone, in turns.
+    """Peak extra memory, time of steps in a row, in turns, and, as a CUDA graph, their time on the
+    device alone: of as many replays in a row as hide the start of the first.
     """
     rows = {
         name: row | dict(provider=name, mode="forward" if name == PRODUCT else row["mode"])
@@ -71,12 +71,14 @@ def timed(
         torch.cuda.empty_cache()
     if not runs:
         return
-    for name, t in device.seconds(runs, repeats, steps).items():
+    found = device.seconds(runs, repeats, steps)
+    for name, t in found.items():
         stage.add("time", t, **rows[name], note=note)
     for name in runs if has_graph else ():  # one at a time: each keeps the memory of a whole step
         graph = tried(stage, rows[name], device.graph, runs[name])
         if graph is not None:
-            t = device.seconds({name: graph[0]}, repeats, steps)[name]
+            in_a_row = max(steps, device.steps_in_a_row(found[name]))
+            t = device.seconds({name: graph[0]}, repeats, in_a_row)[name]
             stage.add("time", t, **rows[name] | {"mode": GRAPH}, note=note)
         del graph
         torch.cuda.empty_cache()
@@ -174,20 +176,19 @@ def training(stage: Stage, n: int) -> None:
     timed(stage, steps, row, 9, 10 if n <= 1024 else 2, has_graph=False)
 
 
-def speed(stage: Stage) -> int:
-    """What is claimed of the Triton backend, alone and in a training step."""
+def claimed(stage: Stage) -> Cases:
+    """What is claimed of Triton's steps, alone and in a training step, the most wanted first."""
     with_eager, wide = ["triton", "eager", PRODUCT], Size(16_384, 2048)
     found: Cases = {"rates": functools.partial(rates, stage)}
     found |= cases(stage, [Size(16_384)], with_eager)
     found |= cases(stage, [Size(65_536), Size(65_536, 512)], ["triton", PRODUCT])
-    found |= cases(stage, [Size(2**20)], ["triton"], repeats=3)
     found["visited pairs"] = functools.partial(visited_pairs, stage, wide)
-    found |= cases(stage, [wide], ["triton", PRODUCT])
+    of_asked = [Size(16_384, 512), wide, Size(65_536, 128, F32)]
+    found |= cases(stage, of_asked, ["triton", PRODUCT])
+    found |= cases(stage, [Size(65_536, 512, regime=COLLAPSED)], ["triton"])
+    found |= cases(stage, [Size(65_536, regime=COLLAPSED)], ["triton", "dense fused"])
+    found |= cases(stage, [Size(2**20)], ["triton"], repeats=3)
     found |= cases(stage, map(Size, (128, 256, 512)), with_eager[:2], repeats=15, steps=20)
-    collapsed = [Size(65_536, d, regime=COLLAPSED) for d in (128, 512)]
-    found |= cases(stage, collapsed[:1], ["triton", "dense fused"])
-    found |= cases(stage, collapsed[1:], ["triton"])
-    found |= cases(stage, [Size(16_384, 512), Size(65_536, 128, F32)], ["triton", PRODUCT])
     for n in (128, 1024, 16_384):
         found[f"training, batch {n}"] = functools.partial(training, stage, n)
     found |= cases(stage, [Size(16_384, 128, F32), Size(1024), Size(2048), Size(4096)], with_eager)
@@ -195,7 +196,18 @@ def speed(stage: Stage) -> int:
         Size(16_384, 256), Size(16_384, 64), Size(65_536, 256), Size(65_536, 64),
         Size(16_384, 2048, F32),
     )  # fmt: skip
-    return stage.run(found | cases(stage, others, ["triton", PRODUCT]))
+    return found | cases(stage, others, ["triton", PRODUCT])
+
+
+def speed(stage: Stage) -> int:
+    """What is claimed of the Triton backend."""
+    return stage.run(claimed(stage))
+
+
+def sizes() -> list[Size]:
+    """Of the stage ``speed``."""
+    found = claimed(Stage("speed", 0.0)).values()
+    return [case.args[1] for case in found if case.func is measure]
 
 
 COMPILED = Size(16_384)
@@ -215,9 +227,10 @@ def inductor(stage: Stage) -> int:
 
 def compare(stage: Stage) -> int:
     """Dense fused kernels, ours for this loss and others' for theirs, and compiled eager."""
-    names = ["triton", "dense fused", *packages.MODULES]
-    found = cases(stage, [COMPILED], [*names, "compiled eager"])
-    return stage.run(found | cases(stage, [Size(65_536)], names))
+    found = cases(stage, [COMPILED, Size(65_536)], ["triton", "dense fused", *packages.MODULES])
+    # Last: where inductor's cache is empty, it takes the rest of the time.
+    of_compiled = functools.partial(measure, stage, COMPILED, ["triton", "compiled eager"])
+    return stage.run(found | {f"{COMPILED}, compiled": of_compiled})
 
 
 def cuda(stage: Stage) -> int:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from unittest import mock
 
 import torch
 
-from conr_kernels.triton_backend import call, launch_dense
+from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend.configs import Config
 
 from ...providers import Provider, package_losses
@@ -21,7 +20,7 @@ from ...static import compiled, rank
 from .. import device
 from ..rows import TABLE, Stage
 from . import warm
-from .providers import F32, PROVIDERS, Size
+from .providers import F32, Size
 
 #: Kind, size and precision of float32 products, the most wanted first.
 ITEMS = [
@@ -42,7 +41,6 @@ ITEMS = [
     ("forward", Size(16_384, 64, F32), "highest"),
     ("backward", Size(16_384, 64, F32), "highest"),
 ]
-CROSSOVER = (512, 768, 1024, 1536, 2048)
 #: A new entry must take at most this share of the shipped step.
 GAIN = 0.99
 
@@ -136,23 +134,10 @@ def one_item(stage: Stage, kind: str, size: Size, how: str) -> None:
         print(f"{TABLE}{entry(kind, size, how, chosen)}  # {note}", flush=True)
 
 
-def crossover(stage: Stage) -> None:
-    """Every pair without a sort, and the sweeps, as graphs: where DENSE_PAIRS should lie."""
-    for n in CROSSOVER[:1] if device.REHEARSAL else CROSSOVER:
-        size = Size(n)
-        run = functools.partial(PROVIDERS["triton"].step, size.batch())
-        graphs = {}
-        for name, pairs in (("every pair", 2**40), ("sweeps", -1)):
-            with mock.patch.object(launch_dense, "DENSE_PAIRS", pairs):
-                graphs[name] = device.graph(run)[0]
-        for name, t in device.seconds(graphs, 9, 20).items():
-            stage.add("time", t, provider="triton", mode=f"cuda graph, {name}", **size.row())
-
-
 def tune(stage: Stage) -> int:
     """Proposes entries of the static table."""
     precompile(stage)
-    cases = {"crossover": functools.partial(crossover, stage)}
+    cases = {}
     for kind, size, how in ITEMS[1:2] if device.REHEARSAL else ITEMS:  # the interpreter is slow
         cases[f"{kind} {size} {how}"] = functools.partial(one_item, stage, kind, size, how)
     return stage.run(cases)

@@ -28,12 +28,12 @@ from ...static import compiled
 from ...static.compiled import Launch
 from ...static.shipped import specialization
 from .. import device
-from ..rows import Stage
-from . import dense
+from ..rows import CHOSEN, Stage
+from . import checks, choices, dense, speed
 from .providers import BF16, F32
 
-#: ``recorded_launches``'s arguments by name, maybe with those of ``compiled.tried`` and
-#: ``device.path``; or ``dense``, that kernel's D.
+#: ``recorded_launches``'s arguments by name, maybe with those of ``choices.taken``; or ``dense``,
+#: that kernel's D.
 Call = tuple[tuple[str, object], ...]
 
 
@@ -52,37 +52,65 @@ def compiling_for(architecture: int) -> contextlib.AbstractContextManager:
     return mock.patch.object(driver, "_active", named)
 
 
-def calls() -> list[Call]:
-    """Every call whose kernels the tests and the stages use, the most used first."""
-    from tests.gpu import test_gpu
-
+def calls(stages: str = "") -> list[Call]:
+    """Every call whose kernels these stages (all, if none is named) launch, the most wanted first:
+    those of the sizes that most stages time, then those of few stages.
+    """
+    named = stages.split()
     found: list[dict[str, object]] = []
-    for d, dtype, n in itertools.product((128, 512, 2048, 64, 256), (BF16, F32), (512, 16_384)):
-        found.append(dict(N=n, D=d, dtype=dtype))
-    for (n, d, path), dtype, variant in itertools.product(
-        test_gpu.REGIMES, test_gpu.LIMITS, test_gpu.VARIANTS
-    ):
-        found.append(dict(N=n, D=d, path=path, dtype=dtype, variant=variant))
-    for (n, d, path), how in itertools.product(test_gpu.PRECISION_SIZES, ("highest", "high")):
-        found.append(dict(N=n, D=d, path=path, dtype=F32, precision=how))
-    for n, path in test_gpu.SMALL_AND_LARGE:
-        of = dict(N=n, D=64, path=path, dtype=F32)
-        found += [of | dict(L=3, distance=how, window=9.0) for how in ("mae", "rmse")]
-        found.append(of | dict(temperature=0.005))
-    for n, path in [*test_gpu.SMALL_AND_LARGE, (1800, "once")]:
-        found.append(dict(N=n, D=64, path=path, dtype=BF16))
-    return [call_of(**{"precision": "highest"} | call) for call in found] + [call_of(dense=128)]
+    for size in speed.sizes():
+        of = dict(N=size.N, D=size.D, dtype=size.dtype)
+        found += [of, of | dict(reduction="none")]
+    parts = {
+        "choices": choices.calls,
+        "sanitizer": functools.partial(checks.sanitized, "triton"),
+        "tests": _of_tests,
+    }
+    for name, part in parts.items():
+        if not named or name in named:
+            found += part()
+    found = [{"precision": "highest"} | call for call in found]
+    return [call_of(**call) for call in found] + [call_of(dense=128)]
+
+
+def _of_tests() -> Iterator[dict[str, object]]:
+    """Of test_gpu.py, whose losses are those of single rows if not said otherwise, and the most
+    frequent of test_gpu_host.py.
+    """
+    from tests.gpu import test_gpu as of
+    from tests.gpu import test_gpu_host as of_host
+
+    rows = dict(reduction="none")
+    for (n, d, path), dtype, how in itertools.product(of.IN_TURNS, (BF16, F32), ("none", "mean")):
+        yield dict(N=n, D=d, path=path, dtype=dtype, reduction=how)
+    for (n, d, path), dtype, variant in itertools.product(of.REGIMES, of.LIMITS, of.VARIANTS):
+        yield rows | dict(N=n, D=d, path=path, dtype=dtype, variant=variant)
+    for (n, d, path), how in itertools.product(of.PRECISION_SIZES, ("highest", "high")):
+        yield rows | dict(N=n, D=d, path=path, dtype=F32, precision=how)
+    for n, path in of.SMALL_AND_LARGE:
+        small = rows | dict(N=n, D=64, path=path, dtype=F32)
+        yield from (small | dict(L=3, distance=how, window=9.0) for how in ("mae", "rmse"))
+        yield small | dict(temperature=0.005)
+    n_large = of.SMALL_AND_LARGE[1][0]
+    for path, variant in itertools.product(("sorted", "once"), ("paper", "released-depth")):
+        yield rows | dict(N=n_large, D=128, path=path, dtype=BF16, variant=variant)
+    for n, path in (*of.SMALL_AND_LARGE, (n_large, "once")):
+        yield rows | dict(N=n, D=64, path=path, dtype=BF16)
+    yield rows | dict(N=64, D=33, dtype=BF16)
+    for n, how in itertools.product((2**14, 2**16, 2**19), ("none", "mean")):
+        yield dict(N=n, D=128, dtype=BF16, reduction=how)
+    for (n, d), how in itertools.product(of_host.SIZES, ("none", "mean")):
+        yield dict(N=n, D=d, dtype=BF16, reduction=how)
+    for n in (128, 1000, 4096, 6000):
+        yield dict(N=n, D=64, dtype=F32, has_weights=False)
 
 
 def launches(call: Call, architecture: int) -> list[Launch]:
     options = dict(call)
     if width := options.get("dense"):
         return list(_of_dense(width, architecture))
-    replaced = options.pop("tried", None)
-    with (
-        device.path(options.pop("path", "")),
-        compiled.tried(*replaced) if replaced else contextlib.nullcontext(),
-    ):
+    way = {name: options.pop(name) for name in ("path", "tried") if name in options}
+    with choices.taken(**way):
         return compiled.recorded_launches(architecture=architecture, **options)
 
 
@@ -158,7 +186,7 @@ def compile_all(stage: Stage, wanted: list[Call], seconds: float) -> None:
 
 
 def warm(stage: Stage) -> int:
-    start, wanted = time.monotonic(), calls()
+    start, wanted = time.monotonic(), calls(os.environ.get(CHOSEN, ""))
     compile_all(stage, [wanted[0], wanted[-1]] if device.REHEARSAL else wanted, stage.left())
     stage.add("wall seconds", time.monotonic() - start)
     return 0

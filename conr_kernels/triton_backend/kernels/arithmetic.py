@@ -243,6 +243,14 @@ def add_exponentials(total, top, t_ij, phi_ij, is_in, SHIFTED: tl.constexpr, MAS
 
 
 @triton.jit
+def join_parts(totals, tops, axis: tl.constexpr):
+    """Parts ``totals·exp2(tops)`` of sums as one total and one top."""
+    top = tl.max(tops, axis=axis)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    return tl.sum(totals * tl.exp2(tops - tl.expand_dims(shift, axis)), axis=axis), top
+
+
+@triton.jit
 def sum_of(total, top, SHIFTED: tl.constexpr):
     """A row's sum in float64, or its natural logarithm where it was shifted."""
     if SHIFTED:

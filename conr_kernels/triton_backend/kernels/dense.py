@@ -11,13 +11,16 @@ import triton.language as tl
 from .arithmetic import (
     LN2,
     LOG2E,
+    add_exponentials,
     await_earlier,
     counted_keys,
     distance_of,
     dot,
     finish_rows,
+    join_parts,
     rounded_statistics,
     store_columns,
+    sum_of,
     sum_of_products,
 )
 
@@ -188,11 +191,7 @@ def pairs_of_tile(
 def _add(total, top, t_ij, weight, is_in, SHIFTED: tl.constexpr):
     """Adds a tile's ``weight·exp2(t_ij)`` to the rows' ``total·exp2(top)``; unshifted top is 0."""
     if SHIFTED:
-        t_ij = tl.where(is_in, t_ij, float("-inf"))
-        new_top = tl.maximum(top, tl.max(t_ij, axis=1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        terms = tl.exp2(t_ij - shift[:, None]) * weight
-        return total * tl.exp2(top - shift) + tl.sum(terms, axis=1), new_top
+        return add_exponentials(total, top, t_ij, weight, is_in, True, True)
     else:
         return total + tl.sum(tl.exp2(t_ij) * weight, axis=1), top
 
@@ -318,13 +317,9 @@ def _row_sum(
     field = n_parts.to(tl.int64) * padded_16(n_rows)
     total = _load_sums(sums_ptr, which * field, parts, n_parts, rows, n_rows, 0.0).to(tl.float64)
     if SHIFTED:
-        top = _load_sums(sums_ptr, top_at * field, parts, n_parts, rows, n_rows, float("-inf"))
-        top = top.to(tl.float64)
-        largest = tl.max(top, axis=0)
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        total = tl.sum(total * tl.exp2(top - shift[None, :]), axis=0)
-        result = (largest + tl.log2(total)) * LN2
-        return tl.where(largest == float("-inf"), float("-inf"), result)
+        tops = _load_sums(sums_ptr, top_at * field, parts, n_parts, rows, n_rows, float("-inf"))
+        total, top = join_parts(total, tops.to(tl.float64), 0)
+        return sum_of(total, top, True)
     else:
         return tl.sum(total, axis=0)
 

@@ -18,6 +18,7 @@ from .arithmetic import (
     finish_rows,
     fold,
     in_registers,
+    join_parts,
     load_tile,
     pair_total,
     rounded_statistics,
@@ -295,9 +296,7 @@ def _sum_of_parts(sums_ptrs, stride, is_part, SHIFTED: tl.constexpr, EXTRA: tl.c
     top = extra
     if SHIFTED:
         tops = tl.load(sums_ptrs + stride, mask=is_part, other=float("-inf")).to(tl.float64)
-        top = tl.max(tops, axis=1)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(total * tl.exp2(tops - shift[:, None]), axis=1)
+        total, top = join_parts(total, tops, 1)
     if EXTRA:
         parts = tl.load(sums_ptrs + 2 * stride, mask=is_part, other=0.0)
         extra = tl.sum(parts.to(tl.float64), axis=1)

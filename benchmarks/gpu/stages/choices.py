@@ -1,0 +1,189 @@
+"""The stage that measures what constants of the launches decide, in whole steps as CUDA graphs: the
+ways of a size take turns, so that a change of pace meets all.
+
+``"sorted"`` against ``"once"`` is what MIRRORED_ROWS and MIRRORED_BYTES of ``call.py`` choose: with
+``MIRRORED_ROWS = (2**31,) * 3`` nothing takes a pair once, with its third number alone what
+``"listed"`` does is left. ``"sorted"`` against ``"every pair"`` is DENSE_PAIRS of
+``launch_dense.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from conr_kernels.triton_backend.configs import Config
+
+from ...static import compiled
+from .. import device
+from ..rows import Stage
+from .providers import BF16, COLLAPSED, F32, LIMITS, PROVIDERS, Size
+
+#: Replays whose bits are compared; turns of a time; steps of a turn with their host.
+REPEATS, TURNS, STEPS = (2 if device.REHEARSAL else 15), 7, (1 if device.REHEARSAL else 20)
+#: Choices, and steps of each way, whose kernels are timed by themselves.
+MOST_PROFILED, PROFILED = 6, 5
+#: The path and the tile of ``taken``.
+Way = dict[str, object]
+Graph = tuple[Callable[[], None], Callable[[], Tensor]]
+
+
+class Choice(NamedTuple):
+    """The ways of a size's step, by name; the precision of float32 products."""
+
+    size: Size
+    ways: dict[str, Way]
+    precision: str = "highest"
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.precision}: {', '.join(self.ways)}"
+
+
+def paths(size: Size, *names: str, precision: str = "highest") -> Choice:
+    return Choice(size, {name: {"path": name} for name in names}, precision)
+
+
+def tiles(size: Size, *others: tuple[int | None, ...]) -> Choice:
+    """The tile of the forward pass that takes each pair once: as shipped, and others."""
+    ways = {str(other): {"path": "once", "tried": ("mirrored", Config(*other))} for other in others}
+    return Choice(size, {"once": {"path": "once"}} | ways)
+
+
+ONCE = ("sorted", "once")
+#: The most wanted first.
+CHOICES = [
+    *(paths(Size(n), *ONCE) for n in (65_536, 16_384)),
+    *(paths(Size(n, d), *ONCE, "listed")
+      for n, d in ((65_536, 512), (16_384, 512), (16_384, 2048))),
+    paths(Size(65_536, 128, F32), *ONCE),
+    tiles(Size(65_536), (64, 128, 128, 4, 2), (64, 128, 128, 4, 3, 168), (64, 128, 128, 4, 1)),
+    paths(Size(65_536, regime=COLLAPSED), *ONCE),
+    paths(Size(8192), *ONCE),
+    *(paths(Size(n), "every pair", "sorted") for n in (4096, 3072, 2048, 6144)),
+    paths(Size(65_536, 256), *ONCE),
+    tiles(Size(65_536, 256), (64, 128, 256, 4, 2), (64, 64, 256, 4, 2), (64, 128, 256, 8, 2)),
+    tiles(Size(65_536, 512), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
+    paths(Size(2**20), *ONCE),
+    paths(Size(65_536, 512, regime=COLLAPSED), *ONCE),
+    *(paths(Size(n, 64), *ONCE) for n in (65_536, 16_384)),
+    *(paths(Size(n, 512), *ONCE, "listed") for n in (8192, 4096)),
+    paths(Size(65_536, 128, F32), *ONCE, precision="high"),
+    tiles(Size(65_536, 128, F32), (64, 128, 128, 4, 2), (64, 64, 128, 4, 2)),
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def taken(path: str = "", tried: tuple[str, Config] | None = None) -> Iterator[None]:
+    """Within, calls take the path (``device.path``) and, of a kind, this tile."""
+    with device.path(path), compiled.tried(*tried) if tried else contextlib.nullcontext():
+        yield
+
+
+def calls() -> Iterator[dict[str, object]]:
+    """Of every way, the arguments of ``compiled.recorded_launches`` and ``taken``."""
+    for size, ways, precision in CHOICES:
+        of = dict(N=size.N, D=size.D, dtype=size.dtype, precision=precision)
+        yield from (of | way for way in ways.values())
+
+
+def choose(stage: Stage, choice: Choice) -> None:
+    """Times of every way that is right."""
+    size, ways, precision = choice
+    step = functools.partial(PROVIDERS["triton"].step, size.batch())
+    row = dict(provider="triton", **size.row())
+    graphs: dict[str, Graph] = {}
+    with compiled.matmul_precision(precision):
+        for name, way in ways.items():
+            of_way = row | dict(mode=f"cuda graph, {name}")
+            try:
+                with taken(**way):
+                    graphs[name] = device.graph(step)
+            except Exception as error:
+                if device.is_broken() or "tried" not in way:
+                    raise
+                # A tile that does not fit this device is no candidate.
+                stage.add("not run", 1, **of_way, note=f"{type(error).__name__}: {error}"[:200])
+        limit = 2 * LIMITS[size.dtype if precision == "highest" else BF16][1]
+        right = right_ones(stage, row, graphs, limit)
+        if not right:
+            return
+        n = device.steps_in_a_row(max(device.seconds(right, 1).values()))
+        for name, t in device.seconds(right, TURNS, n).items():
+            note = f"{precision}, median of {TURNS}"
+            stage.add("time", t, **row, mode=f"cuda graph, {name}", note=note)
+        if "every pair" in right:
+            with_hosts(stage, row, step, list(right))
+
+
+def right_ones(
+    stage: Stage, row: dict[str, object], graphs: dict[str, Graph], limit: float
+) -> dict[str, Callable[[], None]]:
+    """Replays of the ways whose gradient has the same bits every time and is the first one's to
+    rounding.
+    """
+    right, expected = {}, None
+    for name, (replay, results) in graphs.items():
+        replay()
+        found, equal = results().clone(), 0
+        for _ in range(REPEATS):
+            replay()
+            equal += results().equal(found)
+        expected = found if expected is None else expected
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        of_way = row | dict(mode=f"cuda graph, {name}")
+        stage.add("equal replays", equal, **of_way, note=f"of {REPEATS}")
+        stage.add("difference", difference, **of_way)
+        if equal == REPEATS and difference <= limit:
+            right[name] = replay
+        else:
+            stage.add("wrong", 1, **of_way, note=f"{equal} of {REPEATS} replays are equal, "
+                      f"difference {difference:.2g} of {limit:g} at most: not timed")  # fmt: skip
+    return right
+
+
+def with_hosts(
+    stage: Stage, row: dict[str, object], step: Callable[[], Tensor], names: list[str]
+) -> None:
+    """Steps in a row, as a training loop launches them."""
+
+    def in_a_row(name: str) -> None:
+        with device.path(name):
+            for _ in range(STEPS):
+                step()
+
+    runs = {name: functools.partial(in_a_row, name) for name in names}
+    for name, t in device.seconds(runs, TURNS).items():
+        stage.add("time", t / STEPS, **row, mode=f"forward+backward, {name}")
+
+
+def kernel_times(stage: Stage, choice: Choice) -> None:
+    """Of every kernel of a step of each way, by the profiler, which may slow what comes later."""
+    activity = ProfilerActivity.CPU if device.REHEARSAL else ProfilerActivity.CUDA
+    step = functools.partial(PROVIDERS["triton"].step, choice.size.batch())
+    for name, way in choice.ways.items():
+        with taken(**way):
+            step()
+            device.synchronize()
+            with profile(activities=[activity]) as found:
+                for _ in range(PROFILED):
+                    step()
+                device.synchronize()
+        row = dict(provider="triton", **choice.size.row())
+        for event in found.key_averages():
+            seconds = event.self_device_time_total / PROFILED / 1e6
+            if seconds or device.REHEARSAL:
+                mode, note = f"{event.key[:60]}, {name}", f"{event.count / PROFILED:g} a step"
+                stage.add("kernel time", seconds, **row, mode=mode, note=note)
+
+
+def choices(stage: Stage) -> int:
+    """The ways of every choice; then the kernels of the first."""
+    cases = {str(choice): functools.partial(choose, stage, choice) for choice in CHOICES}
+    for choice in CHOICES[: 1 if device.REHEARSAL else MOST_PROFILED]:
+        cases[f"kernels, {choice}"] = functools.partial(kernel_times, stage, choice)
+    return stage.run(cases)
