@@ -17,9 +17,7 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
 
 
 def constant(value: Any) -> Any:
-    """A number that tracing may have made symbolic, as a constant with a guard.
-
-    Not numpy's scalars, which tracing takes for arrays: the checks refuse these, and what calls
-    them runs in eager mode, where they are numbers.
+    """A number that tracing may have made symbolic, as a constant with a guard; not numpy's, which
+    are arrays to tracing: refused there by the checks, the call runs in eager mode.
     """
     return guard_scalar(value) if isinstance(value, (int, float)) else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -149,32 +148,8 @@ def _share_buffers(encoder: nn.Module) -> None:
             module.require_forward_param_sync = False
 
 
-class Held(NamedTuple):
-    """A buffer as it was, None included: the tensor itself, its version and a copy."""
-
-    tensor: Tensor | None
-    version: int | None
-    copy: Tensor | None
-
-    @staticmethod
-    def of(t: Tensor | None) -> Held:
-        return Held(t, _version(t), None if t is None else t.clone())
-
-    def is_written(self) -> bool:
-        """Whether the tensor holds something else by now; versions miss what ``.data`` writes."""
-        t = self.tensor
-        if t is None or _version(t) != self.version:
-            return t is not None
-        has_values = t.layout == torch.strided and not (t.is_nested or t.is_meta)
-        return has_values and not torch.equal(t, self.copy)
-
-
-def _version(t: Tensor | None) -> int | None:
-    return None if t is None or t.is_inference() else t._version
-
-
-#: Of each module its buffers by name.
-Buffers = list[tuple[nn.Module, dict[str, Held]]]
+#: Of each module its buffers by name, None included, and copies of them.
+Buffers = list[tuple[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]]]
 
 
 def _hold_buffers(encoder: nn.Module) -> Buffers:
@@ -185,7 +160,7 @@ def _hold_buffers(encoder: nn.Module) -> Buffers:
                 "be kept for the second encoding: encode a few rows once before"
             )
     return [
-        (module, {name: Held.of(t) for name, t in module._buffers.items()})
+        (module, {n: (t, None if t is None else t.clone()) for n, t in module._buffers.items()})
         for module in encoder.modules()
     ]
 
@@ -197,11 +172,17 @@ def _restore_buffers(buffers: Buffers) -> None:
     for module, held in buffers:
         for name in module._buffers.keys() - held.keys():
             del module._buffers[name]
-        for name, one in held.items():
-            module._buffers[name] = one.tensor
-            if one.is_written():
-                with torch.inference_mode() if one.tensor.is_inference() else torch.no_grad():
-                    one.tensor.copy_(one.copy)
+        for name, (t, copy) in held.items():
+            module._buffers[name] = t
+            if t is not None and not _is_equal(t, copy):
+                with torch.inference_mode() if t.is_inference() else torch.no_grad():
+                    t.copy_(copy)
+
+
+def _is_equal(t: Tensor, copy: Tensor) -> bool:
+    """By values, since versions miss what ``.data`` writes."""
+    has_values = t.layout == torch.strided and not (t.is_nested or t.is_meta)
+    return has_values and torch.equal(t, copy)
 
 
 def _check_repeats(second: Tensor, first: Tensor) -> None:
