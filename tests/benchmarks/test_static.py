@@ -251,8 +251,6 @@ KNOWN_SPILLS = {
     ("conr_mirrored_kernel", "positives", "bfloat16", "128", "paper"): "40",
     ("conr_mirrored_kernel", "negatives", "bfloat16", "128", "paper"): "24",
     ("conr_mirrored_kernel", "both", "bfloat16", "128", "no-pushing"): "56",
-    ("conr_mirrored_kernel", "both", "bfloat16", "128", "no-weight"): "40",
-    ("conr_mirrored_kernel", "both", "bfloat16", "128", "no-similarity"): "56",
 }
 
 
