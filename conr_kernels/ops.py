@@ -40,7 +40,7 @@ from .variants import Settings, Variant
 
 BACKENDS = ("triton", "cuda", "torch")
 NO_SECOND_DERIVATIVE = (
-    "conr_loss has no second or forward-mode derivative and no vmap rule in its fused backends; "
+    "conr_loss has no second derivative, forward derivative or vmap rule in its fused backends; "
     'use backend="reference", which supports both'
 )
 NO_TRANSFORM_COMPILED = (

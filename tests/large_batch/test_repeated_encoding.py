@@ -60,13 +60,13 @@ class NumpyNoise(Encoder):
 
 
 class OneRow(Encoder):
-    """Another one of the rows each time, by a tenth."""
+    """Another one of the rows each time."""
 
     calls = 0
 
     def seen(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return x * (1 + 0.1 * (torch.arange(len(x)) == self.calls % len(x)))[:, None]
+        return x * (1 + 0.3 * (torch.arange(len(x)) == self.calls % len(x)))[:, None]
 
 
 class Counter(Encoder):
@@ -111,6 +111,12 @@ def test_what_cannot_be_repeated_is_refused_with_the_reason(encoder, is_cast):
     with cast, pytest.raises(RuntimeError, match="second encoding .*numpy.*buffer"):
         gradient_cache(model, X, loss, chunk_size=4)
     assert all(t.grad is None for t in model.parameters())
+
+
+def test_one_row_that_does_not_repeat_is_noticed_among_many():
+    cast = torch.autocast("cpu", torch.bfloat16)
+    with cast, pytest.raises(RuntimeError, match="second encoding"):
+        gradient_cache(OneRow(), X.repeat(100, 1) / 10, loss, chunk_size=400)
 
 
 def layers(count: int, *make) -> list[nn.Module]:
