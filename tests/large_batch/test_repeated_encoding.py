@@ -119,6 +119,19 @@ def test_one_row_that_does_not_repeat_is_noticed_among_many():
         gradient_cache(OneRow(), X.repeat(100, 1) / 10, loss, chunk_size=400)
 
 
+def test_what_all_rows_do_not_repeat_is_noticed_sooner_than_what_one_does_not():
+    class Drift(Encoder):
+        calls = 0
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.calls += 1
+            features, predictions = super().forward(x)
+            return features * (1 + 1.5 * 2**-12 * (self.calls % 2)), predictions
+
+    with pytest.raises(RuntimeError, match="second encoding"):
+        gradient_cache(Drift(), X, loss, chunk_size=4)
+
+
 def layers(count: int, *make) -> list[nn.Module]:
     return [each() for _ in range(count) for each in make]
 
