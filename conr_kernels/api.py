@@ -226,12 +226,16 @@ class ConRLoss(nn.Module):
 def _check_spelling(name: str) -> None:
     """Refuses what is nearly an option's name, or begins one: it was meant, and would do nothing.
 
-    Any other name is let through: tools set attributes of their own on every module of a model.
+    Any other name is let through, compounds such as ``tp_group`` too: tools set attributes of their
+    own on every module of a model.
     """
     options = (*Options._fields, "group")
+    first, *_, last = name.split("_") * 2
+    is_compound = first != last and not {first, last}.isdisjoint(options)
+    near = difflib.get_close_matches(name.lower(), options, cutoff=0.75)
     begins_one = any(option.startswith(name) for option in options)
-    is_near = begins_one or bool(difflib.get_close_matches(name.lower(), options, cutoff=0.75))
-    if is_near and not name.startswith("_"):
+    is_near = begins_one or any(option[0] == name[0].lower() for option in near)
+    if is_near and not is_compound:
         raise AttributeError(f"ConRLoss has no option {name!r}; it has {', '.join(options)}")
 
 

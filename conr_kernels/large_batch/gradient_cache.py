@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +64,8 @@ def gradient_cache(
         TypeError, ValueError: bad input or outputs.
         RuntimeError: gradients are disabled; a buffer of a lazy module has no shape yet; or the
             second encoding of a chunk differs from the first by more than rounding (all features
-            by 4 epsilons of their or autocast's dtype, a row by 8, on GPUs at least of TF32), so
-            that the gradients would be of another loss.
+            by 4 epsilons of their, the parameters' or autocast's dtype, a row by 8; on GPUs of
+            bfloat16 at least), so that the gradients would be of another loss.
     """
     if not torch.is_grad_enabled():
         raise RuntimeError(
@@ -93,8 +94,10 @@ def gradient_cache(
             for chunk in chunks:
                 random_states.append(_random_state(devices))
                 encoded.append(encode(chunk))
-    finally:
+    except BaseException:
         _restore_buffers(buffers)
+        raise
+    _restore_buffers(buffers)
     features, predictions = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     del encoded
     validation.check_encoded(features, predictions, N)
@@ -107,7 +110,8 @@ def gradient_cache(
         value = loss(features, predictions)
     validation.check_value(value)
     _backward([value if scaler is None else scaler.scale(value)], [None])
-    end_state = _random_state(devices)
+    end_state, epsilon = _random_state(devices), _epsilon((features, *state.parameters()))
+    further = _take_further_buffers(buffers)
     try:
         for k, chunk in enumerate(chunks):
             _set_random_state(random_states[k])
@@ -117,12 +121,14 @@ def gradient_cache(
                 outputs, gradients = [], []
                 for output, whole in zip(encode(chunk), (features, predictions), strict=True):
                     if whole.grad is not None and output.requires_grad:
-                        _check_repeats(output, whole.tensor_split(n_chunks)[k])
+                        _check_repeats(output, whole.tensor_split(n_chunks)[k], epsilon)
                         outputs.append(output)
                         gradients.append(whole.grad.tensor_split(n_chunks)[k])
                 _backward(outputs, gradients)
     except BaseException:
         _restore_buffers(buffers)
+        for module, name, t in further:  # an encoder that has noted that it has them needs them
+            module._buffers.setdefault(name, t)
         raise
     finally:
         _set_random_state(end_state)
@@ -148,8 +154,15 @@ def _share_buffers(encoder: nn.Module) -> None:
             module.require_forward_param_sync = False
 
 
-#: Of each module its buffers by name, None included, and copies of them.
-Buffers = list[tuple[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]]]
+class Held(NamedTuple):
+    """A buffer, a copy of it, and its version where copies are not compared."""
+
+    t: Tensor | None
+    copy: Tensor | None
+    version: int
+
+
+Buffers = list[tuple[nn.Module, dict[str, Held]]]
 
 
 def _hold_buffers(encoder: nn.Module) -> Buffers:
@@ -160,58 +173,89 @@ def _hold_buffers(encoder: nn.Module) -> Buffers:
                 "be kept for the second encoding: encode a few rows once before"
             )
     return [
-        (module, {n: (t, None if t is None else t.clone()) for n, t in module._buffers.items()})
+        (module, {name: _hold(t) for name, t in module._buffers.items()})
         for module in encoder.modules()
     ]
 
 
+def _hold(t: Tensor | None) -> Held:
+    if t is None:
+        return Held(None, None, 0)
+    return Held(t, t.clone(), -1 if t.is_inference() else t._version)
+
+
 def _restore_buffers(buffers: Buffers) -> None:
-    """Values that were written, tensors in whose place the encoder has put others, and no further
-    ones. What was not written is left alone: an earlier graph may need it, or nobody can write it.
+    """Values that were written, and tensors in whose place the encoder has put others. What was not
+    written is left alone: an earlier graph may need it, or nobody can write it.
     """
+    written: dict[torch.device, list[tuple[Held, Tensor]]] = {}
     for module, held in buffers:
-        for name in module._buffers.keys() - held.keys():
-            del module._buffers[name]
-        for name, (t, copy) in held.items():
-            module._buffers[name] = t
-            if t is not None and not _is_equal(t, copy):
-                with torch.inference_mode() if t.is_inference() else torch.no_grad():
-                    t.copy_(copy)
+        for name, of_name in held.items():
+            module._buffers[name] = of_name.t
+            if of_name.t is not None and not of_name.t.is_meta:
+                of_device = written.setdefault(of_name.t.device, [])
+                of_device.append((of_name, _is_written(of_name)))
+    for of_device in written.values():  # asked once each
+        answers = torch.stack([is_written for _, is_written in of_device]).tolist()
+        for (of_name, _), is_written in zip(of_device, answers, strict=True):
+            if is_written:
+                with torch.inference_mode() if of_name.t.is_inference() else torch.no_grad():
+                    of_name.t.copy_(of_name.copy)
 
 
-def _is_equal(t: Tensor, copy: Tensor) -> bool:
-    """By values, since versions miss what ``.data`` writes."""
-    has_values = t.layout == torch.strided and not (t.is_nested or t.is_meta)
-    return has_values and torch.equal(t, copy)
+def _is_written(held: Held) -> Tensor:
+    """By values, since versions miss what ``.data`` writes; NaN is NaN."""
+    t, copy, version = held
+    if t.layout == torch.strided and not t.is_nested:
+        return ((t != copy) & ~(t.isnan() & copy.isnan())).any()
+    return torch.tensor(t.is_inference() or t._version != version, device=t.device)
 
 
-def _check_repeats(second: Tensor, first: Tensor) -> None:
+def _take_further_buffers(buffers: Buffers) -> list[tuple[nn.Module, str, Tensor | None]]:
+    """Those that the first encoding has registered, away from modules that had none of the name."""
+    return [
+        (module, name, module._buffers.pop(name))
+        for module, held in buffers
+        for name in module._buffers.keys() - held.keys()
+    ]
+
+
+def _epsilon(tensors: Iterable[Tensor]) -> float:
+    """The coarsest rounding of these and of autocast; on GPUs at least bfloat16's, in which an
+    encoder may compute what it gives in float32.
+    """
+    found = [0.0]
+    for t in tensors:
+        if t.is_floating_point():
+            on = t.device.type
+            of_autocast = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else t.dtype
+            found += [torch.finfo(dtype).eps for dtype in (t.dtype, of_autocast)]
+            found += [2**-7] * (on != "cpu")
+    return max(found)
+
+
+def _check_repeats(second: Tensor, first: Tensor, epsilon: float) -> None:
     """Rounding may differ, by kernels chosen anew; a state or a random number may not.
 
     Most encodings repeat every bit. Where other kernels serve without a graph than with one
     (transformers in eval mode, LSTMs, compiled 16-bit networks) a row of 16-bit features differed
     by up to 1.8 times the dtype's epsilon, a single number, which may cancel in all rows, by 5.8.
     """
-    first, second = first.detach(), second.detach()
-    dtype = first.dtype
-    if torch.is_autocast_enabled(first.device.type):
-        dtype = torch.get_autocast_dtype(first.device.type)
-    eps = torch.finfo(dtype).eps
-    if first.device.type != "cpu":
-        eps = max(eps, 2**-10)  # of TF32
-    first, second = (t.float()[:, None].flatten(1) for t in (first, second))
-    tolerance = max(4 * eps if first.shape[1] > 1 else eps**0.5, 2**-12)
+    first, second = (t.detach().float()[:, None].flatten(1) for t in (first, second))
+    tolerance = max(4 * epsilon if first.shape[1] > 1 else epsilon**0.5, 2**-12)
     rows, difference = first.norm(dim=1), (second - first).norm(dim=1)
     scale = rows.clamp(min=rows.square().mean().sqrt())  # a row that is nearly 0 cancels
     is_off = difference.norm() > tolerance * rows.norm()
     # Comparisons are False where a number is not finite.
-    if is_off or (difference > 2 * tolerance * scale).any():
+    if is_off | (difference > 2 * tolerance * scale).any():
         raise RuntimeError(
             "gradient_cache: the encoder's second encoding of a chunk differs from its first, so "
             "that the gradients would be wrong. Likely causes: random numbers that are not "
             "PyTorch's default ones (numpy, random, an own Generator), or state that is no buffer "
             "of the module (an attribute, a counter, a cache). Draw them once per step outside of "
-            "the encoder, or register the state as a buffer"
+            "the encoder, or register the state as a buffer. Of an encoder that computes in 16 "
+            "bits and returns float32 it may be rounding: call gradient_cache inside of "
+            "torch.autocast"
         )
 
 

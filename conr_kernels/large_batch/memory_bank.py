@@ -116,7 +116,8 @@ class MemoryBank(nn.Module):
         """Buffers wide enough for rows of these dtypes, which may be written in any mode."""
         for name, held in self._buffers.items():
             dtype = _holding_both(held.dtype, dtypes.get(name, held.dtype))
-            if dtype != held.dtype or held.is_inference():
+            is_locked = not torch.compiler.is_compiling() and held.is_inference()
+            if dtype != held.dtype or is_locked:
                 with torch.inference_mode(False):
                     setattr(self, name, held.to(dtype, copy=True))
 

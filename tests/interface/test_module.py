@@ -150,6 +150,7 @@ def test_a_module_takes_every_other_attribute():
     """What modules, tools and subclasses set goes on working."""
     conr = ConRLoss()
     conr.qconfig, conr.ds_id, conr._group, conr.log_every = None, 7, "mine", 5
+    conr.tp_group, conr.distance_fn, conr.instance, conr.production = None, abs, 1, 2
     conr.extra, conr.learnt = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
     conr.register_buffer("windows", torch.ones(3))
     conr.windows = torch.zeros(3)  # a buffer by then

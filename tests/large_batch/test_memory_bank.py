@@ -174,3 +174,10 @@ def test_buffers_widened_in_inference_mode_may_be_written_outside_of_it(way):
     assert bank.targets.dtype == torch.float64
     for t in bank.buffers():
         t.copy_(t.clone())  # as an average of models and a broadcast of buffers do
+
+
+def test_a_push_may_be_compiled_whole():
+    bank = MemoryBank(8, 3)
+    x, y = torch.ones(2, 3), torch.arange(2.0)
+    torch.compile(lambda x, y: bank.push(x, y, y), backend="eager", fullgraph=True)(x, y)
+    assert torch.equal(bank.features[:2], x) and torch.equal(bank.targets[:2, 0], y)

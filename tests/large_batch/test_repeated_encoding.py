@@ -113,6 +113,54 @@ def test_what_cannot_be_repeated_is_refused_with_the_reason(encoder, is_cast):
     assert all(t.grad is None for t in model.parameters())
 
 
+def test_an_encoder_that_notes_its_buffers_gets_them_back_after_an_error():
+    class Noting(Encoder):
+        is_ready = False
+
+        def seen(self, x: Tensor) -> Tensor:
+            if not self.is_ready:
+                self.register_buffer("place", torch.ones(5))
+                self.is_ready = True
+            return x + self.place
+
+    model = Noting()
+    with pytest.raises(AttributeError, match="place"):
+        gradient_cache(model, X, loss, chunk_size=4)
+    expected = in_chunks(model)
+    model.zero_grad()
+    gradient_cache(model, X, loss, chunk_size=4)
+    for t, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(t.grad, grad)
+
+
+def test_buffers_of_nan_and_sparse_ones_are_left_alone():
+    class Scaled(Encoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("gaps", torch.tensor([1.0, torch.nan]))
+            self.register_buffer("links", torch.eye(5).to_sparse())
+
+        def seen(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.links, x.T).T * self.gaps[0]
+
+    model = Scaled()
+    features, _ = model(X.clone().requires_grad_())
+    earlier = (features * model.gaps[:1]).sum()
+    gradient_cache(model, X, loss, chunk_size=4)
+    earlier.backward()  # neither was written since
+
+
+def test_coarse_parameters_may_round_what_is_given_in_float32():
+    """Features of another kernel without a graph, as in 16 bits on a GPU."""
+
+    class Coarse(Encoder):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features, predictions = super().forward(x.to(torch.bfloat16))
+            return features.float() * (1 + 2**-7 * torch.is_grad_enabled()), predictions.float()
+
+    gradient_cache(Coarse().to(torch.bfloat16), X, loss, chunk_size=4)
+
+
 def test_one_row_that_does_not_repeat_is_noticed_among_many():
     cast = torch.autocast("cpu", torch.bfloat16)
     with cast, pytest.raises(RuntimeError, match="second encoding"):
