@@ -32,7 +32,7 @@ class WindowSuggestion(NamedTuple):
         window: the proposal.
         step: the difference of which all labels' differences are multiples; None where there is no
             such step.
-        windows: about a dozen, ascending. For each of them:
+        windows: up to some twenty, ascending. For each of them:
         positives: the mean share of the other rows that are a row's positives;
         negatives: the same of its negatives; None without predictions;
         alone: the share of a batch's rows to be expected without a positive.

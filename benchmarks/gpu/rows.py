@@ -67,9 +67,12 @@ class Stage:
         self.add("failed", 1, **row, note=text[:300])
 
     def start(self, command: list[str], **environment: str) -> subprocess.Popen:
-        """A process in the repository, with a group of its own, whose output is kept."""
+        """A process in the repository, with a group of its own, whose output is kept; it ends soon
+        after the deadline, whatever becomes of this one.
+        """
+        limit = ["timeout", "--signal=KILL", f"{max(self.left(), 1) + 1:.1f}"]
         return subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
+            limit + command, cwd=ROOT, env=os.environ | environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

@@ -283,6 +283,9 @@ def test_verdicts_of_choices_and_of_the_devices_time():
     assert verdict(claim, [graph]) == ("", "not run")
     assert verdict(claim, [equal, equal]) == ("2 ways, 0 wrong", "met")
     assert verdict(claim, [equal, equal | {"metric": "wrong"}]) == ("1 ways, 1 wrong", "missed")
+    failed = equal | {"metric": "failed", "case": "N=65536"}
+    assert verdict(claim, [equal, failed]) == ("1 ways, 1 wrong", "missed")
+    assert verdict(claim, [equal, failed | {"case": "kernels, N=65536"}])[1] == "met"
 
 
 def test_verdicts_of_tests_and_sanitizer():

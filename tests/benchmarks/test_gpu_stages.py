@@ -181,6 +181,14 @@ def test_a_run_of_few_stages_compiles_what_they_launch():
     assert len(found["speed"]) == 2 * len(sizes) + 1  # the comparator's
     assert set(found["speed"]) < set(found["choices"]) and set(found["speed"]) < set(found["tests"])
     assert set(found["choices"]) | set(found["tests"]) < set(warm.calls())
+    of_sanitizer = set(warm.calls("sanitizer")) - set(found["speed"])
+    assert of_sanitizer and {dict(call)["has_weights"] for call in of_sanitizer} == {False}
+
+
+def test_no_two_choices_share_a_row() -> None:
+    """Whose latest would stand for both."""
+    keys = [(size, name) for size, ways, _ in choices.CHOICES for name in ways]
+    assert len(set(keys)) == len(keys)
 
 
 def test_a_path_chooses_the_kernels():

@@ -45,13 +45,14 @@ class Choice(NamedTuple):
 
 
 def paths(size: Size, *names: str, precision: str = "highest") -> Choice:
-    return Choice(size, {name: {"path": name} for name in names}, precision)
+    of = "" if precision == "highest" else f" at {precision}"  # no two choices share rows
+    return Choice(size, {name + of: {"path": name} for name in names}, precision)
 
 
 def tiles(size: Size, *others: tuple[int | None, ...]) -> Choice:
     """The tile of the forward pass that takes each pair once: as shipped, and others."""
     ways = {str(other): {"path": "once", "tried": ("mirrored", Config(*other))} for other in others}
-    return Choice(size, {"once": {"path": "once"}} | ways)
+    return Choice(size, {"shipped": {"path": "once"}} | ways)
 
 
 ONCE = ("sorted", "once")

@@ -63,7 +63,7 @@ def calls(stages: str = "") -> list[Call]:
         found += [of, of | dict(reduction="none")]
     parts = {
         "choices": choices.calls,
-        "sanitizer": functools.partial(checks.sanitized, "triton"),
+        "sanitizer": lambda: (of | dict(has_weights=False) for of in checks.sanitized("triton")),
         "tests": _of_tests,
     }
     for name, part in parts.items():
