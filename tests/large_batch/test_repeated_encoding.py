@@ -34,6 +34,14 @@ class ReplacedBuffer(Encoder):
         return x - self.mean
 
 
+class WrittenData(ReplacedBuffer):
+    """``.data``, whose writes no version counts."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        self.mean.data.mul_(0.5).add_(0.5 * x.mean(0))
+        return x - self.mean.clone()
+
+
 class NumpyMask(Encoder):
     def seen(self, x: Tensor) -> Tensor:
         return x * torch.from_numpy(np.random.rand(*x.shape) < 0.5)
@@ -92,9 +100,10 @@ def in_chunks(encoder: Encoder) -> list[Tensor]:
     return [t.grad for t in encoder.parameters()]
 
 
-def test_buffers_that_are_replaced_are_restored_and_count_rows_once():
+@pytest.mark.parametrize("encoder", [ReplacedBuffer, WrittenData])
+def test_buffers_that_are_replaced_or_written_unseen_are_restored_and_count_rows_once(encoder):
     torch.manual_seed(1)
-    plain, cached = ReplacedBuffer(), ReplacedBuffer()
+    plain, cached = encoder(), encoder()
     cached.load_state_dict(plain.state_dict())
     expected = in_chunks(plain)
     gradient_cache(cached, X, loss, chunk_size=4)
@@ -266,25 +275,6 @@ def test_buffers_that_the_first_rows_make_are_made_again():
     for t, grad in zip(cached.parameters(), expected, strict=True):
         torch.testing.assert_close(t.grad, grad)
     assert torch.equal(cached.mean, plain.mean) and torch.equal(cached.scale, plain.scale)
-
-
-class WrittenData(ReplacedBuffer):
-    """``.data``, whose writes no version counts."""
-
-    def seen(self, x: Tensor) -> Tensor:
-        self.mean.data.mul_(0.5).add_(0.5 * x.mean(0))
-        return x - self.mean.clone()
-
-
-def test_buffers_that_are_written_unseen_are_restored():
-    torch.manual_seed(1)
-    plain, cached = WrittenData(), WrittenData()
-    cached.load_state_dict(plain.state_dict())
-    expected = in_chunks(plain)
-    gradient_cache(cached, X, loss, chunk_size=4)
-    for t, grad in zip(cached.parameters(), expected, strict=True):
-        torch.testing.assert_close(t.grad, grad)
-    torch.testing.assert_close(cached.mean, plain.mean)
 
 
 def inference(t: Tensor) -> Tensor:
