@@ -8,6 +8,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from . import ops
 from .batch import Batch
@@ -53,6 +54,26 @@ def look_for_synchronisation(encoder: object) -> None:
         f"one of {dist.get_world_size()} processes: each process keeps its own gradients, which "
         "nobody averages. Give it the wrapped module, not what is inside",
     )
+
+
+def look_for_copied_rows(rows: Tensor) -> None:
+    """Tells of a memory bank's rows that DistributedDataParallel, in whose forward pass this is
+    called, copies from rank 0 to every rank.
+    """
+    if torch.compiler.is_compiling() or "bank" in _told:
+        return
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or not ddp.broadcast_buffers or dist.get_world_size(ddp.process_group) < 2:
+        return
+    if any(buffer is rows for buffer in ddp.modules_buffers):
+        tell_once(
+            "bank",
+            "a MemoryBank is part of a DistributedDataParallel module, which copies rank 0's rows "
+            "to every rank before each forward pass: the rows that the others push are lost. Keep "
+            "the bank outside, or name its buffers before the module is wrapped: "
+            "module._ddp_params_and_buffers_to_ignore = [name for name, _ in "
+            'module.named_buffers() if name.startswith("bank.")]',
+        )
 
 
 def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import validation
+from .. import notices, validation
 
 
 def _holding_both(a: torch.dtype, b: torch.dtype) -> torch.dtype:
@@ -30,7 +30,8 @@ class MemoryBank(nn.Module):
         loss = conr(features, targets, predictions, keys=bank, mask=mask)
         bank.push(features, targets, predictions, mask)
 
-    Keep the bank outside ``DistributedDataParallel``, which would copy rank 0's rows to every rank.
+    Keep the bank outside ``DistributedDataParallel``, which would copy rank 0's rows to every rank
+    (told once by a ``UserWarning``), or name its buffers in ``_ddp_params_and_buffers_to_ignore``.
 
     Args:
         size: K, the most rows kept. n_features: D. n_labels: L, components of a label.
@@ -95,6 +96,7 @@ class MemoryBank(nn.Module):
                 f"the bank holds D = {D} features and L = {L} labels a row, got features "
                 f"{tuple(features.shape)} and targets {tuple(targets.shape)}"
             )
+        notices.look_for_copied_rows(self.features)
         self._make_writable(targets=targets.dtype, predictions=predictions.dtype)
         self.has_mask |= mask is not None
         takes_part = self.mask.new_ones(N) if mask is None else mask.reshape(N)

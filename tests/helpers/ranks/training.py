@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from conr_kernels import ConRLoss, gradient_cache
+from conr_kernels import ConRLoss, MemoryBank, gradient_cache, notices
 
 from .rows import EVEN, make_rows, part
 
@@ -109,4 +111,36 @@ def check_gradient_cache_shares_buffers(group: dist.ProcessGroup) -> str:
         found.append([t.detach() for t in (*values, model.module.linear.weight.grad)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-6)
+    return ""
+
+
+class WithBank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bank = nn.Linear(6, 5), MemoryBank(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.linear(x)
+        self.bank.push(features, x[:, 0], x[:, 0])
+        return features.sum()
+
+
+def check_bank_in_a_ddp_module(group: dist.ProcessGroup) -> str:
+    """A bank whose rows DDP overwrites is told of; one whose buffers it ignores keeps its own."""
+    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
+    for is_ignored in (False, True):
+        notices._told.discard("bank")
+        module = WithBank()
+        if is_ignored:
+            names = [f"bank.{name}" for name, _ in module.bank.named_buffers()]
+            module._ddp_params_and_buffers_to_ignore = names
+        model = DistributedDataParallel(module, process_group=group)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for step in range(2):
+                model(torch.full((2, 6), 10.0 * step + rank))
+        seen = sum("MemoryBank is part" in str(warning.message) for warning in told)
+        assert seen == (n_ranks > 1 and not is_ignored), (is_ignored, told)
+        first = 0.0 if seen else float(rank)
+        assert module.bank.targets[:, 0].tolist() == [first, first, 10.0 + rank, 10.0 + rank]
     return ""
