@@ -36,10 +36,10 @@ def density_weights(
 
     Args:
         targets: labels of the whole training set [N, …], any real values and signs: a Tensor, a
-            numpy array, a pandas column or a list; what a masked array masks, and None in an array
-            of objects, is NaN. Integers count in float64, exact up to 2⁵³. Of several components
-            each has its own frequencies, and a row's weight is the mean over its components: joint
-            bins of many components would hold one row each, all weighing alike.
+            numpy array, a pandas column or a list; what a masked array masks, and None in a list or
+            an array of objects, is NaN. Integers count in float64, exact up to 2⁵³. Of several
+            components each has its own frequencies, and a row's weight is the mean over its
+            components: joint bins of many components would hold one row each, all weighing alike.
         method: ``"inverse"`` or ``"sqrt_inverse"`` (milder).
         bin_width: width of a bin in the labels' units, > 0.
         smoothing: None or the kernel over offsets ``o`` in bins: ``"gaussian"`` ``exp(−o²/2σ²)``,
@@ -105,11 +105,14 @@ def label_rows(name: str, labels: Any) -> Tensor:
                 is_integer = labels.dtype.kind in "iu"
                 labels = (labels.astype(float) if is_integer else labels).filled(math.nan)
             if isinstance(labels, (list, tuple)):
+                labels = [math.nan if label is None else label for label in labels]
                 as_given = torch.tensor(labels)
                 is_float = as_given.is_floating_point()
                 labels = torch.tensor(labels, dtype=torch.float64) if is_float else as_given
             elif hasattr(labels, "__array__"):
-                labels = torch.from_numpy(labels.__array__().copy())  # of any strides
+                labels = labels.__array__()
+                in_order = labels.dtype.newbyteorder("=")  # of this machine; files have others
+                labels = torch.from_numpy(labels.astype(in_order))  # a copy, of any strides
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must hold numbers only, got a {kind}: {error}") from None
         if not isinstance(labels, Tensor):

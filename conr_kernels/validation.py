@@ -72,6 +72,8 @@ def check_flag(name: str, value: object) -> None:
 
 def kind_of(value: object) -> str:
     """The type of what came instead of a Tensor, and what makes one of it."""
+    if hasattr(value, "to_numpy"):  # a column or frame, whose rows PyTorch looks up by label
+        return type(value).__name__ + " (use torch.tensor of its .to_numpy())"
     is_array = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
     return type(value).__name__ + (" (use torch.as_tensor)" if is_array else "")
 
@@ -100,7 +102,9 @@ def check_features(name: str, x: Any) -> None:
             f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}"
         )
     if x.dim() != 2 or x.shape[1] == 0:
-        raise ValueError(f"{name} must have shape (N, D) with D ≥ 1, got {tuple(x.shape)}")
+        of_map = " (of a map use .movedim(1, -1).flatten(0, -2): a row a pixel)"
+        hint = of_map if x.dim() > 3 else ""
+        raise ValueError(f"{name} must have shape (N, D) with D ≥ 1, got {tuple(x.shape)}{hint}")
 
 
 def check_labels(name: str, y: Any, n_rows: int, rows_of: str) -> None:

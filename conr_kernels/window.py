@@ -106,6 +106,8 @@ def suggest_window(
         is_lost = not given.dtype.is_floating_point and bool((given != given[:1]).any())
         where = f" in {y.dtype}, as the loss compares {given.dtype} ones" if is_lost else ""
         hint = ": subtract the least of them" if is_lost else ""
+        if len(given) < len(y):
+            hint = f" in the {len(given)} of {len(y)} rows whose values are finite" + hint
         raise ValueError(f"targets must have labels that differ{where}, got none that do{hint}")
 
     precision = _precision(given)

@@ -136,6 +136,8 @@ def test_arrays_columns_and_lists_are_labels_as_tensors_are():
         array[::-1][::-1],
         Column(array[::-1].copy()[::-1]),
         Column(array.astype(object)),
+        array.astype(">f4"),
+        array.astype("<i2"),
     ):
         assert torch.equal(density_weights(given).float(), expected)
     tenths = [0.7, 0.1, 0.1]
@@ -143,6 +145,14 @@ def test_arrays_columns_and_lists_are_labels_as_tensors_are():
         density_weights(tenths, bin_width=0.1),
         density_weights(torch.tensor(tenths, dtype=torch.float64), bin_width=0.1),
     )
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda given: np.array(given, dtype=object)])
+def test_none_is_a_missing_label(kind):
+    w = density_weights(kind([3.0, None, 1.0, 3.0]))
+    expected = density_weights(torch.tensor([3.0, math.nan, 1.0, 3.0], dtype=torch.float64))
+    torch.testing.assert_close(w, expected, equal_nan=True)
+    assert w.isnan().tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", ["int64", "float32", "float64", "object"])

@@ -41,6 +41,13 @@ def nested() -> torch.Tensor:
     return torch.nested.nested_tensor([ones(D), ones(D)], layout=torch.jagged)
 
 
+class Column:  # as of pandas
+    def to_numpy(self) -> np.ndarray:
+        return np.ones(N)
+
+    __array__ = to_numpy
+
+
 TENSORS = tuple(arguments())
 LABELS = ("targets", "predictions")
 LABEL_SHAPES = ((N + 1,), (1,), (1, N), (N, 0), (N, 1, 1), ())
@@ -54,6 +61,10 @@ TYPE_ERRORS = [
         for name in (*TENSORS, "mask")
     ),
     (dict(targets=[1.0] * N), "got list (use torch.as_tensor)"),
+    *(
+        ({name: Column()}, f"{name} must be …, got Column (use torch.tensor of its .to_numpy())")
+        for name in (*TENSORS, "mask")
+    ),
     (dict(features=None), "features must be a Tensor of floating dtype, got NoneType"),
     (dict(targets=[1.0] * N), "targets must be a Tensor of real dtype, got list"),
     (dict(predictions=3.0), "predictions must be a Tensor of real dtype, got float"),
@@ -110,6 +121,10 @@ VALUE_ERRORS = [
     *(
         (dict(features=ones(shape)), f"features must have shape (N, D) with D ≥ 1, got {shape}")
         for shape in ((N,), (N, D, 1), (N, 0), (0, 0), ())
+    ),
+    (
+        dict(features=ones(N, D, 2, 2)),
+        "got (5, 3, 2, 2) (of a map use .movedim(1, -1).flatten(0, -2): a row a pixel)",
     ),
     *(
         ({name: ones(shape)}, f"{name} must have shape (N,), … features (5, 3), got {shape}")

@@ -200,6 +200,7 @@ def test_a_table_has_negatives_where_there_are_predictions(predictions):
     [
         (dict(targets=torch.ones(5)), "labels that differ"),
         (dict(targets=torch.ones(0)), "labels that differ"),
+        (dict(targets=[1.0, 2.0, None], predictions=[None, 2.0, 3.0]), "in the 1 of 3 rows"),
         (dict(predictions=torch.ones(3)), "same rows"),
         (dict(targets=torch.ones(3, device="meta")), "targets must hold values"),
         (dict(batch_size=0), "batch_size must be ≥ 1"),
