@@ -76,21 +76,24 @@ def look_for_copied_rows(rows: Tensor) -> None:
         )
 
 
-def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> None:
+def look_for_anchors(batch: Batch, loss: Tensor, n_union: Tensor | int | None = None) -> None:
     """Tells of a batch in which nothing can happen, where reading it costs nothing: on the CPU.
 
     Args:
         loss: what became of the batch; anything but 0 is no such case.
-        n_union: rows of the union whose part the batch is; None: the batch is the whole.
+        n_union: rows that take part of the union whose part the batch is; None: it is the whole.
     """
     if not ops.is_plain(batch.x) or batch.x.device.type != "cpu" or "anchors" in _told:
         return
-    if loss.detach().any() or max(len(batch.x), n_union or 0) < 2:
+    if loss.detach().any():
         return
-    reason = f"no row of the union's {n_union} has both a positive and a negative"
     y_i, p_i = batch.y, batch.p
     if batch.mask is not None:
         y_i, p_i = y_i[batch.mask], p_i[batch.mask]
+    n_rows = len(y_i) if n_union is None else int(n_union)
+    if n_rows < 2:
+        return
+    reason = f"no row of the union's {n_rows} has both a positive and a negative"
     if n_union is None:
         y_j, p_j = y_i, p_i
         if batch.keys is not None:

@@ -45,7 +45,7 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
     if batch.reduction == "none":
         return rows
     total = _Total.apply(rows.sum(), union)
-    notices.look_for_anchors(batch, total, union.n_rows)
+    notices.look_for_anchors(batch, total, n_present)
     if batch.reduction == "sum":
         return total
     return total / (n_present if union.has_mask else max(union.n_rows, 1))

@@ -80,3 +80,13 @@ def test_rows_that_take_no_part_do_not_count():
     text = "batch of 3 rows .* no row has a positive.*labels from 0 to 20"
     with pytest.warns(UserWarning, match=text):
         loss(y, 0 * y, mask=mask)
+
+
+@pytest.mark.parametrize("n_present", [0, 1])
+def test_a_batch_of_missing_labels_is_silent(n_present):
+    y, p = BATCHES["no row has a positive"]
+    mask = torch.arange(len(y)) < n_present
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(y.masked_fill(~mask, torch.nan), p, mask=mask)
+    assert not notices._told

@@ -88,6 +88,15 @@ def check_a_union_in_which_nothing_happens_is_told(rank: int, own: slice, _: sli
         conr_loss(x, y, p, window=50, group="world")
 
 
+def check_a_union_of_missing_labels_is_silent(rank: int, own: slice, _: slice) -> None:
+    notices._told.clear()
+    x, y, p = (t[own] for t in rows(37))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conr_loss(x, y, p, mask=torch.zeros(len(x), dtype=torch.bool), group="world")
+    assert not notices._told
+
+
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
 
 
