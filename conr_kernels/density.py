@@ -80,9 +80,10 @@ def density_weights(
     weights = w.new_full((len(y),), torch.nan)
     weights[is_finite] = w / w.mean()
     if len(w) > 0 and w.amax() - w.amin() <= 1e-9 and bool((y[is_finite] != y[is_finite][0]).any()):
+        n_bins = max(len(b.unique()) for b in bins[is_finite].unbind(1))
         warnings.warn(
             f"all density weights are equal although the labels differ: with bin_width={bin_width} "
-            f"every one of {len(bins[is_finite].unique(dim=0))} bins holds as many of the "
+            f"every one of {n_bins} bins holds as many of the "
             f"{len(w)} labels. Bins too narrow hold one label each, bins too wide hold all",
             UserWarning,
             stacklevel=2,
@@ -106,9 +107,9 @@ def label_rows(name: str, labels: Any) -> Tensor:
                 labels = (labels.astype(float) if is_integer else labels).filled(math.nan)
             if isinstance(labels, (list, tuple)):
                 labels = [math.nan if label is None else label for label in labels]
-                as_given = torch.tensor(labels)
+                as_given = torch.tensor(labels, device="cpu")
                 is_float = as_given.is_floating_point()
-                labels = torch.tensor(labels, dtype=torch.float64) if is_float else as_given
+                labels = as_given.new_tensor(labels, dtype=torch.float64) if is_float else as_given
             elif hasattr(labels, "__array__"):
                 labels = labels.__array__()
                 in_order = labels.dtype.newbyteorder("=")  # of this machine; files have others

@@ -126,15 +126,15 @@ def suggest_window(
             found[gap] = tuple(t.mean().item() for t in (share, negatives, alone))
         return found[gap][-1] <= ALONE
 
-    share = torch.searchsorted(d, windows, right=True) / len(d)
-    edges = torch.searchsorted(share, torch.tensor(LEVELS, dtype=share.dtype)).tolist()
+    share = torch.searchsorted(d, windows, right=True).double() / len(d)
+    edges = torch.searchsorted(share, share.new_tensor(LEVELS)).tolist()
     coarse = _widest(widths, edges)
     is_enough = [serves(gap) for gap in coarse]
     k = bisect_left(is_enough, True)
     best = coarse[min(k, len(coarse) - 1)]
     if any(is_enough):
         start = coarse[k - 1] + 1 if k > 0 else 0
-        fine = _widest(widths, torch.linspace(start, best, FINE + 1).long().tolist())
+        fine = _widest(widths, [start + (best - start) * k // FINE for k in range(FINE + 1)])
         best = [*fine, best][bisect_left(fine, True, key=serves)]
     shown = sorted(found)
     positives, negatives, alone = map(list, zip(*(found[gap] for gap in shown), strict=True))
@@ -145,7 +145,9 @@ def suggest_window(
 
 def _sample(y: Tensor, rows: Tensor) -> Tensor:
     """At most SAMPLE of the rows, evenly spaced; with one that differs, if there is any."""
-    at = rows[torch.linspace(0, max(len(rows) - 1, 0), min(len(rows), SAMPLE)).long()]
+    n = min(len(rows), SAMPLE)
+    # In integers: floats of the default dtype do not hold the numbers of all rows.
+    at = rows[torch.arange(n, device=rows.device) * (len(rows) - 1) // max(n - 1, 1)]
     differs = (y[rows] != y[at[:1]]).any(1)
     if differs.any() and (y[at] == y[at[:1]]).all():
         at = torch.cat([at, rows[differs][:1]])

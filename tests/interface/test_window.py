@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from conr_kernels import conr_statistics, suggest_window
+from conr_kernels import conr_statistics, density_weights, suggest_window
 from conr_kernels.reference import pair_distance
+from conr_kernels.window import SAMPLE, _sample
 
 
 def ages(n: int = 600) -> torch.Tensor:
@@ -158,6 +159,31 @@ def test_integers_are_taken_as_the_loss_takes_them():
     y = 2**24 + 2 * torch.arange(300)
     found = suggest_window(y)
     assert found.step == 2.0 and nearest(y.float(), found.window) > 1e-3
+
+
+def test_rows_beyond_the_integers_of_float32_are_sampled():
+    y = torch.zeros(2**24 + 4, 1, dtype=torch.uint8)  # the number of the last is no float32
+    rows = _sample(y, torch.arange(len(y)))
+    assert len(rows) == SAMPLE and rows[0] == 0 and rows[-1] == len(y) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype):
+    y, p = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    expected = suggest_window(y, p)
+    torch.set_default_dtype(dtype)
+    try:
+        assert suggest_window(y, p) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_device_changes_nothing():
+    labels = [float(k % 7) for k in range(50)]
+    expected = suggest_window(labels), density_weights(labels)
+    with torch.device("meta"):
+        found = suggest_window(labels), density_weights(labels)
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
 
 
 def test_a_rare_label_that_the_sample_lacks_is_one_that_differs():
