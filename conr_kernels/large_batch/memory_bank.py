@@ -153,7 +153,7 @@ class MemoryBank(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *of_the_call)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.n_pushed, self.has_mask])
+        return torch.tensor([self.n_pushed, self.has_mask], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.n_pushed, *has_mask = state.reshape(-1).tolist()

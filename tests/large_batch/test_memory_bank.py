@@ -181,3 +181,13 @@ def test_a_push_may_be_compiled_whole():
     x, y = torch.ones(2, 3), torch.arange(2.0)
     torch.compile(lambda x, y: bank.push(x, y, y), backend="eager", fullgraph=True)(x, y)
     assert torch.equal(bank.features[:2], x) and torch.equal(bank.targets[:2, 0], y)
+
+
+def test_the_number_of_rows_is_saved_whatever_the_default_device():
+    bank = MemoryBank(4, 3)
+    bank.push(torch.ones(3, 3), torch.ones(3), torch.ones(3))
+    loaded = MemoryBank(4, 3)
+    with torch.device("meta"):
+        state = bank.state_dict()
+    loaded.load_state_dict(state)
+    assert len(loaded) == 3
