@@ -73,7 +73,8 @@ def suggest_window(
     Labels are taken as the loss on a CPU compares them: in float32, which holds integers up to
     2²⁴ (float64 labels in float64). Rows that are not finite are left out, and single outliers
     change nothing. The smallest is that of the windows tried, which lie closest around the
-    proposal; where none will do, the widest.
+    proposal; where none will do, the widest. It falls as the batch grows: where the labels' own
+    noise is larger, the noise is the better window.
 
     Args:
         targets: the training labels [N, …]: a Tensor, array, column or list.

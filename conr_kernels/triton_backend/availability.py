@@ -10,15 +10,15 @@ import torch
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run there, and what to do; None where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return 'triton is not installed; install it (pip install triton) or use backend="auto"'
-    if device.type == "cpu":
-        if interpreted():
-            return _interpreter_unavailable()
+    if device.type == "cpu" and not interpreted():
         return (
             "triton compiles for GPUs and the tensors are on the CPU; move them to a GPU, set "
             'TRITON_INTERPRET=1 before the start for its interpreter, or use backend="auto"'
         )
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed; install it (pip install triton) or use backend="auto"'
+    if device.type == "cpu":
+        return _interpreter_unavailable()
     if device.type != "cuda":
         return f'no triton driver for {device.type} tensors here; use backend="torch" or "auto"'
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

@@ -69,11 +69,14 @@ def test_without_triton_the_package_works_and_says_what_to_do() -> None:
         "from conr_kernels.triton_backend import unavailable\n"
         "x, y = torch.randn(4, 3), torch.zeros(4)\n"
         "conr_kernels.conr_loss(x, y, y)\n"
-        "print(unavailable(torch.device('cuda'), torch.float32))\n"
+        "for device in ('cuda', 'cpu'):\n"
+        "    print(unavailable(torch.device(device), torch.float32))\n"
     )
     run = in_process(code)
     assert run.returncode == 0, run.stderr
-    assert "not installed" in run.stdout and "pip install triton" in run.stdout
+    of_gpu, of_cpu = run.stdout.splitlines()
+    assert "not installed" in of_gpu and "pip install triton" in of_gpu
+    assert "the tensors are on the CPU" in of_cpu and "install" not in of_cpu
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
