@@ -103,12 +103,12 @@ def ConR_depth(
         validation.check_pixel_mask(mask, depth=depth, output=output)
     try:
         return conr_loss(
-            feature[:, None] if feature.dim() == 1 else feature.flatten(1),
+            _flat_rows(feature),
             _row_means(depth, mask),
             _row_means(output, mask),
             _row_means(weights, mask) if has_row_weights else weights,
             window=w, temperature=t, push_scale=e, variant="released-depth",
-            mask=None if mask is None else mask.reshape(len(mask), -1).any(dim=1),
+            mask=None if mask is None else _flat_rows(mask).any(dim=1),
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise _renamed(error, NAMES_OF_DEPTH) from None
@@ -120,12 +120,17 @@ def _renamed(error: TypeError | ValueError, names: dict[str, str]) -> TypeError 
     return type(error)(re.sub(pattern, lambda match: names[match[0]], str(error)))
 
 
+def _flat_rows(t: Tensor) -> Tensor:
+    """[N, …] as [N, numbers a row]."""
+    return t[:, None] if t.dim() == 1 else t.flatten(1)
+
+
 def _row_means(t: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over each row [N] of a tensor [N, …], in float32 (float64 for float64), and of one that
-    has the mask's shape over the mask's pixels.
+    has a number a pixel over the mask's pixels.
     """
     t = t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32)
-    if mask is not None and t.shape == mask.shape:
-        t, mask = t.reshape(len(t), -1), mask.reshape(len(t), -1)
+    if mask is not None and t.numel() == mask.numel():
+        t, mask = _flat_rows(t), _flat_rows(mask)
         return t.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)
     return t if t.dim() == 1 else t.flatten(1).mean(dim=1)

@@ -186,3 +186,14 @@ def test_depth_rows_average_over_valid_pixels():
     kept = torch.arange(12) != 4
     expected = ConR_depth(feature[kept], *(t[kept] for t in means))
     torch.testing.assert_close(ConR_depth(feature, *holes, mask=mask), expected)
+    holes[2] = holes[2][:, 0]  # a weight a pixel, without the channel of 1
+    torch.testing.assert_close(ConR_depth(feature, *holes, mask=mask), expected)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 1, 4, 5)])
+def test_no_images_have_a_depth_loss_of_0(shape):
+    feature = torch.ones(0, 6, requires_grad=True)
+    maps, mask = torch.ones(shape), torch.ones(shape, dtype=torch.bool)
+    loss = ConR_depth(feature, maps, maps, maps, mask=mask)
+    loss.backward()
+    assert loss == 0 and feature.grad.shape == (0, 6)
