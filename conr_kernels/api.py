@@ -157,6 +157,15 @@ class ConRLoss(nn.Module):
         AttributeError: a name that is set and is nearly an option's.
     """
 
+    window: float
+    temperature: float
+    push_scale: float
+    variant: str | Variant
+    distance: str
+    reduction: str
+    backend: str
+    group: Any
+
     def __init__(
         self,
         *,

@@ -38,6 +38,13 @@ class MemoryBank(nn.Module):
         dtype: of the features. label_dtype: of the labels and predictions, until wider ones come.
     """
 
+    features: Tensor
+    targets: Tensor
+    predictions: Tensor
+    mask: Tensor
+    n_pushed: int
+    has_mask: bool
+
     def __init__(
         self,
         size: int,

@@ -1,6 +1,7 @@
 """``ConRLoss``: options that are read, set, checked, shown, copied and pickled."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -31,6 +32,15 @@ def one_rank(tmp_path):
     )
     yield
     dist.destroy_process_group()
+
+
+def test_attributes_have_types_for_editors_and_type_checkers():
+    assert set(inspect.get_annotations(ConRLoss)) == {*OPTIONS, "group"}
+    bank = MemoryBank(3, 2)
+    types = inspect.get_annotations(MemoryBank, eval_str=True)
+    own = {name for name in vars(bank) if name.startswith(("n_", "has_"))}
+    assert set(types) == own | set(bank._buffers)
+    assert all(isinstance(getattr(bank, name), kind) for name, kind in types.items())
 
 
 @pytest.mark.parametrize("name", OPTIONS)
