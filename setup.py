@@ -96,9 +96,12 @@ REASON = reason_against_extension()
 
 
 class BuildPython(build_py):
-    """Notes, beside the modules, that there is no extension and why."""
+    """Starts afresh, and notes beside the modules that there is no extension and why."""
 
     def run(self) -> None:
+        built = Path(self.build_lib, "conr_kernels").resolve()
+        if not self.editable_mode and built != ROOT / "conr_kernels":
+            shutil.rmtree(built, ignore_errors=True)  # modules that are no more would be installed
         super().run()
         if REASON is not None:
             print(f"conr-kernels: pure Python, no CUDA extension ({REASON})", file=sys.stderr)

@@ -28,6 +28,9 @@ def built(tmp_path_factory) -> dict[str, set[str]]:
         shutil.copytree(ROOT / name, sources / name, ignore=ignore)
     for name in (*TOP, "MANIFEST.in", "tests/test_rooms.py"):
         shutil.copy(ROOT / name, sources / name)
+    stale = sources / "build" / "lib" / "conr_kernels"
+    stale.mkdir(parents=True)
+    (stale / "gone.py").touch()
     command = [sys.executable, "setup.py", "-q"]
     command += ["sdist", "-d", str(folder), "bdist_wheel", "-d", str(folder)]
     environment = os.environ | {"CONR_NO_EXT": "1"}
@@ -50,4 +53,5 @@ def test_the_package_is_whole_in_both(built):
     expected = {f"conr_kernels/{name}" for name in modules | TEXTS | {"py.typed"}}
     for kind, names in built.items():
         assert expected <= names, kind
+    assert "conr_kernels/gone.py" not in built["wheel"]  # of an earlier build
     assert any(name.endswith("licenses/LICENSE") for name in built["wheel"])
