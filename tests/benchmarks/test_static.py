@@ -244,16 +244,11 @@ def test_lists_of_pairs_in_64_bits_are_compiled_too(arithmetic: str) -> None:
 
 #: Bytes of a thread. Where registers are bounded so that one program more shares a multiprocessor
 #: (forward at D = 256 and in float32, backward at D = 64), an H200 takes 2-6 % less time with them.
-#: The mirrored kernels', of pointers and bounds, lie outside their loops over pairs at D = 128.
 KNOWN_SPILLS = {
-    ("conr_mirrored_kernel", "both", "float16", "2048", "paper"): "16",
     ("conr_backward_parts_kernel", "both", "bfloat16", "64", "paper"): "8",
-    ("conr_mirrored_kernel", "both", "bfloat16", "2048", "paper"): "16",
-    ("conr_mirrored_kernel", "both", "float32", "2048", "paper"): "16",
     ("conr_dense_gradient_kernel", "", "float32 highest", "128", "paper 4096 rows"): "24",
     ("conr_forward_kernel", "both", "float64", "2048", "paper"): "24",
     ("conr_order_kernel", "", "bfloat16", "128", "released-depth keys"): "8",
-    ("conr_mirrored_kernel", "both", "bfloat16", "128", "paper"): "40",
     (
         "conr_dense_rows_kernel",
         "",
@@ -265,13 +260,6 @@ KNOWN_SPILLS = {
     ("conr_wide_product_kernel", "", "bfloat16", "384", "paper"): "40",
     ("conr_forward_kernel", "both", "bfloat16", "256", "paper keys"): "16",
     ("conr_forward_kernel", "both", "float16", "256", "paper keys"): "16",
-    ("conr_mirrored_kernel", "both", "float16", "64", "paper"): "8",
-    ("conr_mirrored_kernel", "both", "float16", "128", "paper"): "40",
-    ("conr_mirrored_kernel", "both", "bfloat16", "64", "paper"): "8",
-    ("conr_mirrored_kernel", "both", "float32", "64", "paper"): "40",
-    ("conr_mirrored_kernel", "positives", "bfloat16", "128", "paper"): "40",
-    ("conr_mirrored_kernel", "negatives", "bfloat16", "128", "paper"): "24",
-    ("conr_mirrored_kernel", "both", "bfloat16", "128", "no-pushing"): "56",
 }
 
 
