@@ -62,10 +62,11 @@ def look_for_copied_rows(rows: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or "bank" in _told:
         return
-    ddp = DistributedDataParallel._active_ddp_module
+    # Its own names: a version without them is told nothing.
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if ddp is None or not ddp.broadcast_buffers or dist.get_world_size(ddp.process_group) < 2:
         return
-    if any(buffer is rows for buffer in ddp.modules_buffers):
+    if any(buffer is rows for buffer in getattr(ddp, "modules_buffers", ())):
         tell_once(
             "bank",
             "a MemoryBank is part of a DistributedDataParallel module, which copies rank 0's rows "
