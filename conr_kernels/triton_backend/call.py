@@ -140,6 +140,19 @@ class Call:
         #: Squares of differences must not be fused into the sum that follows.
         self.fusion = {"enable_fp_fusion": False} if self.pair_flags["RMSE"] else {}
 
+    def flags(self, sweeps: str) -> dict[str, Any]:
+        """Constants of a kernel's pairs, ``sweeps`` being ``"positives"``, ``"negatives"`` or
+        ``"both"``; what the other sweep alone depends on has one value.
+        """
+        has_negatives = sweeps != "positives"
+        return self.pair_flags | dict(
+            CONFUSED=self.is_confused and has_negatives,
+            SAME=not self.has_keys,
+            D_PAD=self.D_pad,
+            INSIDE=self.is_inside and sweeps != "negatives",
+            PHI=self.settings.pushing.phi if has_negatives else "one",
+        )
+
     def windows(self, chosen: Config, is_apart: bool) -> Windows:
         itemsize = self.form.dtype.itemsize
         n, n_j = tiles(self.N, chosen.BLOCK_I), padded(self.K) // chosen.BLOCK_J

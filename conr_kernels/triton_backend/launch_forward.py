@@ -44,13 +44,9 @@ class Forward(Ordering):
             if call.is_forward_mirrored:
                 yield from self._mirrored(which)
                 continue
-            has_negatives = which != "positives"
             kernel = call.bind(
                 sweeps.conr_forward_kernel, chosen.launch | call.fusion, SWEEPS=which,
-                CONFUSED=call.is_confused and has_negatives, SAME=not call.has_keys,
-                D_PAD=call.D_pad, INSIDE=call.is_inside and which != "negatives",
-                PHI=s.pushing.phi if has_negatives else "one",
-                TINY=call.is_tiny and has_negatives, **call.pair_flags, **chosen.tiles,
+                TINY=call.is_tiny and which != "positives", **call.flags(which), **chosen.tiles,
                 RESIDENT=chosen.in_registers,
             )  # fmt: skip
             n_programs = tiles(call.N, chosen.BLOCK_I) * n_slots * (1 + (which == "both"))

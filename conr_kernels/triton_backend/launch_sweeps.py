@@ -111,19 +111,12 @@ class Plan(Forward):
                 f"{rows} upstream G gradient", aliases, backward, self.kept, self.work_of_gradient
             )
 
-    def _flags(self, order: int) -> dict[str, Any]:
-        """Constants of a sweep; what the other one alone depends on has one value."""
-        call, negatives = self.call, order == 1
-        return dict(
-            NEGATIVES=negatives, CONFUSED=call.is_confused and negatives, SAME=not call.has_keys,
-            D_PAD=call.D_pad, INSIDE=call.is_inside and not negatives,
-            PHI=call.settings.pushing.phi if negatives else "one",
-        )  # fmt: skip
-
-    @property
-    def kappa(self) -> float:
-        """∂L/∂q_i = (1/τ) Σ_j H_ij q_j, and the sorted copies hold √(log₂e/τ)·q_j."""
-        return 1 / (self.call.settings.temperature * self.call.scale)
+    def _upstream_and_kappa(self) -> tuple[str, float]:
+        """The pointer to the upstream gradient, unless it is in the coefficients, and the factor
+        from ``G`` to ``∂L/∂q_i``: the sorted copies hold √(log₂e/τ)·q_j.
+        """
+        kappa = 1 / (self.call.settings.temperature * self.call.scale)
+        return ("upstream", kappa * self.factor) if self.is_kept else ("nothing", kappa)
 
     def _backward_narrow(self) -> Iterator[Step]:
         call = self.call
@@ -142,17 +135,13 @@ class Plan(Forward):
         from .kernels import gradient
 
         call, s = self.call, self.call.settings
-        chosen, upstream, kappa = call.config("backward"), "nothing", self.kappa
-        if self.is_kept:
-            upstream, kappa = "upstream", kappa * self.factor
-        else:
+        chosen, (upstream, kappa) = call.config("backward"), self._upstream_and_kappa()
+        if not self.is_kept:
             yield from self._copies(0, self.columns)
         of_sums = call.bind(
             gradient.conr_backward_parts_kernel, chosen.launch | call.fusion, overlaps=True,
-            APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
-            D_PAD=call.D_pad,
-            INSIDE=call.is_inside, PHI=s.pushing.phi, RESCALE=call.is_rescaled,
-            **call.pair_flags, **chosen.tiles, RESIDENT=chosen.in_registers,
+            APART=int(self.is_apart), RESCALE=call.is_rescaled, **call.flags("both"),
+            **chosen.tiles, RESIDENT=chosen.in_registers,
         )  # fmt: skip
         launch = Launch(
             of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
@@ -174,14 +163,12 @@ class Plan(Forward):
         chosen, dtype = call.config("backward"), call.form.dtype
         # The positives' part waits where the gradient will stand, and its lower 16 bits elsewhere
         # if the gradient has no more.
-        rest, upstream, kappa = "nothing", "nothing", self.kappa
+        rest, (upstream, kappa) = "nothing", self._upstream_and_kappa()
         if dtype.itemsize == 2:
             rest = "G_rest"
             self.work_of_gradient.add(rest, call.N * call.D, torch.int16)
         apart = self.is_kept and self.is_apart
-        if self.is_kept:
-            upstream, kappa = "upstream", kappa * self.factor
-        for order in (0, 1):
+        for order, which in enumerate(("positives", "negatives")):
             copies = [] if self.is_kept else list(self._copies(order, self.columns))
             yield from copies
             # In float32 a wait between the sum and its end would spill.
@@ -189,8 +176,7 @@ class Plan(Forward):
             kernel = call.bind(
                 gradient.conr_backward_kernel, chosen.launch | call.fusion, overlaps=True, D=call.D,
                 RESCALE=call.is_rescaled, LATE=is_late, RESIDENT=chosen.in_registers,
-                **self._flags(order), **call.pair_flags,
-                **chosen.tiles,
+                NEGATIVES=order == 1, **call.flags(which), **chosen.tiles,
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
@@ -231,20 +217,11 @@ class Plan(Forward):
         )  # fmt: skip
         scores, later_scores = (
             call.bind(
-                wide.conr_wide_scores_kernel,
-                chosen.launch | call.fusion,
-                overlaps=True,
-                **of_all,
-                **of_pairs,
-                D_PAD=call.D_pad,
-                INSIDE=call.is_inside,
-                PHI=s.pushing.phi,
-                LATE=is_late,
-                **call.pair_flags,
-                **chosen.tiles,
-            )  # fmt: skip
+                wide.conr_wide_scores_kernel, chosen.launch | call.fusion, overlaps=True,
+                LATE=is_late, **of_pairs, **call.flags("both"), **chosen.tiles,
+            )
             for is_late in (False, True)
-        )
+        )  # fmt: skip
         products = call.bind(
             wide.conr_wide_product_kernel, product.launch, overlaps=True, **of_all, D=call.D,
             D_PAD=call.D_pad, PRECISION=call.pair_flags["PRECISION"],
@@ -272,9 +249,7 @@ class Plan(Forward):
         yield self._gradient_wide(wide.conr_wide_gradient_kernel, of_all, G)
 
     def _gradient_wide(self, kernel: Any, constants: dict[str, Any], G: str) -> Step:
-        call, upstream, kappa = self.call, "nothing", self.kappa
-        if self.is_kept:
-            upstream, kappa = "upstream", kappa * self.factor
+        call, (upstream, kappa) = self.call, self._upstream_and_kappa()
         most = GRADIENT_TILE * 4 // call.dtype.itemsize
         chunk = min(1 << (call.D - 1).bit_length(), most)
         n_rows = min(most // chunk, ROW_PAD)
