@@ -130,7 +130,7 @@ def _is_column(t: Tensor, n_rows: int) -> bool:
     return t.dim() in (1, 2) and t.shape[0] == n_rows and t.shape[1:].numel() == 1
 
 
-def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
+def check_weights(w: Any, n_rows: int, rows_of: str) -> None:
     if w is None:
         return
     if is_number(w):
@@ -138,10 +138,10 @@ def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
             raise ValueError(f"weights must be ≥ 0, got {w}")
         return
     check_real("weights", w, "a Tensor, a number or None")
-    if w.dim() != 0 and not _is_column(w, x.shape[0]):
+    if w.dim() != 0 and not _is_column(w, n_rows):
         raise ValueError(
-            f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in {rows_of} "
-            f"{tuple(x.shape)}, got {tuple(w.shape)}"
+            f"weights must have shape (N,), (N, 1) or () with N = {n_rows} as in {rows_of}, "
+            f"got {tuple(w.shape)}"
         )
 
 
@@ -156,9 +156,7 @@ def check_devices(tensors: dict[str, Any]) -> None:
         raise ValueError(f"all tensors must be on one device, got {listing}")
 
 
-def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
-    check_key_labels(keys, y)
-    key_x = keys[0]
+def check_key_features(key_x: Tensor, x: Tensor) -> None:
     if key_x.shape[1] != x.shape[1]:
         raise ValueError(
             f"keys[0] (features) must have D = {x.shape[1]} as features {tuple(x.shape)}, "
@@ -170,7 +168,7 @@ def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
         )
 
 
-def check_key_labels(keys: Any, y: Tensor) -> None:
+def check_keys(keys: Any, y: Tensor) -> None:
     """Keys (features, targets, predictions[, mask]) whose labels are like y's."""
     if not isinstance(keys, (tuple, list)) or len(keys) not in (3, 4):
         got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
@@ -215,35 +213,32 @@ def check_tensors(
     features: Any, targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any = None
 ) -> None:
     check_features("features", features)
-    n_rows = features.shape[0]
-    check_labels("targets", targets, n_rows, f"features {tuple(features.shape)}")
-    check_labels("predictions", predictions, n_rows, f"features {tuple(features.shape)}")
-    check_same_components("targets", targets, "predictions", predictions)
-    check_weights(weights, features)
-    named = dict(features=features, targets=targets, predictions=predictions, weights=weights)
+    _check_batch("features", features, targets, predictions, weights, keys, mask)
     if keys is not None:
-        check_keys(keys, features, targets)
-        named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
-    if mask is not None:
-        check_mask(mask, n_rows, f"features {tuple(features.shape)}")
-        named["mask"] = mask
-    check_devices(named)
+        check_key_features(keys[0], features)
 
 
-def check_statistics(targets: Any, predictions: Any, keys: Any, mask: Any, weights: Any) -> None:
+def check_statistics(targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any) -> None:
     check_rows("targets", dict(targets=targets))
-    n_rows, shape = targets.shape[0], f"targets {tuple(targets.shape)}"
-    check_labels("targets", targets, n_rows, shape)
-    check_labels("predictions", predictions, n_rows, shape)
+    _check_batch("targets", targets, targets, predictions, weights, keys, mask)
+
+
+def _check_batch(
+    name: str, x: Tensor, targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any
+) -> None:
+    """``x``, called ``name``, is a checked tensor that has one row per sample."""
+    n_rows, rows_of = x.shape[0], f"{name} {tuple(x.shape)}"
+    check_labels("targets", targets, n_rows, rows_of)
+    check_labels("predictions", predictions, n_rows, rows_of)
     check_same_components("targets", targets, "predictions", predictions)
-    named = dict(targets=targets, predictions=predictions, weights=weights)
-    check_weights(weights, targets, "targets")
-    if mask is not None:
-        check_mask(mask, n_rows, shape)
-        named["mask"] = mask
+    check_weights(weights, n_rows, rows_of)
+    named = {name: x, "targets": targets, "predictions": predictions, "weights": weights}
     if keys is not None:
-        check_key_labels(keys, targets)
+        check_keys(keys, targets)
         named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
+    if mask is not None:
+        check_mask(mask, n_rows, rows_of)
+        named["mask"] = mask
     check_devices(named)
 
 

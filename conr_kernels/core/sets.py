@@ -85,7 +85,7 @@ def checked_rows(
     validation.check_choice("distance", distance, DISTANCES)
     variant = resolve_variant(variant)
     keys = as_keys(keys)
-    validation.check_statistics(targets, predictions, keys, mask, weights)
+    validation.check_statistics(targets, predictions, weights, keys, mask)
     y, p = as_labels(targets), as_labels(predictions)
     takes_part = torch.ones(len(y), dtype=torch.bool, device=y.device)
     if mask is not None:
