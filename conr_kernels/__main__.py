@@ -95,9 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"GPU: {name}, sm_{capability[0]}{capability[1]}, CUDA {torch.version.cuda}")
     else:
         print("GPU: none that torch can use")
-    describe = getattr(cuda_backend, "describe", None)
-    if describe is not None:
-        print(f"cuda backend: {describe()}")
+    print(f"cuda backend: {cuda_backend.describe()}")
 
     failed = []
     for device in devices:

@@ -24,18 +24,7 @@ DENSE_PAIRS = 1024 * 1024
 #: Where the bands hold more than this share of all pairs, one sweep serves both masks.
 DENSE_SHARE = 0.7
 
-_FLAGS = dict(
-    inside=1,
-    all_negatives=2,
-    unit_terms=4,
-    count_self=8,
-    weighted_rows=16,
-    rmse=32,
-    shifted=64,
-    rate_is_weighted=512,
-    rate_is_scaled=1024,
-    widened=2048,
-)
+#: ``Flags`` of csrc/conr_math.cuh, here and in ``_find_scalars``.
 _PHI_FLAGS = {"one": 0, "distance": 128, "exponential": 256}
 
 
@@ -200,21 +189,18 @@ def _scalars(settings: Settings, is_widened: bool) -> tuple[float, float, float,
 
 def _find_scalars(settings: Settings, is_widened: bool) -> tuple[float, float, float, int]:
     """Window, temperature, push scale and flags."""
-    variant = settings.variant
-    asked = dict(
-        inside=variant.log == "inside",
-        all_negatives=variant.negatives == "all",
-        unit_terms=variant.unit_terms,
-        count_self=variant.count_self,
-        weighted_rows=variant.weighted_rows,
-        rmse=settings.distance == "rmse",
-        shifted=not settings.exponent_is_small,
-        rate_is_weighted=settings.pushing.is_weighted,
-        rate_is_scaled=settings.pushing.is_scaled,
-        widened=is_widened,
-    )
-    flags = sum(_FLAGS[name] for name, is_asked in asked.items() if is_asked)
-    flags += _PHI_FLAGS[settings.pushing.phi]
+    variant, pushing = settings.variant, settings.pushing
+    flags = _PHI_FLAGS[pushing.phi]
+    flags += 1 * (variant.log == "inside")
+    flags += 2 * (variant.negatives == "all")
+    flags += 4 * variant.unit_terms
+    flags += 8 * variant.count_self
+    flags += 16 * variant.weighted_rows
+    flags += 32 * (settings.distance == "rmse")
+    flags += 64 * (not settings.exponent_is_small)
+    flags += 512 * pushing.is_weighted
+    flags += 1024 * pushing.is_scaled
+    flags += 2048 * is_widened
     return settings.window, settings.temperature, settings.push_scale, flags
 
 
