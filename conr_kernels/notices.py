@@ -1,4 +1,4 @@
-"""What a process is told once, by a ``UserWarning``: the silent ways in which nothing is learnt."""
+"""``UserWarning``s, each once per process, about batches and ranks from which nothing is learnt."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _told: set[str] = set()
 
 
 def tell_once(topic: str, message: str) -> None:
+    """Warns with the caller's line: the first outside of this package and PyTorch."""
     if topic in _told:
         return
     _told.add(topic)
@@ -27,7 +28,7 @@ def tell_once(topic: str, message: str) -> None:
 
 
 def look_for_ranks() -> None:
-    """Tells of a job of several processes whose loss has no group."""
+    """Warns where a job has several processes and the loss no group."""
     if torch.compiler.is_compiling() or "ranks" in _told:
         return
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -41,7 +42,7 @@ def look_for_ranks() -> None:
 
 
 def look_for_synchronisation(encoder: object) -> None:
-    """Tells of a job of several processes in which nobody averages an encoder's gradients."""
+    """Warns where a job has several processes and nothing averages an encoder's gradients."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return
     modules = encoder.modules() if isinstance(encoder, torch.nn.Module) else ()
@@ -51,16 +52,16 @@ def look_for_synchronisation(encoder: object) -> None:
         "gradients",
         f"gradient_cache got a {type(encoder).__name__} without DistributedDataParallel or FSDP in "
         f"one of {dist.get_world_size()} processes: each process keeps its own gradients, which "
-        "nobody averages. Give it the wrapped module, not what is inside",
+        "nobody averages. Pass the wrapped module, not the one inside it",
     )
 
 
 def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> None:
-    """Tells of a batch in which nothing can happen, where reading it costs nothing: on the CPU.
+    """Warns of a batch without anchors. On the CPU only, where reading values costs nothing.
 
     Args:
-        loss: what became of the batch; anything but 0 is no such case.
-        n_union: rows of the union whose part the batch is; None: the batch is the whole.
+        loss: the batch's; it is 0 without anchors.
+        n_union: the number of rows of the union of which the batch is a part; None if it is none.
     """
     if not ops.is_plain(batch.x) or batch.x.device.type != "cpu" or "anchors" in _told:
         return
@@ -80,7 +81,7 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
         negatives = batch.settings.variant.negatives
         n_i, m_i = pair_counts(y_i, p_i, y_j, p_j, *of_pairs, negatives)
         if ((n_i > 0) & (m_i > 0)).any():
-            return  # weights of 0, say
+            return  # it was 0 for another reason, such as weights of 0
         reason = "no row has both a positive and a negative"
         if not n_i.any():
             reason = "no row has a positive: no two labels lie within the window of each other"
@@ -93,5 +94,5 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
         "anchors",
         f"the ConR loss of a batch of {len(y_i)} rows is 0 and trains nothing: {reason} "
         f"(window={batch.settings.window:g}, labels from {low:g} to {high:g}). suggest_window "
-        "shows the shares of positives and negatives over windows; told once a process",
+        "shows the shares of positives and negatives over windows; shown once per process",
     )

@@ -1,4 +1,4 @@
-"""Every check on user input. Runs before any computation and reads no tensor's values."""
+"""Every check on user input. They run before any computation and read no tensor's values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_scalars(window: Any, temperature: Any, push_scale: Any) -> tuple[float, ...]:
-    """The three as floats; a window beyond float32 is infinite: no labels are farther apart."""
+    """The three as floats; a window beyond float32's range becomes infinite, which is the same."""
     window = check_number("window", window)
     temperature = check_number("temperature", temperature)
     push_scale = check_number("push_scale", push_scale)
@@ -71,7 +71,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def kind_of(value: object) -> str:
-    """The type of what came instead of a Tensor, and what makes one of it."""
+    """The type of an argument that is no Tensor, and how to convert it."""
     is_array = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
     return type(value).__name__ + (" (use torch.as_tensor)" if is_array else "")
 
@@ -126,7 +126,7 @@ def check_same_components(name_y: str, y: Tensor, name_p: str, p: Tensor) -> Non
 
 
 def _is_column(t: Tensor, n_rows: int) -> bool:
-    """[N] or [N, 1]; number by number, since compilers do not compare tuples of symbolic ones."""
+    """[N] or [N, 1]; compared number by number, as torch.compile cannot compare symbolic shapes."""
     return t.dim() in (1, 2) and t.shape[0] == n_rows and t.shape[1:].numel() == 1
 
 
@@ -134,7 +134,7 @@ def check_weights(w: Any, n_rows: int, rows_of: str) -> None:
     if w is None:
         return
     if is_number(w):
-        if -math.inf < check_number("weights", w) < 0:  # what is not finite shows in the loss
+        if -math.inf < check_number("weights", w) < 0:  # one that is not finite shows in the loss
             raise ValueError(f"weights must be ≥ 0, got {w}")
         return
     check_real("weights", w, "a Tensor, a number or None")
@@ -169,7 +169,7 @@ def check_key_features(key_x: Tensor, x: Tensor) -> None:
 
 
 def check_keys(keys: Any, y: Tensor) -> None:
-    """Keys (features, targets, predictions[, mask]) whose labels are like y's."""
+    """``(features, targets, predictions[, mask])`` with as many label components as ``y``."""
     if not isinstance(keys, (tuple, list)) or len(keys) not in (3, 4):
         got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
         expected = "a tuple (features, targets, predictions[, mask]) or a MemoryBank"
@@ -226,7 +226,9 @@ def check_statistics(targets: Any, predictions: Any, weights: Any, keys: Any, ma
 def _check_batch(
     name: str, x: Tensor, targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any
 ) -> None:
-    """``x``, called ``name``, is a checked tensor that has one row per sample."""
+    """The arguments that loss and statistics share; ``name`` is that of ``x``, which is checked and
+    has their rows.
+    """
     n_rows, rows_of = x.shape[0], f"{name} {tuple(x.shape)}"
     check_labels("targets", targets, n_rows, rows_of)
     check_labels("predictions", predictions, n_rows, rows_of)
@@ -258,7 +260,7 @@ def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
         check_real(name, t)
         if t.dim() == 0 or 0 in t.shape[1:]:
             raise ValueError(
-                f"{name} must have shape (N, …), nothing of it empty, got {tuple(t.shape)}"
+                f"{name} must have shape (N, …) without an empty axis, got {tuple(t.shape)}"
             )
     n_rows = named[n_rows_of].shape[0]
     for name, t in named.items():
@@ -278,14 +280,14 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_inputs(named: dict[str, Any]) -> int:
-    """The number of rows that all of an encoder's inputs have."""
+    """The number of rows of an encoder's inputs, which must all have the same."""
     for name, t in named.items():
         if not isinstance(t, Tensor) or t.dim() == 0:
             got = "a 0-d Tensor" if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(f"{name} must be a Tensor with rows, got {got}")
     sizes = {name: len(t) for name, t in named.items()}
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"the inputs must have one number of rows, got {sizes}")
+        raise ValueError(f"the inputs must all have the same number of rows, got {sizes}")
     return next(iter(sizes.values()))
 
 
@@ -314,7 +316,7 @@ def check_outputs(outputs: Any) -> None:
 
 
 def check_value(value: Any) -> None:
-    """What a loss of all rows returned."""
+    """The value that the loss of all rows returned."""
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"the loss must return a scalar Tensor, got {got}")

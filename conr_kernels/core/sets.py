@@ -1,4 +1,4 @@
-"""The sets of a batch, counted from labels and predictions alone."""
+"""The sizes of a batch's sets, counted from labels and predictions alone."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class ConRStatistics(NamedTuple):
     """What the loss sees in a batch, on its device.
 
     Attributes:
-        n_positives: ``n_i`` [N], int64: 0 of rows that take no part.
+        n_positives: ``n_i`` [N], int64; 0 for rows that take no part.
         n_negatives: ``m_i`` [N], int64, likewise.
         is_anchor: ``A_i`` [N], bool: the row has both.
-        floor: a scalar, below which no features bring the mean loss (``conr_statistics``); of a
-            group, the union's.
+        floor: a scalar, the least mean loss that any features can reach (``conr_statistics``); with
+            a group, of the union.
         rows: a scalar, int64: how many of this process's rows take part.
     """
 
@@ -48,16 +48,16 @@ class ConRStatistics(NamedTuple):
     rows: Tensor
 
     def summary(self) -> dict[str, float]:
-        """Plain floats for a logger. Synchronises once.
+        """Plain floats for a logger. Synchronises with the device once.
 
         Returns:
-            ``rows``: how many of this process's rows take part. Shares of these: ``anchors``,
-            ``without_positives``, ``without_negatives``. Of each of them, on average:
-            ``mean_positives``, ``mean_negatives``. And ``floor``.
+            ``rows``: how many of this process's rows take part. Their shares ``anchors``,
+            ``without_positives`` and ``without_negatives``. Their average numbers of pairs
+            ``mean_positives`` and ``mean_negatives``. And ``floor``.
         """
         n_i, m_i = self.n_positives.double(), self.n_negatives.double()
-        out = len(n_i) - self.rows  # rows that take no part have neither
-        sums = (self.is_anchor.sum(), (n_i == 0).sum() - out, (m_i == 0).sum() - out)
+        n_absent = len(n_i) - self.rows  # these have neither positives nor negatives
+        sums = (self.is_anchor.sum(), (n_i == 0).sum() - n_absent, (m_i == 0).sum() - n_absent)
         of_rows = torch.stack([*sums, n_i.sum(), m_i.sum()]).double() / self.rows.clamp(min=1)
         values = torch.cat([self.rows[None], of_rows, self.floor[None]]).tolist()
         names = ("rows", "anchors", "without_positives", "without_negatives")
@@ -81,6 +81,7 @@ def checked_rows(
     targets: Any, predictions: Any, window: Any, distance: Any, variant: Any, keys: Any, mask: Any,
     weights: Any,
 ) -> Rows:  # fmt: skip
+    """The arguments of ``conr_statistics``, checked and as ``count`` takes them."""
     window, _, _ = validation.check_scalars(window, 1.0, 0.0)
     validation.check_choice("distance", distance, DISTANCES)
     variant = resolve_variant(variant)
@@ -108,7 +109,7 @@ def all_labels(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def count(rows: Rows, y_j: Tensor, p_j: Tensor, total: Any) -> ConRStatistics:
-    """The statistics of the rows among the keys; ``total`` adds [2] up over all processes."""
+    """The statistics of the rows among the keys; ``total`` sums a tensor [2] over all processes."""
     of_pairs = (rows.window, rows.distance, rows.variant.negatives)
     n_i, m_i = torch.ops.conr_kernels.pair_counts(rows.y, rows.p, y_j, p_j, *of_pairs)
     is_anchor = (n_i > 0) & (m_i > 0)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of BLOCK_I anchors × BLOCK_J keys, chunk of BLOCK_D columns, and how it is launched; the
-    most registers of a thread, where the compiler would take more than it needs; whether the
-    anchors' features stay in the registers.
+    """A tile of BLOCK_I anchors × BLOCK_J keys, in chunks of BLOCK_D columns, and its launch.
+
+    ``max_registers``: of a thread, where the compiler would take more than it needs;
+    ``in_registers``: the anchors' features stay in the registers.
     """
 
     BLOCK_I: int
@@ -217,8 +218,8 @@ Entry = tuple[int | None, ...]
 
 @functools.cache
 def entry(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Entry | None:
-    """The first that matches; ``architecture`` 80, 90 or 100, the largest not above the
-    device's.
+    """The first that matches, or None. ``architecture``: one of ARCHITECTURES, the largest that is
+    not above the device's.
     """
     for on, width, found in TABLE[arithmetic].get(kind, ()):
         if on in (None, architecture) and width in (None, D_bucket):
@@ -228,7 +229,7 @@ def entry(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Entry
 
 @functools.cache
 def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
-    """The configuration of a kernel."""
+    """The configuration of a kernel that has an entry."""
     found = entry(kind, architecture, D_bucket, arithmetic)
     if found is None:
         raise KeyError((kind, architecture, D_bucket, arithmetic))

@@ -28,17 +28,17 @@ from .launch import OWN_KEYS, Launch, Place, Steps, place_of
 from .launch_forward import FINISH_ROWS, SLOTS, Forward
 from .launch_order import Step
 
-#: Programs of one sweep at least, about: two for each multiprocessor of an H200, so that those of
-#: both sweeps fill it.
+#: About how many programs a sweep has at least: two for each multiprocessor of an H200, so that
+#: those of both sweeps fill it.
 PROGRAMS = 264
-#: The same of wide features, whose programs take long for a tile of keys: the last ones end alike.
+#: The same for wide features, whose programs take long for a tile of keys: more end more evenly.
 WIDE_SLICES = 768
-#: Of wide features, programs of four warps that take turns at most: four for each multiprocessor of
-#: an A100, H200 or B200; of eight warps half as many.
+#: The most programs of four warps that take turns, for wide features: four for each multiprocessor
+#: of an A100, H200 or B200; half as many of eight warps.
 WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
 #: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
-#: loss finds them kept; above, the negatives' copies replace the positives'. Of wide features,
-#: whose negatives then need a list of their own.
+#: loss finds them kept; above, the negatives' copies replace the positives'. And the same for wide
+#: features, whose negatives then need a list of their own.
 BOTH_ORDERS = 2**26
 WIDE_BOTH_ORDERS = 2**28
 #: Bytes of the gradient's parts up to which one launch serves both sweeps of the backward pass, and
