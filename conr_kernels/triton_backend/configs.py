@@ -22,7 +22,7 @@ class Config:
     BLOCK_J: int
     BLOCK_D: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 2
     max_registers: int | None = None
     in_registers: bool = False
 
@@ -36,13 +36,14 @@ class Config:
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
-#: Largest D whose gradient tile stays in the registers.
+#: Bytes of the largest row of features whose gradient stays in the registers, and their number.
+REGISTER_BYTES = 512
 REGISTER_D = {
-    "float16": 256,
-    "bfloat16": 256,
-    "float32": 128,
-    "float32 highest": 128,
-    "float64": 64,
+    "float16": REGISTER_BYTES // 2,
+    "bfloat16": REGISTER_BYTES // 2,
+    "float32": REGISTER_BYTES // 4,
+    "float32 highest": REGISTER_BYTES // 4,
+    "float64": REGISTER_BYTES // 8,
 }
 #: "mirrored" is the forward pass that takes each pair once, where there is an entry: BLOCK_J is the
 #: tile of a program's own rows. "product" is the second phase of "wide", of the same BLOCK_I:
