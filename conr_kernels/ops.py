@@ -314,8 +314,8 @@ class _TransformedBackward(torch.autograd.Function):
 def keep(ctx: Any, inputs: Inputs, backend: str, stats: Tensor, layout: Tensor) -> None:
     """Saves what ``kept`` returns, with copies of the labels and predictions."""
     x, y, p, _, keys, *_ = inputs
-    if ctx.needs_input_grad[0]:
-        y, p = own_copies(y, p)
+    if ctx.needs_input_grad[0]:  # the caller may overwrite labels and predictions before backward
+        y, p = torch.stack((y, p)).unbind() if y.dtype == p.dtype else (y.clone(), p.clone())
     ctx.save_for_backward(stats, layout, x, y, p, *(keys or (None,) * 3))
     ctx.call = (inputs.self_offset, inputs.settings, backend)
 
@@ -335,11 +335,6 @@ def _keep_operands(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.n_constant = len(inputs) - 1
     keep(ctx, *_inputs(*inputs), stats, layout)
-
-
-def own_copies(y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies for the backward pass: the caller may overwrite labels and predictions before it."""
-    return torch.stack((y, p)).unbind() if y.dtype == p.dtype else (y.clone(), p.clone())
 
 
 def _differentiate(
