@@ -41,7 +41,7 @@ from .variants import Settings, Variant
 BACKENDS = ("triton", "cuda", "torch")
 NO_SECOND_DERIVATIVE = (
     "conr_loss has no second derivative, forward derivative or vmap rule in its fused backends; "
-    'use backend="reference", which supports both'
+    'use backend="reference", which supports them all'
 )
 NO_TRANSFORM_COMPILED = (
     'torch.compile of a torch.func transform of conr_loss is supported by backend="reference" '

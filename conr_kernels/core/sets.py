@@ -64,13 +64,13 @@ class ConRStatistics(NamedTuple):
         return dict(zip((*names, "mean_positives", "mean_negatives", "floor"), values, strict=True))
 
 
-class Rows(NamedTuple):
+class LabelledRows(NamedTuple):
     """Checked input: labels and predictions [N, L], NaN in the rows that take no part."""
 
     y: Tensor
     p: Tensor
     w: Tensor | None
-    takes_part: Tensor
+    mask: Tensor
     keys: tuple[Tensor, Tensor] | None
     window: float
     distance: str
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
 def checked_rows(
     targets: Any, predictions: Any, window: Any, distance: Any, variant: Any, keys: Any, mask: Any,
     weights: Any,
-) -> Rows:  # fmt: skip
+) -> LabelledRows:  # fmt: skip
     """The arguments of ``conr_statistics``, checked and as ``count`` takes them."""
     window, _, _ = validation.check_scalars(window, 1.0, 0.0)
     validation.check_choice("distance", distance, DISTANCES)
@@ -88,27 +88,28 @@ def checked_rows(
     keys = as_keys(keys)
     validation.check_statistics(targets, predictions, weights, keys, mask)
     y, p = as_labels(targets), as_labels(predictions)
-    takes_part = torch.ones(len(y), dtype=torch.bool, device=y.device)
-    if mask is not None:
-        takes_part = mask.reshape(-1)
-        y, p = (t.masked_fill(~takes_part[:, None], torch.nan) for t in (y, p))
+    if mask is None:
+        mask = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    else:
+        mask = mask.reshape(-1)
+        y, p = (t.masked_fill(~mask[:, None], torch.nan) for t in (y, p))
     if keys is not None:
         _, key_y, key_p, *masks = keys
         keys = (as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
         for is_key in masks:
             keys = tuple(t.masked_fill(~is_key.reshape(-1, 1), torch.nan) for t in keys)
     w = as_weights(weights, y) if variant.weighted_rows else None
-    return Rows(y, p, w, takes_part, keys, window, distance, variant)
+    return LabelledRows(y, p, w, mask, keys, window, distance, variant)
 
 
-def all_labels(rows: Rows) -> tuple[Tensor, Tensor]:
+def all_labels(rows: LabelledRows) -> tuple[Tensor, Tensor]:
     """Labels and predictions of the rows and then of the further keys."""
     if rows.keys is None:
         return rows.y, rows.p
     return torch.cat([rows.y, rows.keys[0]]), torch.cat([rows.p, rows.keys[1]])
 
 
-def count(rows: Rows, y_j: Tensor, p_j: Tensor, total: Any) -> ConRStatistics:
+def count(rows: LabelledRows, y_j: Tensor, p_j: Tensor, total: Any) -> ConRStatistics:
     """The statistics of the rows among the keys; ``total`` sums a tensor [2] over all processes."""
     of_pairs = (rows.window, rows.distance, rows.variant.negatives)
     n_i, m_i = torch.ops.conr_kernels.pair_counts(rows.y, rows.p, y_j, p_j, *of_pairs)
@@ -116,6 +117,6 @@ def count(rows: Rows, y_j: Tensor, p_j: Tensor, total: Any) -> ConRStatistics:
     n = n_i.clamp(min=1).to(rows.y.dtype)
     floor_i = n.log() * (n / (n + rows.variant.count_self))
     floor_i = floor_i if rows.w is None else floor_i * rows.w
-    n_rows = rows.takes_part.sum()
+    n_rows = rows.mask.sum()
     floor, n_all = total(torch.stack([torch.where(is_anchor, floor_i, 0.0).sum(), n_rows])).unbind()
     return ConRStatistics(n_i, m_i, is_anchor, floor / n_all.clamp(min=1), n_rows)

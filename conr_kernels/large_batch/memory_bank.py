@@ -94,7 +94,7 @@ class MemoryBank(nn.Module):
         N, L = len(features), self.targets.shape[1]
         if features.shape[1] != D or validation.n_components(targets) != L:
             raise ValueError(
-                f"the bank holds D = {D} features and L = {L} labels a row, got features "
+                f"the bank holds D = {D} features and L = {L} labels per row, got features "
                 f"{tuple(features.shape)} and targets {tuple(targets.shape)}"
             )
         self._make_writable(targets=targets.dtype, predictions=predictions.dtype)
