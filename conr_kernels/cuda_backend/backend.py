@@ -24,13 +24,13 @@ DENSE_PAIRS = 1024 * 1024
 #: Where the bands hold more than this share of all pairs, one sweep serves both masks.
 DENSE_SHARE = 0.7
 
-#: ``Flags`` of csrc/conr_math.cuh, here and in ``_find_scalars``.
+#: Bits of ``Flags`` in csrc/conr_math.cuh; ``_find_scalars`` has the others.
 _PHI_FLAGS = {"one": 0, "distance": 128, "exponential": 256}
 
 
 @functools.cache
 def _load() -> str | None:
-    """Loads the extension; None, or why it could not be."""
+    """Loads the extension; returns None, or why it cannot be loaded."""
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
         return "the package was installed without its CUDA extension"
@@ -83,7 +83,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def layout_size(inputs: Inputs) -> int:
-    """What each sweep serves; then for each the keys' order, the anchors' key ids, the bands."""
+    """The layout: what each sweep serves; then, for each, the keys' order, the anchors' numbers
+    among the keys, and the bands.
+    """
     N, K = inputs.x.shape[0], inputs.n_keys
     if inputs.settings.variant.negatives == "all" or N * K <= DENSE_PAIRS:
         return 0
@@ -112,8 +114,8 @@ def reduces(
 def reduced(
     inputs: Inputs, further: None, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
-    """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``; among the
-    tensors labels and predictions, which the caller may change before.
+    """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``; the
+    tensors include copies of labels and predictions, which the caller may overwrite.
     """
     x, y = inputs.x, inputs.y
     factor = 1 / x.shape[0] if reduction == "mean" else 1.0
@@ -133,8 +135,8 @@ def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: 
 def _forward(
     inputs: Inputs, labels: Tensor | None, loss: Tensor | None, total: Tensor | None, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Statistics and layout; writes copies of the labels, row losses and the factor times their sum
-    where there is a tensor for them.
+    """Statistics and layout. Copies of labels and predictions, row losses, and the factor times
+    their sum are written to the tensors that are given for them.
     """
     x, _, _, w, _, self_offset, settings, n_absent = inputs
     N, dtype = x.shape[0], inputs.dtype
@@ -152,7 +154,7 @@ def _forward(
 def _backward(
     inputs: Inputs, layout: Tensor, coef: Tensor, upstream: Tensor | None, factor: float
 ) -> Tensor:
-    """The gradient from coefficients that are still to be multiplied by upstream and factor."""
+    """The gradient, from coefficients that lack the upstream gradient and the factor."""
     x = inputs.x
     gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
     _operators().backward(
@@ -173,7 +175,7 @@ def _stream(x: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
 
 
-#: What kernels know of settings, by their identity, which an entry keeps, and the widening.
+#: The kernels' scalars, by the identity of settings (an entry keeps them alive) and the widening.
 _known: dict[tuple[int, bool], tuple[Settings, tuple[float, float, float, int]]] = {}
 KNOWN = 64
 
@@ -205,7 +207,9 @@ def _find_scalars(settings: Settings, is_widened: bool) -> tuple[float, float, f
 
 
 def _widens(x: Tensor) -> bool:
-    """Whether rows are computed as float32: bfloat16 has no matrix instruction before sm_80."""
+    """Whether rows are converted to float32: before sm_80 there are no instructions for bfloat16
+    matrix products.
+    """
     return x.dtype == torch.bfloat16 and x.is_cuda and _capability(x.get_device()) < (8, 0)
 
 

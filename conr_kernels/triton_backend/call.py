@@ -325,15 +325,9 @@ def _even(n: int, most: int) -> int:
 
 
 def limits_of_calls() -> tuple[Any, ...]:
-    return (
-        *MIRRORED_ROWS,
-        MIRRORED_BYTES,
-        WIDE_FEATURES,
-        WORKSPACE,
-        PIECES,
-        PIECE_KEYS,
-        LIST_NUMBERS,
-    )
+    """Constants that a ``Call`` depends on beside its form: tests and measurements change them."""
+    sizes = WIDE_FEATURES, WORKSPACE, PIECES, PIECE_KEYS, LIST_NUMBERS
+    return *MIRRORED_ROWS, MIRRORED_BYTES, *sizes
 
 
 def padded(n: int) -> int:

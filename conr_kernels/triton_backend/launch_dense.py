@@ -231,7 +231,7 @@ def _padded(n: int) -> int:
     return tiles(n, PAD) * PAD
 
 
-#: By the identity of their settings, which an entry keeps alive, and the form.
+#: By the identity of settings (an entry keeps them alive) and the form of call.
 _plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
 PLANS = 64
 

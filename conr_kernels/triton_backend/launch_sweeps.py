@@ -50,7 +50,7 @@ PROJECTED_ROWS = 16
 #: Numbers of a program for wide gradients: rows, or columns of one row at a time.
 GRADIENT_TILE = 4096
 
-#: By the identity of their settings, which an entry keeps alive, and the form.
+#: By the identity of settings (an entry keeps them alive) and the form of call.
 _plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
 PLANS = 64
 
@@ -68,12 +68,10 @@ class Plan(Forward):
         is_apart = call.is_confused and size <= both_orders
         super().__init__(call, 1 / N if form.reduction == "mean" else 1.0, is_apart)
         self.columns = columns
-        #: No sweep's copies take the place of the other's: one launch serves both.
         self.stand_apart = is_apart or not call.is_confused
         self.is_kept = is_reduced and self.stand_apart and size <= BOTH_ORDERS
         chosen = call.config("mirrored" if call.is_forward_mirrored else "forward")
         n_programs = WIDE_SLICES if is_wide and not call.is_forward_mirrored else PROGRAMS
-        #: Programs that a tile of rows has in the forward pass; and parts of a row's sums.
         n_tiles = tiles(N, chosen.BLOCK_J if call.is_forward_mirrored else chosen.BLOCK_I)
         self.n_shares = min(tiles(n_programs, n_tiles), SLOTS)
         self.n_slots = 1 if call.is_forward_mirrored else self.n_shares
@@ -263,7 +261,7 @@ class Plan(Forward):
 
 
 def limits() -> tuple[Any, ...]:
-    """What plans depend on beside the form of call."""
+    """Constants that plans depend on beside the form of call."""
     sizes = BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES
     return PROGRAMS, WIDE_SLICES, *sizes, *launch_order.limits(), *limits_of_calls()
 
