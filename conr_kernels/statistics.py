@@ -28,7 +28,7 @@ def conr_statistics(
     group: Any = None,
     weights: Tensor | float | None = None,
 ) -> ConRStatistics:
-    r"""The sizes of the sets that ``conr_loss`` finds in a batch, exactly, and the least loss.
+    r"""The sizes of the sets that ``conr_loss`` finds in a batch, exactly, and a floor of the loss.
 
     For each row, the numbers of positives ``n_i`` and negatives ``m_i`` and whether it is an anchor
     (``A_i``: it has both); and::

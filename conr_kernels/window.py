@@ -84,7 +84,7 @@ def suggest_window(
         ``WindowSuggestion``; printed, it is a table.
 
     Raises:
-        TypeError, ValueError: bad input, or labels that are all equal to the loss.
+        TypeError, ValueError: bad input, or labels that the loss cannot tell apart.
     """
     validation.check_counts(batch_size=batch_size)
     validation.check_choice("distance", distance, DISTANCES)

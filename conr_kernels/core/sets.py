@@ -36,8 +36,8 @@ class ConRStatistics(NamedTuple):
         n_positives: ``n_i`` [N], int64; 0 for rows that take no part.
         n_negatives: ``m_i`` [N], int64, likewise.
         is_anchor: ``A_i`` [N], bool: the row has both.
-        floor: a scalar, the least mean loss that any features can reach (``conr_statistics``); with
-            a group, of the union.
+        floor: a scalar, below which no features bring the mean loss (``conr_statistics``); with a
+            group, that of the union.
         rows: a scalar, int64: how many of this process's rows take part.
     """
 
