@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+#: Of indices of keys, one for each anchor: whether something holds there.
+Predicate = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -144,9 +147,6 @@ def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Ten
         hi = torch.bincount(lo, minlength=n_keys + 1)[:n_keys].cumsum(0)
     hi = _first(n_keys, len(sorted_i), sorted_i.device, is_beyond) if hi is None else hi
     return lo, torch.maximum(lo, hi)
-
-
-Predicate = Callable[[Tensor], Tensor]
 
 
 def _confirmed(guess: Tensor, holds: Predicate, n_keys: int) -> Tensor | None:

@@ -66,12 +66,12 @@ def _facts(batch: Batch) -> str:
         "variant": settings.variant.code,
         "distance": settings.distance,
         "reduction": batch.reduction,
-        "backend": way(batch),
+        "backend": backend_kind(batch),
     }
     return "\n".join(f"{name}={value}" for name, value in facts.items())
 
 
-def way(batch: Batch) -> str:
+def backend_kind(batch: Batch) -> str:
     """The kind of backend, which decides on the collectives; ranks may mix fused backends."""
     if batch.backend == "reference":
         return "reference"

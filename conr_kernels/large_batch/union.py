@@ -19,7 +19,7 @@ from ..batch import Batch, reference_losses, without_absent
 from ..core.rows import no_statistics, scale_statistics
 from ..core.sets import ConRStatistics, checked_rows, count
 from ..variants import Settings
-from .agreement import agree, way
+from .agreement import agree, backend_kind
 from .ranks import Union
 from .shared import SharedRowLosses
 
@@ -85,7 +85,7 @@ def _row_losses(batch: Batch, union: Union) -> Tensor:
 
 def _shares_forward(batch: Batch, union: Union) -> bool:
     """Whether the ranks share the forward pass (shared.py)."""
-    is_served = way(batch) == "torch on the CPU"
+    is_served = backend_kind(batch) == "torch on the CPU"
     return is_served and union.n_ranks > 1 and union.n_rows >= SHARED_ROWS
 
 
