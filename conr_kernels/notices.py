@@ -67,28 +67,14 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
         return
     if loss.detach().any() or max(len(batch.x), n_union or 0) < 2:
         return
-    reason = f"no row of the union's {n_union} has both a positive and a negative"
     y_i, p_i = batch.y, batch.p
     if batch.mask is not None:
         y_i, p_i = y_i[batch.mask], p_i[batch.mask]
+    reason = f"no row of the union's {n_union} has both a positive and a negative"
     if n_union is None:
-        y_j, p_j = y_i, p_i
-        if batch.keys is not None:
-            is_key = slice(None) if batch.key_mask is None else batch.key_mask
-            key_y, key_p = (t[is_key] for t in batch.keys[1:])
-            y_j, p_j = torch.cat([y_i, key_y]), torch.cat([p_i, key_p])
-        of_pairs = (batch.settings.window, batch.settings.distance)
-        negatives = batch.settings.variant.negatives
-        n_i, m_i = pair_counts(y_i, p_i, y_j, p_j, *of_pairs, negatives)
-        if ((n_i > 0) & (m_i > 0)).any():
-            return  # it was 0 for another reason, such as weights of 0
-        reason = "no row has both a positive and a negative"
-        if not n_i.any():
-            reason = "no row has a positive: no two labels lie within the window of each other"
-        elif not m_i.any():
-            apart = "" if negatives == "all" else " and predictions within it"
-            reason = "no row has a negative: no two rows have labels farther apart than the window"
-            reason += apart
+        reason = _missing_sets(batch, y_i, p_i)
+    if reason is None:  # the loss is 0 for another reason, such as weights of 0
+        return
     low, high = y_i.aminmax() if len(y_i) else (torch.nan, torch.nan)
     tell_once(
         "anchors",
@@ -96,3 +82,24 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: int | None = None) -> 
         f"(window={batch.settings.window:g}, labels from {low:g} to {high:g}). suggest_window "
         "shows the shares of positives and negatives over windows; shown once per process",
     )
+
+
+def _missing_sets(batch: Batch, y_i: Tensor, p_i: Tensor) -> str | None:
+    """Which sets are empty, of rows with these labels and predictions; None if one is an anchor."""
+    y_j, p_j = y_i, p_i
+    if batch.keys is not None:
+        is_key = slice(None) if batch.key_mask is None else batch.key_mask
+        key_y, key_p = (t[is_key] for t in batch.keys[1:])
+        y_j, p_j = torch.cat([y_i, key_y]), torch.cat([p_i, key_p])
+    s = batch.settings
+    negatives = s.variant.negatives
+    n_i, m_i = pair_counts(y_i, p_i, y_j, p_j, s.window, s.distance, negatives)
+    if ((n_i > 0) & (m_i > 0)).any():
+        return None
+    if not n_i.any():
+        return "no row has a positive: no two labels lie within the window of each other"
+    if not m_i.any():
+        apart = "no two rows have labels farther apart than the window"
+        similar = "" if negatives == "all" else " and predictions within it"
+        return f"no row has a negative: {apart}{similar}"
+    return "no row has both a positive and a negative"
