@@ -141,7 +141,7 @@ def _forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     size = backend_module(backend).layout_size(inputs)
     return (
         inputs.x.new_empty((N,), dtype=dtype),
-        inputs.x.new_empty((N, inputs.columns), dtype=dtype),
+        inputs.x.new_empty((N, inputs.settings.n_statistics), dtype=dtype),
         inputs.x.new_empty((size,), dtype=torch.int32),
     )
 

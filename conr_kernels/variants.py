@@ -135,3 +135,8 @@ class Settings:
     def exponent_is_small(self) -> bool:
         """True where ``exp(s_ij)`` needs no shift: ``|s_ij| ≤ 1/τ`` and no exponential pushing."""
         return 2 / self.temperature <= self.SAFE_EXPONENT and self.pushing.phi != "exponential"
+
+    @property
+    def n_statistics(self) -> int:
+        """How many columns a row's statistics have (core/rows.py)."""
+        return 3 if self.exponent_is_small else 5

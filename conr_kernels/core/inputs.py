@@ -44,11 +44,6 @@ class Inputs(NamedTuple):
         """The dtype of losses, statistics and sums."""
         return accumulation_dtype(self.x)
 
-    @property
-    def columns(self) -> int:
-        """How many columns the row statistics have (rows.py)."""
-        return 3 if self.settings.exponent_is_small else 5
-
     def contiguous(self) -> Inputs:
         """The same input in contiguous tensors."""
         x, y, p, w, keys, *rest = self

@@ -140,7 +140,7 @@ def _forward(
     """
     x, _, _, w, _, self_offset, settings, n_absent = inputs
     N, dtype = x.shape[0], inputs.dtype
-    stats = x.new_empty((N, inputs.columns), dtype=dtype)
+    stats = x.new_empty((N, inputs.settings.n_statistics), dtype=dtype)
     layout = x.new_empty(layout_size(inputs), dtype=torch.int32)
     w = None if w is None else w.to(dtype).contiguous()
     n_absent = None if n_absent is None else n_absent.long()

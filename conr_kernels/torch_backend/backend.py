@@ -53,7 +53,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     loss, stats = finish(sums, anchors.poison(others), n_keys, inputs.w, how)
     # A copy of one row too: operators hand out no two views of one memory.
     stats = stats.mT.clone(memory_format=torch.contiguous_format)
-    if stats.shape[1] < inputs.columns:
+    if stats.shape[1] < inputs.settings.n_statistics:
         stats = to_log_statistics(stats)
     return loss, stats, layout.view(-1).view(torch.int32)
 

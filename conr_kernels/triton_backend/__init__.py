@@ -41,7 +41,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses [N], row statistics (rows.py), and what the backward pass reads (``layout``)."""
     N, x, dtype = inputs.x.shape[0], inputs.x, inputs.dtype
     loss = x.new_empty(N, dtype=dtype)
-    stats = x.new_empty((N, inputs.columns), dtype=dtype)
+    stats = x.new_empty((N, inputs.settings.n_statistics), dtype=dtype)
     layout = x.new_empty(layout_size(inputs), dtype=torch.int32)
     if N > 0:
         on_device(_forward, x, inputs, (loss, stats, layout))

@@ -99,7 +99,7 @@ class Plan:
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         is_wide = labels == torch.float64 and interpreted()
         window = largest_total(s.window, L, s.distance, "float64" if is_wide else "float32")
-        columns = 3 if s.exponent_is_small else 5
+        columns = s.n_statistics
         is_kept, is_inside = N * K <= KEPT_PAIRS, variant.log == "inside"
         of_sums, of_gradient = _tiles(max(N, K), D, dtype, is_kept)
         tiles_i, tiles_j = tiles(N, of_sums.BLOCK_I), tiles(K, of_sums.BLOCK_J)

@@ -60,7 +60,7 @@ class Plan(Forward):
 
     def __init__(self, form: Form, s: Settings) -> None:
         call = Call(form, s)
-        N, K, columns = call.N, call.K, 3 if s.exponent_is_small else 5
+        N, K, columns = call.N, call.K, s.n_statistics
         n_rows = padded(K) + (padded(N) if call.has_keys else 0)
         size = n_rows * call.D_pad * form.dtype.itemsize
         is_wide, is_reduced = call.D_bucket == 0, form.reduction != "none"
