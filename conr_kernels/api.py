@@ -54,10 +54,11 @@ def conr_loss(
         targets: labels ``y`` [N], [N, 1] or [N, L], real; in the units of ``window``.
         predictions: ``p``, like targets. Used for the masks only.
         weights: density weights ``w ≥ 0`` [N], [N, 1], a scalar, or None for 1 (see
-            ``density_weights``). Negative ones in a Tensor pass unseen, the value is undefined.
+            ``density_weights``). A Tensor is not searched for negative values, which make the loss
+            undefined.
         window: ``h ≥ 0``, the label distance up to which two rows are similar (``1/ω`` of the
-            paper). One beyond float32 is infinite.
-        temperature: ``τ > 0``, with an inverse in float32.
+            paper). A value beyond float32's range counts as infinite.
+        temperature: ``τ > 0``, such that ``1/τ`` is finite in float32.
         push_scale: ``e``, the constant of ``η_j = e·w_j``; ≥ 0 unless pushing is exponential.
         variant: a preset name (``"paper"``, ``"released-age"``, ``"released-depth"``,
             ``"no-pushing"``, ``"no-weight"``, ``"no-similarity"``, ``"contrastive"``) or a
@@ -69,25 +70,25 @@ def conr_loss(
         keys: ``(features, targets, predictions[, mask])`` of further rows, or a ``MemoryBank``:
             positives and negatives of the batch's rows, no anchors, no gradient.
         group: a ``torch.distributed`` process group, or ``"world"`` for the default one: the batch
-            is the union of all ranks' rows (any number on each, also none) and, with ``keys``, of
+            is the union of all ranks' rows (any number on each, even none) and, with ``keys``, of
             all ranks' keys. ``"mean"`` and ``"sum"`` give the union's value on every rank,
             ``"none"`` this rank's rows. The gradient is the union's, for this rank's features,
             times the number of ranks: ``DistributedDataParallel`` divides by that number, so W
             processes train as one with the union batch, beside a locally averaged regression loss.
-            Every rank of the group has to make the call, and the backward pass. Not traced by
+            Every rank of the group must make the call and the backward pass. Not traced by
             ``torch.compile``.
         mask: bool [N] or [N, 1], True for the rows that take part (missing labels, invalid pixels).
             The others are no anchors and nobody's keys, and may hold anything, NaN included; their
-            row loss and gradient are 0. ``"mean"`` divides by the rows that take part. The value is
-            that of the batch filtered by the mask, without the filter's synchronisation with the
-            host and with shapes that do not change.
+            row loss and gradient are 0. ``"mean"`` divides by the number of rows that take part.
+            The value is that of the batch filtered by the mask, but the host does not wait for the
+            mask and no shape depends on it.
 
     Returns:
         The loss: float32, float64 for float64 features, also under autocast. It is 0, with a
         gradient of 0, where no row is an anchor: N = 0, no row with both a positive and a negative,
         no row that takes part. Differentiable once, in ``features`` alone (any number of times with
         ``backend="reference"``): targets, predictions and weights act through sets and factors and
-        get no gradient, also those that require one. Label distances are compared in float32, exact
+        get no gradient, even if they require one. Label distances are compared in float32, exact
         for integers up to 2²⁴ (float64 labels on the CPU: in float64).
 
     Raises:
@@ -99,8 +100,8 @@ def conr_loss(
             than ``"reference"``.
 
     Warns:
-        UserWarning: once a process each, of a loss that trains nothing: on the CPU, the first batch
-            in which no row is an anchor; one of several processes whose loss has no ``group``.
+        UserWarning: at most once per process each: for the first batch on the CPU in which no row
+            is an anchor, and for a loss without ``group`` in one of several processes.
     """
     options = Options(window, temperature, push_scale, variant, distance, reduction, backend)
     return _loss(features, targets, predictions, weights, keys, mask, options, group)
@@ -132,13 +133,13 @@ def _loss(
 
 
 class ConRLoss(nn.Module):
-    """``conr_loss`` as a module: every option an attribute, which can be read and set at any time
-    and is checked when it is set.
+    """``conr_loss`` as a module: every option is an attribute, which can be read and set at any
+    time and is checked when it is set.
 
-    A temperature schedule is ``conr.temperature = 0.1``. The module has no parameters or buffers.
-    Copies, pickles and averaged models keep the options; of a process group they carry the name.
-    Other attributes can be set as of any module, but not by a name that resembles an option's
-    (``conr.temprature``), which would have no effect; subclasses are free to.
+    A temperature schedule sets ``conr.temperature = 0.1``. The module has no parameters or buffers.
+    Copies, pickles and averaged models keep the options, and a process group by its name. Other
+    attributes can be set as on any module, except under a name that resembles an option's
+    (``conr.temprature``), which would have no effect; subclasses may set any.
 
     Args:
         window: ``h ≥ 0``, the label distance up to which two rows are similar.
@@ -154,7 +155,7 @@ class ConRLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: an option that ``conr_loss`` would refuse.
-        AttributeError: a name that is set and is nearly an option's.
+        AttributeError: setting a name that resembles an option's.
     """
 
     window: float
@@ -182,7 +183,7 @@ class ConRLoss(nn.Module):
         options = Options(window, temperature, push_scale, variant, distance, reduction, backend)
         options.check()
         check_group(group)
-        # Attributes, each by its name: compilers watch these one by one.
+        # Separate attributes: torch.compile guards each by itself.
         self.__dict__.update({n: _plain(t) for n, t in options._asdict().items()}, group=group)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -233,10 +234,10 @@ class ConRLoss(nn.Module):
 
 
 def _check_spelling(name: str) -> None:
-    """Refuses what is nearly an option's name, or begins one: it was meant, and would do nothing.
+    """Refuses a misspelt or shortened option's name, which would have no effect.
 
-    Any other name is let through, compounds such as ``tp_group`` too: tools set attributes of their
-    own on every module of a model.
+    All other names pass, compounds such as ``tp_group`` too: tools set attributes of their own on
+    every module of a model.
     """
     options = (*Options._fields, "group")
     first, *_, last = name.split("_") * 2
@@ -249,6 +250,6 @@ def _check_spelling(name: str) -> None:
 
 
 def _plain(option: Any) -> Any:
-    """A number as a Python one, since compilers take numpy's scalars for arrays."""
+    """Numbers as Python numbers: torch.compile treats numpy's scalars as arrays."""
     is_other = validation.is_number(option) and type(option) not in (int, float)
     return float(option) if is_other else option

@@ -1,4 +1,4 @@
-"""Which backend serves a call: pure functions of the call's form, no tensor is read."""
+"""Which backend serves a call: functions of device and dtype; no tensor is read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     """Which backends work on a device, and why the others do not.
 
     Args:
-        device: where the features would be, there or not; None: the GPU if there is one, else the
-            CPU.
+        device: where the features would be, whether or not this machine has it; None for the GPU if
+            there is one, else the CPU.
 
     Returns:
         ``{"triton": …, "cuda": …, "torch": …, "reference": None}`` in the order in which ``"auto"``
@@ -38,7 +38,7 @@ def _no_such_device(device: torch.device | str) -> str | None:
         module = torch.get_device_module(device)
         n_devices = module.device_count() if module.is_available() else 0
     except (RuntimeError, TypeError, AttributeError) as error:
-        return f"{device!r} is no device of this PyTorch: {str(error).splitlines()[0]}"
+        return f"{device!r} is not a device of this PyTorch: {str(error).splitlines()[0]}"
     if (device.index or 0) < n_devices:
         return None
     return (

@@ -1,6 +1,4 @@
-"""One call's input, checked and in the form the backends take; and its row losses, fused or in
-reference.
-"""
+"""One call's input, checked and in the form that backends take, and its loss."""
 
 from __future__ import annotations
 
@@ -23,11 +21,14 @@ class Batch(NamedTuple):
     """Features x [N, D] as given; y, p [N, L] in the dtype in which labels are compared; w [N] or
     None.
 
-    ``keys`` are the caller's further rows [K, …] in the same form, or None. ``mask``, bool [N]: the
-    rows that take part, ``key_mask``, bool [K]: the further keys that do; both None for all, and
-    no ``key_mask`` comes without a ``mask``. ``n_absent``, a scalar: how many of all keys do not,
-    which are far from all others by then (``without_absent``). ``reduces``: the backend gives the
-    reduced loss at once; labels and predictions are then as given where ``ops.takes_any_labels``.
+    Attributes:
+        keys: the caller's further rows [K, …] in the same form, or None.
+        mask, key_mask: bool [N], [K]: the rows, and the further keys, that take part; None for all.
+            With a ``key_mask`` there is always a ``mask``.
+        n_absent: a scalar: how many of all keys take no part, once ``without_absent`` has moved
+            these beyond everybody's window.
+        reduces: the backend computes the reduced loss in one call; labels and predictions are then
+            as given where ``ops.takes_any_labels``.
     """
 
     x: Tensor
@@ -52,13 +53,13 @@ class Batch(NamedTuple):
         return torch.cat([x, key_x]), torch.cat([self.y, key_y]), torch.cat([self.p, key_p])
 
     def inputs(self, keys: Keys | None, self_offset: int = 0) -> Inputs:
-        """As backends take them, ``keys`` all keys or None."""
+        """The backends' input; ``keys``: all keys, or None where the rows are the keys."""
         of_call = (keys, self_offset, self.settings, self.n_absent)
         return Inputs(self.x, self.y, self.p, self.w, *of_call)
 
 
 class Options(NamedTuple):
-    """What ``conr_loss`` was asked for beside its rows, as given."""
+    """The options of ``conr_loss``, as given."""
 
     window: float
     temperature: float
@@ -86,20 +87,20 @@ class Options(NamedTuple):
 
 @functools.lru_cache(maxsize=64, typed=True)
 def _check_often(*options: Any) -> Settings:
-    """A training run asks for the same settings at every step."""
+    """``Options.check``, remembered: a training run asks for the same settings at every step."""
     return Options(*options).check()
 
 
 @functools.lru_cache(maxsize=64)
 def _one(settings: Settings) -> Settings:
-    """The same object for equal settings: plans are found by it."""
+    """One object for equal settings: backends look up what they know of it by identity."""
     return settings
 
 
 def _settings(options: Options) -> Settings:
     try:
         return _check_often(*options)
-    except TypeError:  # an option that cannot be looked up, or an illegal one
+    except TypeError:  # an option that cannot be hashed, or an illegal one
         return _one(options.check())
 
 
@@ -110,8 +111,8 @@ def _traced_settings(options: Options) -> Settings:
     return Options(*scalars, *options[3:]).check()
 
 
-#: The backend of every form of input that passed the checks; None on the CPU, where it depends on
-#: more.
+#: The backend of every form of input that has passed the checks; None on the CPU, where the choice
+#: depends on the environment too.
 _passed: dict[tuple[Any, ...], str | None] = {}
 FORMS = 256
 
@@ -119,7 +120,7 @@ FORMS = 256
 def _checked_backend(
     x: Tensor, y: Tensor, p: Tensor, w: Tensor | float | None, backend: str
 ) -> str:
-    """The backend that serves input without keys and mask, checked where its form is a new one."""
+    """The backend for input without keys and mask, which is checked if its form is new."""
     form = _form_of(x, y, p, w, backend)
     found = None if form is None else _passed.get(form)
     if found is not None:
@@ -137,7 +138,7 @@ def _checked_backend(
 def _form_of(
     x: Tensor, y: Tensor, p: Tensor, w: Tensor | float | None, backend: str
 ) -> tuple[Any, ...] | None:
-    """All that the checks read; None where it is not that of plain tensors."""
+    """Everything that the checks read; None where inputs are not plain tensors."""
     kinds = type(x), type(y), type(p), type(w)
     if not ops.PLAIN.issuperset(kinds[:3]) or x.is_nested or y.is_nested or p.is_nested:
         return None
@@ -166,7 +167,7 @@ def prepare(
     options: Options,
     in_group: bool = False,
 ) -> Batch:
-    """Checks everything, reads no tensor's values; errors as ``conr_loss`` documents them."""
+    """Checks everything without reading a tensor's values; raises as ``conr_loss`` documents."""
     is_traced = torch.compiler.is_compiling()
     settings = _traced_settings(options) if is_traced else _settings(options)
     keys = as_keys(keys, getattr(features, "dtype", None))
@@ -205,7 +206,7 @@ def try_prepare(
     mask: Tensor | None,
     options: Options,
 ) -> Batch | Exception:
-    """The batch, or the error that came instead of it: what the ranks of a group agree on."""
+    """The batch, or the error that ``prepare`` raised: the ranks of a group raise together."""
     try:
         return prepare(features, targets, predictions, weights, keys, mask, options, in_group=True)
     except Exception as error:
@@ -213,7 +214,7 @@ def try_prepare(
 
 
 def loss(batch: Batch) -> Tensor:
-    """The batch's loss, reduced as it asks for."""
+    """The batch's loss, reduced by its ``reduction``."""
     if batch.reduces:
         return ops.reduced_loss(batch.inputs(None), batch.keys, batch.reduction, batch.backend)
     n_present = None
@@ -232,13 +233,8 @@ def extent(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The largest magnitude of a label or prediction that takes part, NaN where one is NaN
     (float64); how many rows do; how many rows and keys do not. Scalars on the batch's device.
     """
-    labels = [batch.y, batch.p]
-    if batch.mask is not None:
-        labels = [t.masked_fill(~batch.mask[:, None], 0.0) for t in labels]
-    nothing = batch.y.new_zeros(1)
-    n_present = torch.full((), len(batch.x), device=nothing.device)
-    if batch.mask is not None:
-        n_present = batch.mask.sum()
+    labels = [t.masked_fill(~batch.mask[:, None], 0.0) for t in (batch.y, batch.p)]
+    n_present = batch.mask.sum()
     n_absent = len(batch.x) - n_present
     if batch.key_mask is not None:
         is_absent = ~batch.key_mask
@@ -246,24 +242,25 @@ def extent(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         n_absent = n_absent + is_absent.sum()
     elif batch.keys is not None:
         labels += batch.keys[1:]
+    nothing = batch.y.new_zeros(1)
     largest = torch.cat([nothing, *(t.abs().reshape(-1) for t in labels)]).amax()
     return largest.double(), n_present, n_absent
 
 
 def without_absent(batch: Batch, reach: Tensor, n_absent: Tensor, first: int = 0) -> Batch:
-    """The batch with its absent rows where no other row's window reaches them.
+    """The batch with its absent rows moved to where no other row's window reaches them.
 
-    No backend knows of a mask. An absent row gets features of 0, and one number for its label and
-    its prediction: farther than the window from all labels and predictions that take part, the
-    largest of which is ``reach``, and mostly from the other absent rows'. Label and prediction
-    being one number, two absent rows are no negative pair, so that none is an anchor; where two
-    collide by rounding they are idle positives of one another. Absent further keys share one place.
+    No backend knows of a mask. An absent row gets features of 0 and one number as its label and its
+    prediction, farther than the window from all labels and predictions that take part (the largest
+    of which is ``reach``) and, rounding aside, from the other absent rows'. As label and prediction
+    are one number, two absent rows are never a negative pair, so that none is an anchor; two that
+    collide by rounding are positives of each other, without effect. Absent further keys share one
+    place.
 
     Args:
         n_absent: absent rows of all keys; ``first``: the number of rows of other ranks before.
     """
-    variant, h = batch.settings.variant, batch.settings.window
-    mask = torch.ones_like(batch.y[:, 0], dtype=torch.bool) if batch.mask is None else batch.mask
+    variant, h, mask = batch.settings.variant, batch.settings.window, batch.mask
     # Distances, and the sums over components of which they are made, stay in float32's range.
     L, most = batch.y.shape[1], 3e38
     if L > 1:
@@ -309,7 +306,7 @@ def row_losses(batch: Batch) -> Tensor:
 
 def reference_losses(inputs: Inputs) -> Tensor:
     x, y, p, w, keys, *rest, n_absent = inputs
-    w = None if w is None else w.clone()  # saved for backward, and the caller may change his own
+    w = None if w is None else w.clone()  # saved for backward: the caller may overwrite theirs
     if keys is not None:
         keys = (keys[0].to(inputs.dtype), *keys[1:])
     rows = (x.to(inputs.dtype).contiguous(), y, p, w, keys, *rest)

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import validation
 from .api import conr_loss
 
-#: The drop-ins' names of ``conr_loss``'s arguments.
+#: What the drop-ins call ``conr_loss``'s arguments.
 _SCALARS = dict(window="w", temperature="t", push_scale="e")
 NAMES_OF_AGE = dict(predictions="preds", **_SCALARS)
 NAMES_OF_DEPTH = dict(features="feature", targets="depth", predictions="output", **_SCALARS)
@@ -115,7 +115,7 @@ def ConR_depth(
 
 
 def _renamed(error: TypeError | ValueError, names: dict[str, str]) -> TypeError | ValueError:
-    """The error of ``conr_loss`` in a drop-in's names of the arguments."""
+    """An error of ``conr_loss`` in which arguments have a drop-in's names."""
     pattern = rf"\b({'|'.join(names)})\b"
     return type(error)(re.sub(pattern, lambda match: names[match[0]], str(error)))
 
@@ -126,8 +126,8 @@ def _flat_rows(t: Tensor) -> Tensor:
 
 
 def _row_means(t: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over each row [N] of a tensor [N, …], in float32 (float64 for float64), and of one that
-    has a number a pixel over the mask's pixels.
+    """The mean [N] over each row of a tensor [N, …], or over the row's masked-in pixels if it has
+    a number for each pixel; float32 (float64 for float64).
     """
     t = t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32)
     if mask is not None and t.numel() == mask.numel():

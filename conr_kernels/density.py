@@ -25,8 +25,8 @@ def density_weights(
 ) -> Tensor:
     r"""The paper's ``w_j``: (root of the) inverse frequency of each label's bin, scaled to mean 1.
 
-    Label ``y_j`` falls into bin ``b_j = ⌊y_j / bin_width⌋``; a label that its own dtype cannot tell
-    from a bin's lower edge lies on that edge, so that 0.7 is in bin 7 of width 0.1. With ``c(b)``
+    Label ``y_j`` falls into bin ``b_j = ⌊y_j / bin_width⌋``; one that its dtype cannot tell from a
+    bin's lower edge counts as on that edge, so that 0.7 is in bin 7 of width 0.1. With ``c(b)``
     labels in bin ``b`` and a kernel ``k`` (label distribution smoothing, Yang et al. 2021)::
 
         density(b) = Σ_{|o| ≤ kernel_size // 2} k(o) c(b + o)         (c(b) without smoothing)
@@ -36,10 +36,10 @@ def density_weights(
 
     Args:
         targets: labels of the whole training set [N, …], any real values and signs: a Tensor, a
-            numpy array, a pandas column or a list; what a masked array masks, and None in a list or
-            an array of objects, is NaN. Integers count in float64, exact up to 2⁵³. Of several
-            components each has its own frequencies, and a row's weight is the mean over its
-            components: joint bins of many components would hold one row each, all weighing alike.
+            numpy array, a pandas column or a list; masked entries of a masked array, and None in a
+            list or an array of objects, are NaN. Integers are taken in float64, exact up to 2⁵³.
+            Each of several components has its own frequencies, and a row's weight is the mean over
+            its components: joint bins of many components would hold one row each, of equal weights.
         method: ``"inverse"`` or ``"sqrt_inverse"`` (milder).
         bin_width: width of a bin in the labels' units, > 0.
         smoothing: None or the kernel over offsets ``o`` in bins: ``"gaussian"`` ``exp(−o²/2σ²)``,
@@ -49,12 +49,12 @@ def density_weights(
 
     Returns:
         Weights [N] on the labels' device, computed on the CPU; float32 (float64 for float64).
-        A row with a non-finite label weighs NaN and is not counted; the others' mean is 1. Warns
-        (``UserWarning``) where all weights are equal although the labels differ.
+        A row with a non-finite label has the weight NaN and is not counted; the mean of the others
+        is 1. Warns (``UserWarning``) if all weights are equal although the labels differ.
 
     Raises:
-        TypeError, ValueError: bad input, or a label that is no finite number of bins; the message
-            names the argument, what was expected and what was got.
+        TypeError, ValueError: bad input, or a label whose ``y_j / bin_width`` overflows; the
+            message names the argument, what was expected and what was got.
     """
     validation.check_choice("method", method, METHODS)
     if smoothing is not None:
@@ -83,7 +83,7 @@ def density_weights(
         n_bins = max(len(b.unique()) for b in bins[is_finite].unbind(1))
         warnings.warn(
             f"all density weights are equal although the labels differ: with bin_width={bin_width} "
-            f"every one of {n_bins} bins holds as many of the "
+            f"each of the {n_bins} bins holds equally many of the "
             f"{len(w)} labels. Bins too narrow hold one label each, bins too wide hold all",
             UserWarning,
             stacklevel=2,
@@ -92,8 +92,8 @@ def density_weights(
 
 
 def label_rows(name: str, labels: Any) -> Tensor:
-    """Labels as [N, L] on the CPU, of a Tensor, array, column or list [N, …] of numbers; NaN are
-    those that a masked array masks.
+    """Labels as [N, L] on the CPU from a Tensor, array, column or list [N, …] of numbers; masked
+    entries of a masked array are NaN.
     """
     if not isinstance(labels, Tensor):
         kind = type(labels).__name__
@@ -138,11 +138,11 @@ def _kernel(smoothing: str | None, kernel_size: int, sigma: float) -> list[float
     half = kernel_size // 2
     if smoothing is None:
         return [1.0]
-    return {
-        "gaussian": lambda: [math.exp(-0.5 * (o / sigma) * (o / sigma)) for o in range(half + 1)],
-        "triangular": lambda: [1 - o / (half + 1) for o in range(half + 1)],
-        "laplace": lambda: [math.exp(-o / sigma) for o in range(half + 1)],
-    }[smoothing]()
+    if smoothing == "gaussian":
+        return [math.exp(-0.5 * (o / sigma) * (o / sigma)) for o in range(half + 1)]
+    if smoothing == "triangular":
+        return [1 - o / (half + 1) for o in range(half + 1)]
+    return [math.exp(-o / sigma) for o in range(half + 1)]
 
 
 def _density(b: Tensor, kernel: list[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a process is told once, by a ``UserWarning``: the silent ways in which nothing is learnt."""
+"""``UserWarning``s, each once per process, about batches and ranks from which nothing is learnt."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _told: set[str] = set()
 
 
 def tell_once(topic: str, message: str) -> None:
+    """Warns with the caller's line: the first outside of this package and PyTorch."""
     if topic in _told:
         return
     _told.add(topic)
@@ -28,7 +29,7 @@ def tell_once(topic: str, message: str) -> None:
 
 
 def look_for_ranks() -> None:
-    """Tells of a job of several processes whose loss has no group."""
+    """Warns where a job has several processes and the loss no group."""
     if torch.compiler.is_compiling() or "ranks" in _told:
         return
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -42,7 +43,7 @@ def look_for_ranks() -> None:
 
 
 def look_for_synchronisation(encoder: object) -> None:
-    """Tells of a job of several processes in which nobody averages an encoder's gradients."""
+    """Warns where a job has several processes and nothing averages an encoder's gradients."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return
     modules = encoder.modules() if isinstance(encoder, torch.nn.Module) else ()
@@ -52,17 +53,17 @@ def look_for_synchronisation(encoder: object) -> None:
         "gradients",
         f"gradient_cache got a {type(encoder).__name__} without DistributedDataParallel or FSDP in "
         f"one of {dist.get_world_size()} processes: each process keeps its own gradients, which "
-        "nobody averages. Give it the wrapped module, not what is inside",
+        "nobody averages. Pass the wrapped module, not the one inside it",
     )
 
 
 def look_for_copied_rows(rows: Tensor) -> None:
-    """Tells of a memory bank's rows that DistributedDataParallel, in whose forward pass this is
-    called, copies from rank 0 to every rank.
+    """Warns if these rows, a memory bank's, are among the buffers that DistributedDataParallel, in
+    whose forward pass this is called, copies from rank 0 to every rank.
     """
     if torch.compiler.is_compiling() or "bank" in _told:
         return
-    # Its own names: a version without them is told nothing.
+    # Private names: with a version that lacks them there is no warning.
     ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if ddp is None or not ddp.broadcast_buffers or dist.get_world_size(ddp.process_group) < 2:
         return
@@ -78,11 +79,12 @@ def look_for_copied_rows(rows: Tensor) -> None:
 
 
 def look_for_anchors(batch: Batch, loss: Tensor, n_union: Tensor | int | None = None) -> None:
-    """Tells of a batch in which nothing can happen, where reading it costs nothing: on the CPU.
+    """Warns of a batch without anchors. On the CPU only, where reading values costs nothing.
 
     Args:
-        loss: what became of the batch; anything but 0 is no such case.
-        n_union: rows that take part of the union whose part the batch is; None: it is the whole.
+        loss: the batch's; it is 0 without anchors.
+        n_union: the number of rows that take part in the union of which the batch is a part; None
+            if it is none.
     """
     if not ops.is_plain(batch.x) or batch.x.device.type != "cpu" or "anchors" in _told:
         return
@@ -96,27 +98,34 @@ def look_for_anchors(batch: Batch, loss: Tensor, n_union: Tensor | int | None = 
         return
     reason = f"no row of the union's {n_rows} has both a positive and a negative"
     if n_union is None:
-        y_j, p_j = y_i, p_i
-        if batch.keys is not None:
-            is_key = slice(None) if batch.key_mask is None else batch.key_mask
-            key_y, key_p = (t[is_key] for t in batch.keys[1:])
-            y_j, p_j = torch.cat([y_i, key_y]), torch.cat([p_i, key_p])
-        of_pairs = (batch.settings.window, batch.settings.distance)
-        negatives = batch.settings.variant.negatives
-        n_i, m_i = pair_counts(y_i, p_i, y_j, p_j, *of_pairs, negatives)
-        if ((n_i > 0) & (m_i > 0)).any():
-            return  # weights of 0, say
-        reason = "no row has both a positive and a negative"
-        if not n_i.any():
-            reason = "no row has a positive: no two labels lie within the window of each other"
-        elif not m_i.any():
-            apart = "" if negatives == "all" else " and predictions within it"
-            reason = "no row has a negative: no two rows have labels farther apart than the window"
-            reason += apart
+        reason = _missing_sets(batch, y_i, p_i)
+    if reason is None:  # the loss is 0 for another reason, such as weights of 0
+        return
     low, high = y_i.aminmax() if len(y_i) else (torch.nan, torch.nan)
     tell_once(
         "anchors",
         f"the ConR loss of a batch of {len(y_i)} rows is 0 and trains nothing: {reason} "
         f"(window={batch.settings.window:g}, labels from {low:g} to {high:g}). suggest_window "
-        "shows the shares of positives and negatives over windows; told once a process",
+        "shows the shares of positives and negatives over windows; shown once per process",
     )
+
+
+def _missing_sets(batch: Batch, y_i: Tensor, p_i: Tensor) -> str | None:
+    """Which sets are empty, of rows with these labels and predictions; None if one is an anchor."""
+    y_j, p_j = y_i, p_i
+    if batch.keys is not None:
+        is_key = slice(None) if batch.key_mask is None else batch.key_mask
+        key_y, key_p = (t[is_key] for t in batch.keys[1:])
+        y_j, p_j = torch.cat([y_i, key_y]), torch.cat([p_i, key_p])
+    s = batch.settings
+    negatives = s.variant.negatives
+    n_i, m_i = pair_counts(y_i, p_i, y_j, p_j, s.window, s.distance, negatives)
+    if ((n_i > 0) & (m_i > 0)).any():
+        return None
+    if not n_i.any():
+        return "no row has a positive: no two labels lie within the window of each other"
+    if not m_i.any():
+        apart = "no two rows have labels farther apart than the window"
+        similar = "" if negatives == "all" else " and predictions within it"
+        return f"no row has a negative: {apart}{similar}"
+    return "no row has both a positive and a negative"

@@ -10,15 +10,15 @@ once to a backend module. Every backend module provides
 - ``backward(inputs, coef_i, coef_j, layout) -> gradient of x``; ``coef`` is stats times the
   upstream gradient, coef_j None where the anchors are the keys;
 
-and, where one call finds the reduced loss and prepares its gradient,
+and, if one call can compute the reduced loss and prepare its gradient,
 
 - ``reduces(x, y, further, settings, wants_gradient) -> bool``: whether it does so for these rows
   and further keys;
 - ``reduced(inputs, further, reduction, wants_gradient) -> (loss, saved tensors, plan)``; the keys
   are the rows and then the further keys;
 - ``reduced_gradient(x, saved, plan, upstream) -> gradient of x``;
-- ``takes_any_labels(x) -> bool``, if ever: whether ``reduced`` takes labels of any real dtype, [N]
-  or [N, L].
+- optionally ``takes_any_labels(x) -> bool``: whether ``reduced`` takes labels of any real dtype,
+  [N] or [N, L].
 
 ``inputs`` is core/inputs.py's, ``stats`` are core/rows.py's.
 """
@@ -41,7 +41,7 @@ from .variants import Settings, Variant
 BACKENDS = ("triton", "cuda", "torch")
 NO_SECOND_DERIVATIVE = (
     "conr_loss has no second derivative, forward derivative or vmap rule in its fused backends; "
-    'use backend="reference", which supports both'
+    'use backend="reference", which supports them all'
 )
 NO_TRANSFORM_COMPILED = (
     'torch.compile of a torch.func transform of conr_loss is supported by backend="reference" '
@@ -77,7 +77,7 @@ def _optional(backend: str, function: str) -> Callable[..., bool] | None:
     return getattr(backend_module(backend), function, None)
 
 
-@functools.lru_cache(maxsize=64)  # a schedule's temperature is another one at every step
+@functools.lru_cache(maxsize=64)  # bounded: a schedule sets a new temperature at every step
 def _settings(*scalars: Any) -> Settings:
     window, temperature, push_scale, variant, distance = scalars
     return Settings(window, temperature, push_scale, Variant.from_code(variant), distance)
@@ -99,8 +99,9 @@ def gradient(
     inputs: Inputs, backend: str, coef_i: Tensor, coef_j: Tensor | None, layout: Tensor,
     operator: Callable[..., Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of x from the scaled statistics of anchors and keys; through an operator of the
-    schema ``backward`` where one is given.
+    """The gradient of x from the scaled statistics of anchors and keys.
+
+    ``operator``: one with the schema of ``backward`` to call instead of the backend itself.
     """
     if operator is not None:
         rows, keys, scalars = _operands(inputs, backend)
@@ -119,7 +120,7 @@ def _inputs(
     x: Tensor, y: Tensor, p: Tensor, w: Tensor | None, key_x: Tensor | None, key_y: Tensor | None,
     key_p: Tensor | None, n_absent: Tensor | None, self_offset: int, *scalars: Any,
 ) -> tuple[Inputs, str]:  # fmt: skip
-    """What the forward operator's operands say: the inputs and the backend's name."""
+    """The inputs and the backend's name from the forward operator's operands."""
     keys = None if key_x is None else (key_x, key_y, key_p)
     *scalars, backend = scalars
     return Inputs(x, y, p, w, keys, self_offset, _settings(*scalars), n_absent), backend
@@ -140,7 +141,7 @@ def _forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     size = backend_module(backend).layout_size(inputs)
     return (
         inputs.x.new_empty((N,), dtype=dtype),
-        inputs.x.new_empty((N, inputs.columns), dtype=dtype),
+        inputs.x.new_empty((N, inputs.settings.n_statistics), dtype=dtype),
         inputs.x.new_empty((size,), dtype=torch.int32),
     )
 
@@ -168,15 +169,15 @@ def row_losses(inputs: Inputs, backend: str) -> Tensor:
     return torch.ops.conr_kernels.forward(*operands)[0]
 
 
-#: Types of tensors without a behaviour of their own.
+#: The types of plain tensors: a subclass may override what an operation does.
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def reduces(
     x: Tensor, y: Tensor, further: Keys | None, settings: Settings, reduction: str, backend: str
 ) -> bool:
-    """Whether one call of the backend gives the reduced loss of these rows, prepared for its
-    gradient; in eager mode. ``further``: keys beside the batch's own rows.
+    """Whether one call of the backend computes the reduced loss of these rows and prepares its
+    gradient; for eager mode. ``further``: keys beside the batch's own rows.
     """
     if reduction == "none" or backend == "reference" or not is_untransformed(x):
         return False
@@ -192,7 +193,7 @@ def takes_any_labels(x: Tensor, backend: str) -> bool:
 
 
 def reduced_loss(inputs: Inputs, further: Keys | None, reduction: str, backend: str) -> Tensor:
-    """The mean or sum of ``ℓ_i``, where ``reduces`` says so."""
+    """The mean or sum of ``ℓ_i``, if ``reduces`` is true for this call."""
     x, module = inputs.x, backend_module(backend)
     if x.requires_grad and torch.is_grad_enabled():
         return _EagerReduced.apply(x, module, inputs, further, reduction)
@@ -200,12 +201,14 @@ def reduced_loss(inputs: Inputs, further: Keys | None, reduction: str, backend: 
 
 
 def is_plain(x: Tensor) -> bool:
-    """A plain tensor in plain eager mode: no compiler, function transform, subclass or tracer."""
+    """Whether x is a plain tensor in plain eager mode: no compiler, function transform, subclass or
+    tracer.
+    """
     return not torch.compiler.is_compiling() and is_untransformed(x)
 
 
 def is_untransformed(x: Tensor) -> bool:
-    """The same where no compiler is at work."""
+    """``is_plain`` for a caller that knows that nothing is being compiled."""
     return (
         type(x) in PLAIN
         and not x.is_meta
@@ -213,6 +216,10 @@ def is_untransformed(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
     )
+
+
+def refuse(*_: Any) -> None:
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 class _EagerReduced(torch.autograd.Function):
@@ -231,14 +238,12 @@ class _EagerReduced(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         return once(ctx.gradient, x, saved, ctx.plan, g), None, None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        refuse()
+    jvp = staticmethod(refuse)
 
 
 def once(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """A gradient's function of these; where a graph of it is asked for, one that refuses to be
-    differentiated.
+    """The gradient ``function(*args)``; under ``create_graph=True`` it refuses to be differentiated
+    again.
     """
     return _Once.apply(function, *args) if torch.is_grad_enabled() else function(*args)
 
@@ -248,9 +253,7 @@ class _Once(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
         return function(*args)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        refuse()
+    backward = staticmethod(refuse)
 
 
 class _EagerForward(torch.autograd.Function):
@@ -273,9 +276,7 @@ class _EagerForward(torch.autograd.Function):
         operator = torch.ops.conr_kernels.backward if torch.is_grad_enabled() else None
         return _differentiate(ctx, g, operator), None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        refuse()
+    jvp = staticmethod(refuse)
 
 
 class _TransformedForward(torch.autograd.Function):
@@ -293,13 +294,7 @@ class _TransformedForward(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return _differentiate(ctx, g, _TransformedBackward.apply), *(None,) * ctx.n_constant
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        refuse()
-
-    @staticmethod
-    def vmap(*_: Any) -> None:
-        refuse()
+    jvp = vmap = staticmethod(refuse)
 
 
 class _TransformedBackward(torch.autograd.Function):
@@ -313,20 +308,14 @@ class _TransformedBackward(torch.autograd.Function):
     def setup_context(ctx: Any, operands: tuple, output: Tensor) -> None:
         pass
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        refuse()
-
-    @staticmethod
-    def vmap(*_: Any) -> None:
-        refuse()
+    backward = vmap = staticmethod(refuse)
 
 
 def keep(ctx: Any, inputs: Inputs, backend: str, stats: Tensor, layout: Tensor) -> None:
-    """Saves what ``kept`` gives back, labels and predictions as they are now."""
+    """Saves what ``kept`` returns, with copies of the labels and predictions."""
     x, y, p, _, keys, *_ = inputs
-    if ctx.needs_input_grad[0]:
-        y, p = own_copies(y, p)
+    if ctx.needs_input_grad[0]:  # the caller may overwrite labels and predictions before backward
+        y, p = torch.stack((y, p)).unbind() if y.dtype == p.dtype else (y.clone(), p.clone())
     ctx.save_for_backward(stats, layout, x, y, p, *(keys or (None,) * 3))
     ctx.call = (inputs.self_offset, inputs.settings, backend)
 
@@ -340,7 +329,7 @@ def kept(ctx: Any) -> tuple[Tensor, Tensor, Inputs, str]:
 
 
 def _keep_operands(ctx: Any, inputs: tuple, output: tuple) -> None:
-    """Of the forward operator's operands; by the names that torch.library gives."""
+    """``keep`` for the forward operator. torch.library passes ``inputs`` and ``output`` by name."""
     _, stats, layout = output
     ctx.mark_non_differentiable(stats, layout)
     ctx.set_materialize_grads(False)
@@ -348,15 +337,10 @@ def _keep_operands(ctx: Any, inputs: tuple, output: tuple) -> None:
     keep(ctx, *_inputs(*inputs), stats, layout)
 
 
-def own_copies(y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels and predictions for the backward pass: the caller may change his own before."""
-    return torch.stack((y, p)).unbind() if y.dtype == p.dtype else (y.clone(), p.clone())
-
-
 def _differentiate(
     ctx: Any, g: Tensor | None, operator: Callable[..., Tensor] | None
 ) -> Tensor | None:
-    """The gradient of x, through the operator where one is given."""
+    """The gradient of x; ``operator`` as in ``gradient``."""
     if g is None:
         return None
     stats, layout, inputs, backend = kept(ctx)
@@ -372,12 +356,8 @@ def _differentiate_operator(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tenso
     return _differentiate(ctx, g, operator), *(None,) * ctx.n_constant
 
 
-def refuse(*_: Any) -> None:
-    raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-
 def refuse_batched(g: Tensor | None) -> None:
-    """For the backward pass of a graph made in plain eager mode: what transforms it is vmap."""
+    """Refuses vmap over the backward pass of a graph that was made in plain eager mode."""
     is_legacy = g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
     if is_legacy or torch._C._are_functorch_transforms_active():
         refuse()

@@ -28,16 +28,16 @@ def conr_statistics(
     group: Any = None,
     weights: Tensor | float | None = None,
 ) -> ConRStatistics:
-    r"""The sets that ``conr_loss`` finds in a batch, exactly, and how low they let the loss fall.
+    r"""The sizes of the sets that ``conr_loss`` finds in a batch, exactly, and a floor of the loss.
 
-    Of every row the positives ``n_i`` and negatives ``m_i``, whether it is an anchor (``A_i``: it
-    has both), and::
+    For each row, the numbers of positives ``n_i`` and negatives ``m_i`` and whether it is an anchor
+    (``A_i``: it has both); and::
 
         floor = (1/N) Σ_i A_i (n_i/c_i) log n_i        [times w_i with weighted_rows]
 
     with ``c_i = n_i`` [+ 1 with ``count_self``]. As ``ℓ_i ≥ (n_i/c_i) log n_i`` while no ``S_ij``
     is negative, no features bring the mean loss below it: what can be learnt is the excess. O(N)
-    memory, no synchronisation on a GPU; O(N log N) time for one component, N² comparisons for more.
+    memory, no synchronisation on a GPU; O(N log N) time for one component, O(N²) for several.
 
     Args:
         targets, predictions, window, distance, variant, keys, group: as in ``conr_loss``. With a
@@ -46,8 +46,8 @@ def conr_statistics(
         weights: density weights, used by the floor of variants with ``weighted_rows``.
 
     Returns:
-        ``ConRStatistics``. A NaN label is in nobody's sets, and an infinite one in no set of its
-        equals: their distance is NaN.
+        ``ConRStatistics``. A row with a NaN label is in nobody's sets, and two labels of the same
+        infinity are not in each other's: their distance is NaN.
 
     Raises:
         TypeError, ValueError: bad input; with a ``group`` on every rank.

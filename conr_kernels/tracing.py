@@ -1,4 +1,4 @@
-"""What ``torch.compile`` has to be told. Imported only while it traces: it loads the compiler."""
+"""What ``torch.compile`` has to be told. Imported only while tracing, as it loads the compiler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
 
 
 def constant(value: Any) -> Any:
-    """A number that tracing may have made symbolic, as a constant with a guard; not numpy's, which
-    are arrays to tracing: refused there by the checks, the call runs in eager mode.
+    """A number that tracing may have made symbolic, as a constant with a guard.
+
+    numpy's numbers are arrays to tracing: the checks refuse them, and the call runs in eager mode.
     """
     return guard_scalar(value) if isinstance(value, (int, float)) else value

@@ -1,4 +1,4 @@
-"""Every check on user input. Runs before any computation and reads no tensor's values."""
+"""Every check on user input. They run before any computation and read no tensor's values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_scalars(window: Any, temperature: Any, push_scale: Any) -> tuple[float, ...]:
-    """The three as floats; a window beyond float32 is infinite: no labels are farther apart."""
+    """The three as floats; a window beyond float32's range becomes infinite, which is the same."""
     window = check_number("window", window)
     temperature = check_number("temperature", temperature)
     push_scale = check_number("push_scale", push_scale)
@@ -71,7 +71,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def kind_of(value: object) -> str:
-    """The type of what came instead of a Tensor, and what makes one of it."""
+    """The type of an argument that is no Tensor, and how to convert it."""
     if hasattr(value, "to_numpy"):  # a column or frame, whose rows PyTorch looks up by label
         return type(value).__name__ + " (use torch.tensor of its .to_numpy())"
     is_array = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
@@ -130,22 +130,22 @@ def check_same_components(name_y: str, y: Tensor, name_p: str, p: Tensor) -> Non
 
 
 def _is_column(t: Tensor, n_rows: int) -> bool:
-    """[N] or [N, 1]; number by number, since compilers do not compare tuples of symbolic ones."""
+    """[N] or [N, 1]; compared number by number, as torch.compile cannot compare symbolic shapes."""
     return t.dim() in (1, 2) and t.shape[0] == n_rows and t.shape[1:].numel() == 1
 
 
-def check_weights(w: Any, x: Tensor, rows_of: str = "features") -> None:
+def check_weights(w: Any, n_rows: int, rows_of: str) -> None:
     if w is None:
         return
     if is_number(w):
-        if -math.inf < check_number("weights", w) < 0:  # what is not finite shows in the loss
+        if -math.inf < check_number("weights", w) < 0:  # one that is not finite shows in the loss
             raise ValueError(f"weights must be ≥ 0, got {w}")
         return
     check_real("weights", w, "a Tensor, a number or None")
-    if w.dim() != 0 and not _is_column(w, x.shape[0]):
+    if w.dim() != 0 and not _is_column(w, n_rows):
         raise ValueError(
-            f"weights must have shape (N,), (N, 1) or () with N = {x.shape[0]} as in {rows_of} "
-            f"{tuple(x.shape)}, got {tuple(w.shape)}"
+            f"weights must have shape (N,), (N, 1) or () with N = {n_rows} as in {rows_of}, "
+            f"got {tuple(w.shape)}"
         )
 
 
@@ -160,9 +160,7 @@ def check_devices(tensors: dict[str, Any]) -> None:
         raise ValueError(f"all tensors must be on one device, got {listing}")
 
 
-def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
-    check_key_labels(keys, y)
-    key_x = keys[0]
+def check_key_features(key_x: Tensor, x: Tensor) -> None:
     if key_x.shape[1] != x.shape[1]:
         raise ValueError(
             f"keys[0] (features) must have D = {x.shape[1]} as features {tuple(x.shape)}, "
@@ -174,8 +172,8 @@ def check_keys(keys: Any, x: Tensor, y: Tensor) -> None:
         )
 
 
-def check_key_labels(keys: Any, y: Tensor) -> None:
-    """Keys (features, targets, predictions[, mask]) whose labels are like y's."""
+def check_keys(keys: Any, y: Tensor) -> None:
+    """``(features, targets, predictions[, mask])`` with as many label components as ``y``."""
     if not isinstance(keys, (tuple, list)) or len(keys) not in (3, 4):
         got = f"{len(keys)} items" if isinstance(keys, (tuple, list)) else type(keys).__name__
         expected = "a tuple (features, targets, predictions[, mask]) or a MemoryBank"
@@ -219,35 +217,34 @@ def check_tensors(
     features: Any, targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any = None
 ) -> None:
     check_features("features", features)
-    n_rows = features.shape[0]
-    check_labels("targets", targets, n_rows, f"features {tuple(features.shape)}")
-    check_labels("predictions", predictions, n_rows, f"features {tuple(features.shape)}")
-    check_same_components("targets", targets, "predictions", predictions)
-    check_weights(weights, features)
-    named = dict(features=features, targets=targets, predictions=predictions, weights=weights)
+    _check_batch("features", features, targets, predictions, weights, keys, mask)
     if keys is not None:
-        check_keys(keys, features, targets)
-        named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
-    if mask is not None:
-        check_mask(mask, n_rows, f"features {tuple(features.shape)}")
-        named["mask"] = mask
-    check_devices(named)
+        check_key_features(keys[0], features)
 
 
-def check_statistics(targets: Any, predictions: Any, keys: Any, mask: Any, weights: Any) -> None:
+def check_statistics(targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any) -> None:
     check_rows("targets", dict(targets=targets))
-    n_rows, shape = targets.shape[0], f"targets {tuple(targets.shape)}"
-    check_labels("targets", targets, n_rows, shape)
-    check_labels("predictions", predictions, n_rows, shape)
+    _check_batch("targets", targets, targets, predictions, weights, keys, mask)
+
+
+def _check_batch(
+    name: str, x: Tensor, targets: Any, predictions: Any, weights: Any, keys: Any, mask: Any
+) -> None:
+    """The arguments that loss and statistics share; ``name`` is that of ``x``, which is checked and
+    has their rows.
+    """
+    n_rows, rows_of = x.shape[0], f"{name} {tuple(x.shape)}"
+    check_labels("targets", targets, n_rows, rows_of)
+    check_labels("predictions", predictions, n_rows, rows_of)
     check_same_components("targets", targets, "predictions", predictions)
-    named = dict(targets=targets, predictions=predictions, weights=weights)
-    check_weights(weights, targets, "targets")
-    if mask is not None:
-        check_mask(mask, n_rows, shape)
-        named["mask"] = mask
+    check_weights(weights, n_rows, rows_of)
+    named = {name: x, "targets": targets, "predictions": predictions, "weights": weights}
     if keys is not None:
-        check_key_labels(keys, targets)
+        check_keys(keys, targets)
         named |= {f"keys[{c}]": t for c, t in enumerate(keys)}
+    if mask is not None:
+        check_mask(mask, n_rows, rows_of)
+        named["mask"] = mask
     check_devices(named)
 
 
@@ -267,7 +264,7 @@ def check_rows(n_rows_of: str, named: dict[str, Any]) -> None:
         check_real(name, t)
         if t.dim() == 0 or 0 in t.shape[1:]:
             raise ValueError(
-                f"{name} must have shape (N, …), nothing of it empty, got {tuple(t.shape)}"
+                f"{name} must have shape (N, …) without an empty axis, got {tuple(t.shape)}"
             )
     n_rows = named[n_rows_of].shape[0]
     for name, t in named.items():
@@ -287,14 +284,14 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_inputs(named: dict[str, Any]) -> int:
-    """The number of rows that all of an encoder's inputs have."""
+    """The number of rows of an encoder's inputs, which must all have the same."""
     for name, t in named.items():
         if not isinstance(t, Tensor) or t.dim() == 0:
             got = "a 0-d Tensor" if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(f"{name} must be a Tensor with rows, got {got}")
     sizes = {name: len(t) for name, t in named.items()}
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"the inputs must have one number of rows, got {sizes}")
+        raise ValueError(f"the inputs must all have the same number of rows, got {sizes}")
     return next(iter(sizes.values()))
 
 
@@ -323,7 +320,7 @@ def check_outputs(outputs: Any) -> None:
 
 
 def check_value(value: Any) -> None:
-    """What a loss of all rows returned."""
+    """The value that the loss of all rows returned."""
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"the loss must return a scalar Tensor, got {got}")

@@ -52,7 +52,8 @@ class Variant:
         weighted_rows: multiply ``ℓ_i`` by ``w_i``.
 
     Raises:
-        TypeError, ValueError: a field of no legal value, or ``count_self`` with ``log="outside"``.
+        TypeError, ValueError: an illegal value of a field, or ``count_self`` with
+            ``log="outside"``.
     """
 
     log: str = "outside"
@@ -72,7 +73,7 @@ class Variant:
 
     @property
     def code(self) -> str:
-        """The variant as one string, the form in which operator schemas carry it."""
+        """The variant as one string, as operators take it."""
         flags = f"{self.unit_terms:d}{self.count_self:d}{self.weighted_rows:d}"
         return f"{self.log},{self.pushing},{self.negatives},{flags}"
 
@@ -104,9 +105,7 @@ def resolve_variant(variant: str | Variant) -> Variant:
 
 @dataclass(frozen=True)
 class Settings:
-    """The scalars of one call: window ``h``, temperature ``τ``, push scale ``e``, and what to
-    compute.
-    """
+    """Window ``h``, temperature ``τ``, push scale ``e``, variant and distance of one call."""
 
     window: float
     temperature: float
@@ -114,16 +113,16 @@ class Settings:
     variant: Variant
     distance: str = "mae"
 
-    #: Largest exponent that the unshifted sums may meet: ``exp(±64)`` leaves float32 room for
-    #: sums over 10⁹ rows and for a gradient scaler's 2¹⁶.
+    #: The largest exponent of sums without a shift: ``exp(±64)`` leaves float32 room for sums over
+    #: 10⁹ rows and for a gradient scaler's 2¹⁶.
     SAFE_EXPONENT = 64.0
-    #: A negative's distance exceeds the window; from here on ``d_ij exp(−1/τ)`` is no zero in
-    #: float32 where exponents are that small, and a sum of 0 means that there is no negative.
+    #: From this window on, a negative's ``d_ij exp(−1/τ)`` does not underflow in float32 where
+    #: exponents are safe (its ``d_ij`` exceeds the window): a sum of 0 means that a row has none.
     SMALLEST_WINDOW = 1e-20
 
     @property
     def scalars(self) -> tuple[float, float, float, str, str]:
-        """The settings as the operators' schemas carry them."""
+        """The settings as operators take them."""
         return (
             self.window, self.temperature, self.push_scale, self.variant.code, self.distance
         )  # fmt: skip
@@ -136,3 +135,8 @@ class Settings:
     def exponent_is_small(self) -> bool:
         """True where ``exp(s_ij)`` needs no shift: ``|s_ij| ≤ 1/τ`` and no exponential pushing."""
         return 2 / self.temperature <= self.SAFE_EXPONENT and self.pushing.phi != "exponential"
+
+    @property
+    def n_statistics(self) -> int:
+        """How many columns a row's statistics have (core/rows.py)."""
+        return 3 if self.exponent_is_small else 5

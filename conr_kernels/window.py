@@ -1,4 +1,4 @@
-"""Which window: the shares of positives and negatives over windows between possible distances."""
+"""Which window: shares of positives and negatives, for windows between possible distances."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .density import label_rows
 from .reference import pair_distance
 from .variants import DISTANCES
 
-#: At most this many rows are looked at, evenly spaced, and the distances of a part to all of them.
+#: The most rows that are looked at, evenly spaced; and of how many the distances to all of these.
 SAMPLE, PART = 4096, 256
 #: A proposal leaves at most this share of a batch's rows without a positive.
 ALONE = 0.05
-#: The shares of pairs within the first windows that are tried; then as many between two of them.
+#: The shares of pairs within the windows that are tried first; then FINE between two of these.
 LEVELS = (0.0, *(2.0 ** (-k / 2) for k in range(16, 0, -1)), 1.0)
 FINE = 16
 
@@ -30,12 +30,11 @@ class WindowSuggestion(NamedTuple):
 
     Attributes:
         window: the proposal.
-        step: the difference of which all labels' differences are multiples; None where there is no
-            such step.
-        windows: up to some twenty, ascending. For each of them:
+        step: the number of which all differences of labels are multiples; None if there is none.
+        windows: some twenty windows at most, ascending. For each of them:
         positives: the mean share of the other rows that are a row's positives;
-        negatives: the same of its negatives; None without predictions;
-        alone: the share of a batch's rows to be expected without a positive.
+        negatives: the same for negatives; None without predictions;
+        alone: the expected share of a batch's rows without a positive.
     """
 
     window: float
@@ -63,30 +62,30 @@ def suggest_window(
     positive, half-way between two distances that labels can have.
 
     Labels on a grid, such as ages or tenths, have many pairs whose distance *is* a multiple of
-    the step. With a window of just that, rounding decides on every one of them; half-way to the
-    next possible distance it holds the same pairs in any units and in every dtype that holds the
-    labels. Of L components with a common step possible are the multiples of ``step / L``
-    (``"mae"``) and ``step·√(k / L)`` (``"rmse"``). Without a common step, as of components with
-    steps of 1 and 0.3, the window lies half-way between two neighbouring distances of the rows
-    looked at, and of several such pairs between the farthest apart; other rows may have others.
+    the step. With a window of exactly that, rounding decides on every one of them; a window
+    half-way to the next possible distance holds the same pairs in any units and in every dtype that
+    holds the labels. With L components of a common step, the possible distances are the multiples
+    of ``step / L`` (``"mae"``) and ``step·√(k / L)`` (``"rmse"``). Without a common step, as with
+    components in steps of 1 and of 0.3, the window lies half-way between two neighbouring distances
+    of the rows looked at, where these are far apart; other rows may have other distances.
 
     Labels are taken as the loss on a CPU compares them: in float32, which holds integers up to
     2²⁴ (float64 labels in float64). Rows that are not finite are left out, and single outliers
-    change nothing. The smallest is that of the windows tried, which lie closest around the
-    proposal; where none will do, the widest. It falls as the batch grows: where the labels' own
+    change nothing. "Smallest" is among the windows tried, which are denser around the proposal; if
+    none is large enough, the widest is proposed. It falls as the batch grows: where the labels' own
     noise is larger, the noise is the better window.
 
     Args:
         targets: the training labels [N, …]: a Tensor, array, column or list.
-        predictions: of a trained or half-trained model, like targets, for the negatives' shares.
-        batch_size: rows of a training batch; of all ranks and the memory bank together.
+        predictions: like targets, of a trained or half-trained model; for the negatives' shares.
+        batch_size: rows of a training batch, all ranks and the memory bank together.
         distance: over the components of a label, as in ``conr_loss``.
 
     Returns:
         ``WindowSuggestion``; printed, it is a table.
 
     Raises:
-        TypeError, ValueError: bad input, or labels among which the loss finds no difference.
+        TypeError, ValueError: bad input, or labels that the loss cannot tell apart.
     """
     validation.check_counts(batch_size=batch_size)
     validation.check_choice("distance", distance, DISTANCES)
@@ -145,7 +144,7 @@ def suggest_window(
 
 
 def _sample(y: Tensor, rows: Tensor) -> Tensor:
-    """At most SAMPLE of the rows, evenly spaced; with one that differs, if there is any."""
+    """At most SAMPLE of the rows, evenly spaced; if these are all equal, also one that differs."""
     n = min(len(rows), SAMPLE)
     # In integers: floats of the default dtype do not hold the numbers of all rows.
     at = rows[torch.arange(n, device=rows.device) * (len(rows) - 1) // max(n - 1, 1)]
@@ -156,7 +155,9 @@ def _sample(y: Tensor, rows: Tensor) -> Tensor:
 
 
 def _precision(given: Tensor) -> float:
-    """The relative rounding of the labels as they were given, and as the loss takes integers."""
+    """The relative rounding of the labels: of their dtype, or of the loss's where it takes integers
+    inexactly.
+    """
     if given.dtype.is_floating_point:
         return torch.finfo(given.dtype).eps
     is_exact = len(given) == 0 or given.double().abs().max() <= 2**24
@@ -164,8 +165,8 @@ def _precision(given: Tensor) -> float:
 
 
 def _distinct(v: Tensor, rounding: Tensor) -> Tensor:
-    """The values of an ascending ``v`` [n], of those that only ``rounding`` [n] tells apart the
-    first. A longer run of close values is no rounding.
+    """The values of an ascending ``v`` [n]; of values that differ by ``rounding`` [n] only, the
+    first. Runs of close values that extend farther than that are kept.
     """
     starts = torch.ones_like(v, dtype=torch.bool)
     starts[1:] = v.diff() > rounding[1:]
@@ -176,7 +177,7 @@ def _distinct(v: Tensor, rounding: Tensor) -> Tensor:
 
 
 def _common_step(y: Tensor, precision: float) -> float | None:
-    """The difference of which all differences of labels are multiples, to rounding; else None."""
+    """The number of which all differences of labels are multiples up to rounding, or None."""
     of_columns = []
     for column in y.unbind(1):
         v, typical = column.unique(), column.abs().median()
@@ -191,7 +192,7 @@ def _common_step(y: Tensor, precision: float) -> float | None:
         multiples = gaps / step
         return step if (multiples == multiples.round()).all() and multiples.median() == 1 else None
     reach, total, most = step, 1.0, min(gaps.max(), 8 * gaps.median()).item()
-    while reach < most:  # the more steps a gap has, the better it must know the step
+    while reach < most:  # counting the steps of wider gaps takes a more exact step
         reach *= 2
         near = gaps[gaps <= reach]
         total = (near / step).round().sum().item()
@@ -204,7 +205,7 @@ def _common_step(y: Tensor, precision: float) -> float | None:
 def _between(
     d: Tensor, step: float | None, n_components: int, distance: str, rounding: float
 ) -> tuple[Tensor, Tensor]:
-    """Half-way from each of the distances but the largest to the next that is possible; and how far
+    """The windows half-way from each distance but the largest to the next possible one, and how far
     apart the two are.
     """
     d = d.clamp(max=2 * validation.FLOAT32_MAX).unique_consecutive()
@@ -223,7 +224,7 @@ def _between(
 
 
 def _widest(widths: Tensor, edges: list[int]) -> list[int]:
-    """Of every stretch between two edges the first of the widest gaps."""
+    """The first of the widest gaps in every stretch between two edges."""
     chosen = []
     for a, b in pairwise(edges):
         if a < b:

@@ -17,10 +17,10 @@ def pair_counts(
 ) -> tuple[Tensor, Tensor]:
     """``n_i`` and ``m_i``, int64 [N], of anchors [N, L] that are all among the keys [K, L].
 
-    A distance that is NaN is neither within the window nor beyond it: a NaN label is in no set of
-    anybody, and two labels that are the same infinity in none of each other. One component:
-    O(K log K) by sorted orders; several: all pairs, a bounded block at a time. No host
-    synchronisation on a GPU.
+    A distance that is NaN is neither within the window nor beyond it: a row with a NaN label is in
+    nobody's sets, and two labels of the same infinity are not in each other's. With one component
+    the counts take O(K log K) by sorting; with several, all pairs are compared, a bounded block at
+    a time. No host synchronisation on a GPU.
     """
     if len(y_i) == 0:
         nothing = y_i.new_zeros(0, dtype=torch.int64)
@@ -50,7 +50,7 @@ def _count_sorted(
 ) -> tuple[Tensor, Tensor]:
     y_order, *in_y = _bands_of(y_i[:, 0], y_j[:, 0], window)
     n_i = in_y[1] - in_y[0]
-    # Of anchors with a finite label, +∞, −∞ (NaN: none): which keys are at a distance from them.
+    # For anchors whose label is finite, +∞ or −∞: the keys at a distance that is not NaN.
     y = y_i[:, 0]
     kind = (y == torch.inf) + 2 * (y == -torch.inf).long()
     is_apart = torch.stack([~(each - y_j[:, 0]).isnan() for each in (0.0, torch.inf, -torch.inf)])
@@ -77,7 +77,7 @@ def _bands_of(y_i: Tensor, y_j: Tensor, window: float) -> tuple[Tensor, Tensor, 
         return order, lo, torch.where(y_i.isnan(), lo, hi)
     sorted_i, anchor_order = (sorted_j, order) if y_i is y_j else y_i.sort(stable=True)
     lo, hi = (torch.empty_like(anchor_order) for _ in range(2))
-    # As infinity a NaN key is behind every finite anchor's band.
+    # As infinity, a NaN key lies behind every finite anchor's band.
     at = bands(sorted_i, sorted_j.nan_to_num(torch.inf, torch.inf, -torch.inf), window)
     for band, found in zip((lo, hi), at, strict=True):
         band[anchor_order] = found
@@ -95,7 +95,7 @@ def _count_within(places: Tensor, lo: Tensor, hi: Tensor, a: Tensor, b: Tensor) 
     below = torch.zeros_like(limits)
     for bit in reversed(range(len(places).bit_length())):
         is_high = (places >> bit) & 1
-        low = torch.cat([is_high.new_zeros(1), (1 - is_high).cumsum(0)])  # zeros before
+        low = torch.cat([is_high.new_zeros(1), (1 - is_high).cumsum(0)])  # bits 0 before each place
         n_low = low[-1]
         low_start, low_stop = low[start], low[stop]
         goes_high = ((limits >> bit) & 1).bool()

@@ -1,4 +1,4 @@
-"""What every backend takes: one value for a call's rows, keys and settings."""
+"""The input of every backend: a call's rows, keys and settings."""
 
 from __future__ import annotations
 
@@ -41,16 +41,11 @@ class Inputs(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of losses, statistics and sums."""
+        """The dtype of losses, statistics and sums."""
         return accumulation_dtype(self.x)
 
-    @property
-    def columns(self) -> int:
-        """Of the row statistics (rows.py)."""
-        return 3 if self.settings.exponent_is_small else 5
-
     def contiguous(self) -> Inputs:
-        """The same with rows as kernels read them."""
+        """The same input in contiguous tensors."""
         x, y, p, w, keys, *rest = self
         keys = None if keys is None else tuple(t.contiguous() for t in keys)
         w = None if w is None else w.contiguous()

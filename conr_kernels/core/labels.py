@@ -1,4 +1,4 @@
-"""Labels and weights in the form and dtype in which backends take them."""
+"""Labels and weights in the shape and dtype that backends take."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_labels(y: Tensor) -> Tensor:
-    """Labels as a contiguous [N, L] in the dtype that compares them: integers exactly up to 2²⁴."""
+    """Labels as a contiguous [N, L] in the dtype of comparisons; float32 holds integers exactly up
+    to 2²⁴.
+    """
     is_wide = y.dtype == torch.float64 and y.device.type == "cpu"
     y = y.detach().to(torch.float64 if is_wide else torch.float32)
     return (y[:, None] if y.dim() == 1 else y).contiguous()
 
 
 def as_keys(keys: object, dtype: torch.dtype | None = None) -> object:
-    """The rows of a MemoryBank, features in ``dtype`` if given; other keys as they are."""
+    """The rows of a MemoryBank, with features in ``dtype`` if given; other keys unchanged."""
     return keys.keys(dtype) if hasattr(keys, "n_pushed") else keys
 
 
 def as_weights(w: Tensor | float | None, x: Tensor) -> Tensor | None:
+    """Weights [N] on the device of ``x`` [N, …], in its accumulation dtype."""
     if w is None:
         return None
     dtype = accumulation_dtype(x)
-    is_there = isinstance(w, Tensor) and w.dtype == dtype and w.device == x.device
-    if is_there and w.shape == x.shape[:1] and not w.requires_grad:
+    is_ready = isinstance(w, Tensor) and w.dtype == dtype and w.device == x.device
+    if is_ready and w.shape == x.shape[:1] and not w.requires_grad:
         return w.contiguous()
     if not isinstance(w, Tensor):
         w = torch.inf if w > torch.finfo(dtype).max else float(w)

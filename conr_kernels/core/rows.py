@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..variants import Settings
 
-#: Below any sum of unshifted exponentials, for rows that have none.
+#: Less than any sum of unshifted exponentials; a divisor for rows whose sum is empty.
 TINY = 1e-30
 
 
@@ -30,23 +30,27 @@ def scale_statistics(stats: Tensor, g: Tensor) -> Tensor:
 
 
 def to_log_statistics(stats: Tensor) -> Tensor:
-    """Three columns as five."""
+    """Three columns as five: the logarithms are those of 1."""
     return torch.cat([stats, stats.new_zeros(len(stats), 2)], dim=1)
 
 
 def no_statistics(n_rows: int, like: Tensor) -> Tensor:
-    """The statistics of rows that have no loss."""
+    """The statistics of rows without a loss: coefficients of 0."""
     stats = like.new_zeros(n_rows, like.shape[1])
     stats[:, 3:] = -torch.inf
     return stats
 
 
 class RowSums(NamedTuple):
-    """Of each row [N]: ``E_i = Σ_P exp s`` and ``B_i = Σ_M φ exp s``, or their logarithms; ``n_i``;
-    ``m_i``, or what is as positive; 0, or NaN where an input is not finite; ``w_i``; and ``Σ_P s``
-    where ``log="inside"``.
+    """Sums over the pairs of each row [N], in float64 where the device has it: weights up to 1e30
+    meet sums up to 1e30 here.
 
-    In float64 where the device has it: weights up to 1e30 meet sums up to 1e30 here.
+    Attributes:
+        E, B: ``Σ_P exp s`` and ``Σ_M φ exp s``, or their logarithms.
+        n, m: ``n_i``; and ``m_i``, or any number that is positive where it is.
+        poison: 0, or NaN where an input is not finite.
+        w: ``w_i``, or None for 1.
+        s_sum: ``Σ_P s``, for ``log="inside"``.
     """
 
     E: Tensor
@@ -59,7 +63,7 @@ class RowSums(NamedTuple):
 
 
 def pushing_rate(w: Tensor | None, settings: Settings) -> Tensor | float | None:
-    """``r_i``, the anchor's own part of the pushing weight ``S_ij = r_i · φ(d_ij)``; None for 1."""
+    """``r_i``, the anchor's factor of the pushing weight ``S_ij = r_i · φ(d_ij)``; None for 1."""
     is_scaled, is_weighted, _ = settings.pushing
     e, w = settings.push_scale if is_scaled else None, w if is_weighted else None
     return e if w is None else w if e is None else w * e
@@ -68,7 +72,9 @@ def pushing_rate(w: Tensor | None, settings: Settings) -> Tensor | float | None:
 def finish_rows(
     rows: RowSums, n_keys: Tensor | int, settings: Settings, is_log: bool = False
 ) -> Tensor:
-    """Losses, and then the columns of the statistics: [4, N]; [6, N] if the sums are logarithms."""
+    """Losses, followed by the columns of the statistics: [4, N], or [6, N] from logarithms of sums
+    (``is_log``). ``n_keys``: how many keys ``unit_terms`` counts.
+    """
     E, B, n, m, poison, w, s_sum = rows
     variant, r = settings.variant, pushing_rate(w, settings)
     A = (n * m).sign_()
@@ -78,7 +84,7 @@ def finish_rows(
     n = n.clamp(min=1)
     c = share = unit_terms = log_E = None
     if variant.unit_terms:
-        unit_terms = (n_keys - n).clamp_(min=0)  # below 0 of rows that take no part
+        unit_terms = (n_keys - n).clamp_(min=0)  # negative for rows that take no part
     if variant.log == "inside":
         c = n + variant.count_self
         share = n / c

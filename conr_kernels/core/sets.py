@@ -1,4 +1,4 @@
-"""The sets of a batch, counted from labels and predictions alone."""
+"""The sizes of a batch's sets, counted from labels and predictions alone."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class ConRStatistics(NamedTuple):
     """What the loss sees in a batch, on its device.
 
     Attributes:
-        n_positives: ``n_i`` [N], int64: 0 of rows that take no part.
+        n_positives: ``n_i`` [N], int64; 0 for rows that take no part.
         n_negatives: ``m_i`` [N], int64, likewise.
         is_anchor: ``A_i`` [N], bool: the row has both.
-        floor: a scalar, below which no features bring the mean loss (``conr_statistics``); of a
-            group, the union's.
+        floor: a scalar, below which no features bring the mean loss (``conr_statistics``); with a
+            group, that of the union.
         rows: a scalar, int64: how many of this process's rows take part.
     """
 
@@ -48,29 +48,29 @@ class ConRStatistics(NamedTuple):
     rows: Tensor
 
     def summary(self) -> dict[str, float]:
-        """Plain floats for a logger. Synchronises once.
+        """Plain floats for a logger. Synchronises with the device once.
 
         Returns:
-            ``rows``: how many of this process's rows take part. Shares of these: ``anchors``,
-            ``without_positives``, ``without_negatives``. Of each of them, on average:
-            ``mean_positives``, ``mean_negatives``. And ``floor``.
+            ``rows``: how many of this process's rows take part. Their shares ``anchors``,
+            ``without_positives`` and ``without_negatives``. Their average numbers of pairs
+            ``mean_positives`` and ``mean_negatives``. And ``floor``.
         """
         n_i, m_i = self.n_positives.double(), self.n_negatives.double()
-        out = len(n_i) - self.rows  # rows that take no part have neither
-        sums = (self.is_anchor.sum(), (n_i == 0).sum() - out, (m_i == 0).sum() - out)
+        n_absent = len(n_i) - self.rows  # these have neither positives nor negatives
+        sums = (self.is_anchor.sum(), (n_i == 0).sum() - n_absent, (m_i == 0).sum() - n_absent)
         of_rows = torch.stack([*sums, n_i.sum(), m_i.sum()]).double() / self.rows.clamp(min=1)
         values = torch.cat([self.rows[None], of_rows, self.floor[None]]).tolist()
         names = ("rows", "anchors", "without_positives", "without_negatives")
         return dict(zip((*names, "mean_positives", "mean_negatives", "floor"), values, strict=True))
 
 
-class Rows(NamedTuple):
+class LabelledRows(NamedTuple):
     """Checked input: labels and predictions [N, L], NaN in the rows that take no part."""
 
     y: Tensor
     p: Tensor
     w: Tensor | None
-    takes_part: Tensor
+    mask: Tensor
     keys: tuple[Tensor, Tensor] | None
     window: float
     distance: str
@@ -80,41 +80,43 @@ class Rows(NamedTuple):
 def checked_rows(
     targets: Any, predictions: Any, window: Any, distance: Any, variant: Any, keys: Any, mask: Any,
     weights: Any,
-) -> Rows:  # fmt: skip
+) -> LabelledRows:  # fmt: skip
+    """The arguments of ``conr_statistics``, checked and as ``count`` takes them."""
     window, _, _ = validation.check_scalars(window, 1.0, 0.0)
     validation.check_choice("distance", distance, DISTANCES)
     variant = resolve_variant(variant)
     keys = as_keys(keys)
-    validation.check_statistics(targets, predictions, keys, mask, weights)
+    validation.check_statistics(targets, predictions, weights, keys, mask)
     y, p = as_labels(targets), as_labels(predictions)
-    takes_part = torch.ones(len(y), dtype=torch.bool, device=y.device)
-    if mask is not None:
-        takes_part = mask.reshape(-1)
-        y, p = (t.masked_fill(~takes_part[:, None], torch.nan) for t in (y, p))
+    if mask is None:
+        mask = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    else:
+        mask = mask.reshape(-1)
+        y, p = (t.masked_fill(~mask[:, None], torch.nan) for t in (y, p))
     if keys is not None:
         _, key_y, key_p, *masks = keys
         keys = (as_labels(key_y).to(y.dtype), as_labels(key_p).to(p.dtype))
         for is_key in masks:
             keys = tuple(t.masked_fill(~is_key.reshape(-1, 1), torch.nan) for t in keys)
     w = as_weights(weights, y) if variant.weighted_rows else None
-    return Rows(y, p, w, takes_part, keys, window, distance, variant)
+    return LabelledRows(y, p, w, mask, keys, window, distance, variant)
 
 
-def all_labels(rows: Rows) -> tuple[Tensor, Tensor]:
+def all_labels(rows: LabelledRows) -> tuple[Tensor, Tensor]:
     """Labels and predictions of the rows and then of the further keys."""
     if rows.keys is None:
         return rows.y, rows.p
     return torch.cat([rows.y, rows.keys[0]]), torch.cat([rows.p, rows.keys[1]])
 
 
-def count(rows: Rows, y_j: Tensor, p_j: Tensor, total: Any) -> ConRStatistics:
-    """The statistics of the rows among the keys; ``total`` adds [2] up over all processes."""
+def count(rows: LabelledRows, y_j: Tensor, p_j: Tensor, total: Any) -> ConRStatistics:
+    """The statistics of the rows among the keys; ``total`` sums a tensor [2] over all processes."""
     of_pairs = (rows.window, rows.distance, rows.variant.negatives)
     n_i, m_i = torch.ops.conr_kernels.pair_counts(rows.y, rows.p, y_j, p_j, *of_pairs)
     is_anchor = (n_i > 0) & (m_i > 0)
     n = n_i.clamp(min=1).to(rows.y.dtype)
     floor_i = n.log() * (n / (n + rows.variant.count_self))
     floor_i = floor_i if rows.w is None else floor_i * rows.w
-    n_rows = rows.takes_part.sum()
+    n_rows = rows.mask.sum()
     floor, n_all = total(torch.stack([torch.where(is_anchor, floor_i, 0.0).sum(), n_rows])).unbind()
     return ConRStatistics(n_i, m_i, is_anchor, floor / n_all.clamp(min=1), n_rows)

@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+#: Of indices of keys, one for each anchor: whether something holds there.
+Predicate = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -43,10 +46,12 @@ class Sweep:
     n_keys: int
 
     def part(self, k: int, n: int, starts: list[int], costs: Tensor) -> Sweep:
-        """The k-th of n parts with about as much work each: consecutive blocks, which begin
-        at ``starts`` (N behind the last), and their costs (float64, on the CPU).
+        """The k-th of n parts of about equal work; each consists of consecutive blocks. In a
+        symmetric sweep a part has the pairs of its anchors with one another and with later rows.
 
-        Of a symmetric sweep a part has each pair of its anchors with one another or a later row.
+        Args:
+            starts: the first anchor of each block, and N.
+            costs: the work of each block, float64 on the CPU.
         """
         device, N = self.lo.device, self.n_anchors
         targets = torch.arange(1, n, device=costs.device) * (costs.sum() / n)
@@ -102,9 +107,7 @@ def banded_sweep(
 
 
 def sort_reach(y_j: Tensor, window: float, distance: str) -> tuple[Tensor, float]:
-    """The component to sort by, int64 [1] on the labels' device, and how far a band reaches in
-    it.
-    """
+    """The component to sort by, int64 [1] on the labels' device, and how far bands reach in it."""
     n_components = y_j.shape[1]
     component = torch.zeros(1, dtype=torch.int64, device=y_j.device)
     if n_components == 1 or len(y_j) == 0:
@@ -117,7 +120,7 @@ def sort_reach(y_j: Tensor, window: float, distance: str) -> tuple[Tensor, float
 
 
 def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Tensor]:
-    """First key within reach and first key beyond it, for every sorted anchor: int64 [N], [N].
+    """The first key within reach and the first beyond it, for every sorted anchor: int64 [N] each.
 
     ``lo_i = min { j : y_i − y_j ≤ reach }``, ``hi_i = min { j : not y_j − y_i ≤ reach }``.
     """
@@ -131,8 +134,7 @@ def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Ten
     n_keys = len(sorted_j)
     lo = hi = None
     if sorted_i.device.type == "cpu" and n_keys > 0:
-        # A guess by rounded addition, right except at ties; taken only where the predicate
-        # confirms it.
+        # A guess by rounded addition, right except at ties; used if the predicate confirms it.
         wide_i, wide_j = sorted_i.double(), sorted_j.double()
         margin = float(torch.tensor(reach, dtype=sorted_i.dtype, device="cpu"))
         lo = _confirmed(torch.searchsorted(wide_j, wide_i - margin), reaches_back, n_keys)
@@ -145,9 +147,6 @@ def bands(sorted_i: Tensor, sorted_j: Tensor, reach: float) -> tuple[Tensor, Ten
         hi = torch.bincount(lo, minlength=n_keys + 1)[:n_keys].cumsum(0)
     hi = _first(n_keys, len(sorted_i), sorted_i.device, is_beyond) if hi is None else hi
     return lo, torch.maximum(lo, hi)
-
-
-Predicate = Callable[[Tensor], Tensor]
 
 
 def _confirmed(guess: Tensor, holds: Predicate, n_keys: int) -> Tensor | None:

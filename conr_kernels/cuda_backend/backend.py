@@ -24,24 +24,13 @@ DENSE_PAIRS = 1024 * 1024
 #: Where the bands hold more than this share of all pairs, one sweep serves both masks.
 DENSE_SHARE = 0.7
 
-_FLAGS = dict(
-    inside=1,
-    all_negatives=2,
-    unit_terms=4,
-    count_self=8,
-    weighted_rows=16,
-    rmse=32,
-    shifted=64,
-    rate_is_weighted=512,
-    rate_is_scaled=1024,
-    widened=2048,
-)
+#: Bits of ``Flags`` in csrc/conr_math.cuh; ``_find_scalars`` has the others.
 _PHI_FLAGS = {"one": 0, "distance": 128, "exponential": 256}
 
 
 @functools.cache
 def _load() -> str | None:
-    """Loads the extension; None, or why it could not be."""
+    """Loads the extension; returns None, or why it cannot be loaded."""
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
         return "the package was installed without its CUDA extension"
@@ -94,7 +83,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def layout_size(inputs: Inputs) -> int:
-    """What each sweep serves; then for each the keys' order, the anchors' key ids, the bands."""
+    """The layout: what each sweep serves; then, for each, the keys' order, the anchors' numbers
+    among the keys, and the bands.
+    """
     N, K = inputs.x.shape[0], inputs.n_keys
     if inputs.settings.variant.negatives == "all" or N * K <= DENSE_PAIRS:
         return 0
@@ -123,8 +114,8 @@ def reduces(
 def reduced(
     inputs: Inputs, further: None, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
-    """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``; among the
-    tensors labels and predictions, which the caller may change before.
+    """The mean or sum of the row losses, and tensors and a plan for ``reduced_gradient``; the
+    tensors include copies of labels and predictions, which the caller may overwrite.
     """
     x, y = inputs.x, inputs.y
     factor = 1 / x.shape[0] if reduction == "mean" else 1.0
@@ -144,12 +135,12 @@ def reduced_gradient(x: Tensor, saved: tuple[Tensor, ...], plan: Any, upstream: 
 def _forward(
     inputs: Inputs, labels: Tensor | None, loss: Tensor | None, total: Tensor | None, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Statistics and layout; writes copies of the labels, row losses and the factor times their sum
-    where there is a tensor for them.
+    """Statistics and layout. Copies of labels and predictions, row losses, and the factor times
+    their sum are written to the tensors that are given for them.
     """
     x, _, _, w, _, self_offset, settings, n_absent = inputs
     N, dtype = x.shape[0], inputs.dtype
-    stats = x.new_empty((N, inputs.columns), dtype=dtype)
+    stats = x.new_empty((N, inputs.settings.n_statistics), dtype=dtype)
     layout = x.new_empty(layout_size(inputs), dtype=torch.int32)
     w = None if w is None else w.to(dtype).contiguous()
     n_absent = None if n_absent is None else n_absent.long()
@@ -163,7 +154,7 @@ def _forward(
 def _backward(
     inputs: Inputs, layout: Tensor, coef: Tensor, upstream: Tensor | None, factor: float
 ) -> Tensor:
-    """The gradient from coefficients that are still to be multiplied by upstream and factor."""
+    """The gradient, from coefficients that lack the upstream gradient and the factor."""
     x = inputs.x
     gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
     _operators().backward(
@@ -184,7 +175,7 @@ def _stream(x: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
 
 
-#: What kernels know of settings, by their identity, which an entry keeps, and the widening.
+#: The kernels' scalars, by the identity of settings (an entry keeps them alive) and the widening.
 _known: dict[tuple[int, bool], tuple[Settings, tuple[float, float, float, int]]] = {}
 KNOWN = 64
 
@@ -200,26 +191,25 @@ def _scalars(settings: Settings, is_widened: bool) -> tuple[float, float, float,
 
 def _find_scalars(settings: Settings, is_widened: bool) -> tuple[float, float, float, int]:
     """Window, temperature, push scale and flags."""
-    variant = settings.variant
-    asked = dict(
-        inside=variant.log == "inside",
-        all_negatives=variant.negatives == "all",
-        unit_terms=variant.unit_terms,
-        count_self=variant.count_self,
-        weighted_rows=variant.weighted_rows,
-        rmse=settings.distance == "rmse",
-        shifted=not settings.exponent_is_small,
-        rate_is_weighted=settings.pushing.is_weighted,
-        rate_is_scaled=settings.pushing.is_scaled,
-        widened=is_widened,
-    )
-    flags = sum(_FLAGS[name] for name, is_asked in asked.items() if is_asked)
-    flags += _PHI_FLAGS[settings.pushing.phi]
+    variant, pushing = settings.variant, settings.pushing
+    flags = _PHI_FLAGS[pushing.phi]
+    flags += 1 * (variant.log == "inside")
+    flags += 2 * (variant.negatives == "all")
+    flags += 4 * variant.unit_terms
+    flags += 8 * variant.count_self
+    flags += 16 * variant.weighted_rows
+    flags += 32 * (settings.distance == "rmse")
+    flags += 64 * (not settings.exponent_is_small)
+    flags += 512 * pushing.is_weighted
+    flags += 1024 * pushing.is_scaled
+    flags += 2048 * is_widened
     return settings.window, settings.temperature, settings.push_scale, flags
 
 
 def _widens(x: Tensor) -> bool:
-    """Whether rows are computed as float32: bfloat16 has no matrix instruction before sm_80."""
+    """Whether rows are converted to float32: before sm_80 there are no instructions for bfloat16
+    matrix products.
+    """
     return x.dtype == torch.bfloat16 and x.is_cuda and _capability(x.get_device()) < (8, 0)
 
 

@@ -1,6 +1,4 @@
-"""What the ranks of a group tell one another before any row travels, so that all go on or all
-raise.
-"""
+"""What the ranks of a group exchange before any row, so that all go on or all raise."""
 
 from __future__ import annotations
 
@@ -13,19 +11,19 @@ from torch import Tensor
 from ..batch import Batch
 from .ranks import Union, all_gather, as_bytes, existing_group
 
-#: What a rank tells the others before any data moves: flag, rows, keys, whether there is a mask;
-#: and text of this many bytes.
+#: The header that every rank sends: whether it failed, rows, keys, whether it has a mask; and text
+#: of this many bytes.
 HEADER_NUMBERS = 4
 TEXT_BYTES = 1000
 
 
 def agree(group: Any, prepared: Batch | Exception) -> tuple[Batch, Union]:
-    """This rank's batch and everybody's sizes, after all ranks have agreed on everything else.
+    """This rank's batch and all ranks' sizes, once they have agreed on everything else.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
-        ValueError: on every rank, if the ranks disagree or one of them has no batch (that one
-            raises its own error).
+        ValueError: on every rank, if the ranks disagree or one of them has no batch (which raises
+            its own error).
     """
     group = existing_group(group)
     rank = dist.get_rank(group)
@@ -52,7 +50,7 @@ def agree(group: Any, prepared: Batch | Exception) -> tuple[Batch, Union]:
 
 
 def _facts(batch: Batch) -> str:
-    """What all ranks must have in common, one ``name=value`` a line."""
+    """What all ranks must have in common, one ``name=value`` per line."""
     settings = batch.settings
     facts = {
         "D": batch.x.shape[1],
@@ -68,13 +66,13 @@ def _facts(batch: Batch) -> str:
         "variant": settings.variant.code,
         "distance": settings.distance,
         "reduction": batch.reduction,
-        "backend": way(batch),
+        "backend": backend_kind(batch),
     }
     return "\n".join(f"{name}={value}" for name, value in facts.items())
 
 
-def way(batch: Batch) -> str:
-    """What decides which collectives a rank calls; other fused backends may be mixed."""
+def backend_kind(batch: Batch) -> str:
+    """The kind of backend, which decides on the collectives; ranks may mix fused backends."""
     if batch.backend == "reference":
         return "reference"
     is_shared = batch.backend == "torch" and batch.x.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Batches beyond an encoder's memory: the gradient of a loss over all rows, in chunks."""
+"""Batches beyond the encoder's memory: the gradient of a loss over all rows, in chunks."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def gradient_cache(
         optimizer.step()
 
     The second encoding sees the first one's random numbers (dropout) and buffers, so that running
-    statistics count each row once; an encoder that raises gets its buffers back, so that the step
-    can be tried again in smaller chunks. Batch normalisation normalises within a chunk. Call it
+    statistics count each row once; if the encoder raises, its buffers are restored, so that the
+    step can be retried in smaller chunks. Batch normalisation normalises within a chunk. Call it
     inside ``torch.autocast`` for mixed precision. A ``DistributedDataParallel`` encoder reduces its
     gradients once, with the last chunk; give the ConR loss ``group=`` there and the regression
-    loss the local mean. Buffers, parameters' devices and DDP are seen only of an encoder that is a
-    module: a function around one counts running statistics twice, and hangs around DDP where ranks
-    have different numbers of chunks, as ``SyncBatchNorm`` does.
+    loss the local mean. Pass a module, not a function around one: only a module shows its buffers,
+    devices and DDP. A function counts running statistics twice, and hangs around DDP where ranks
+    have different numbers of chunks (as ``SyncBatchNorm`` does in any case).
 
     Args:
         encoder: maps a chunk of the inputs to features [n, D] and predictions [n] or [n, L].
-        inputs: data [N, …] without a graph: a Tensor, several (``encoder(*chunk)``) or named ones
-            (``encoder(**chunk)``).
+        inputs: data [N, …] without a graph: a Tensor, a sequence (``encoder(*chunk)``) or a mapping
+            (``encoder(**chunk)``) of Tensors.
         loss: maps features [N, D] and predictions of all rows to a scalar.
         chunk_size: the most rows encoded at a time; all chunks are equally long, or one row
             shorter.
@@ -63,9 +63,10 @@ def gradient_cache(
     Raises:
         TypeError, ValueError: bad input or outputs.
         RuntimeError: gradients are disabled; a buffer of a lazy module has no shape yet; or the
-            second encoding of a chunk differs from the first by more than rounding (all features
-            by 4 epsilons of their, the parameters' or autocast's dtype, a row by 8; on GPUs of
-            bfloat16 at least), so that the gradients would be of another loss.
+            second encoding of a chunk differs from the first by more than rounding, so that the
+            gradients would be those of another loss. Rounding is 4 epsilons for a chunk and 8 for a
+            row, of the coarsest dtype among features, parameters and autocast, on GPUs at least
+            bfloat16's.
     """
     if not torch.is_grad_enabled():
         raise RuntimeError(
@@ -75,7 +76,7 @@ def gradient_cache(
     validation.check_counts(chunk_size=chunk_size)
     is_named, named = isinstance(inputs, Mapping), _named(inputs)
     N = validation.check_inputs(named)
-    # Of one length: batch normalisation would normalise a short last chunk by its few rows.
+    # Equally long: batch normalisation would normalise a short last chunk by its few rows.
     n_chunks = max(-(-N // chunk_size), 1)
     chunks = list(zip(*(t.tensor_split(n_chunks) for t in named.values()), strict=True))
 
@@ -127,7 +128,7 @@ def gradient_cache(
                 _backward(outputs, gradients)
     except BaseException:
         _restore_buffers(buffers)
-        for module, name, t in further:  # an encoder that has noted that it has them needs them
+        for module, name, t in further:  # the encoder may have noted that it has registered them
             module._buffers.setdefault(name, t)
         raise
     finally:
@@ -147,7 +148,7 @@ def _named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str
 
 
 def _share_buffers(encoder: nn.Module) -> None:
-    """What DDP does before a step's first forward pass: rank 0's buffers, before they are kept."""
+    """Broadcasts rank 0's buffers, as DDP does before a forward pass: before they are held."""
     for module in encoder.modules():
         if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
             module._sync_buffers()
@@ -155,7 +156,7 @@ def _share_buffers(encoder: nn.Module) -> None:
 
 
 class Held(NamedTuple):
-    """A buffer, a copy of it, and its version where copies are not compared."""
+    """A buffer, its copy, and its version, which tells writes where values are not compared."""
 
     t: Tensor | None
     copy: Tensor | None
@@ -170,7 +171,7 @@ def _hold_buffers(encoder: nn.Module) -> Buffers:
         if is_lazy(t):
             raise RuntimeError(
                 f"gradient_cache: the encoder's buffer {name} has no shape yet, so that it cannot "
-                "be kept for the second encoding: encode a few rows once before"
+                "be kept for the second encoding: encode a few rows once beforehand"
             )
     return [
         (module, {name: _hold(t) for name, t in module._buffers.items()})
@@ -185,8 +186,8 @@ def _hold(t: Tensor | None) -> Held:
 
 
 def _restore_buffers(buffers: Buffers) -> None:
-    """Values that were written, and tensors in whose place the encoder has put others. What was not
-    written is left alone: an earlier graph may need it, or nobody can write it.
+    """Restores tensors that the encoder has replaced, and values that it has written. Others are
+    not touched: an earlier graph may need them, or they may be read-only.
     """
     written: dict[torch.device, list[tuple[Held, Tensor]]] = {}
     for module, held in buffers:
@@ -195,7 +196,7 @@ def _restore_buffers(buffers: Buffers) -> None:
             if of_name.t is not None and not of_name.t.is_meta:
                 of_device = written.setdefault(of_name.t.device, [])
                 of_device.append((of_name, _is_written(of_name)))
-    for of_device in written.values():  # asked once each
+    for of_device in written.values():  # one synchronisation each
         answers = torch.stack([is_written for _, is_written in of_device]).tolist()
         for (of_name, _), is_written in zip(of_device, answers, strict=True):
             if is_written:
@@ -204,7 +205,7 @@ def _restore_buffers(buffers: Buffers) -> None:
 
 
 def _is_written(held: Held) -> Tensor:
-    """By values, since versions miss what ``.data`` writes; NaN is NaN."""
+    """Compares values, since writes through ``.data`` leave the version alone; NaN equals NaN."""
     t, copy, version = held
     if t.layout == torch.strided and not t.is_nested:
         return ((t != copy) & ~(t.isnan() & copy.isnan())).any()
@@ -212,7 +213,7 @@ def _is_written(held: Held) -> Tensor:
 
 
 def _take_further_buffers(buffers: Buffers) -> list[tuple[nn.Module, str, Tensor | None]]:
-    """Those that the first encoding has registered, away from modules that had none of the name."""
+    """Removes and returns the buffers that the first encoding has registered."""
     return [
         (module, name, module._buffers.pop(name))
         for module, held in buffers
@@ -221,8 +222,8 @@ def _take_further_buffers(buffers: Buffers) -> list[tuple[nn.Module, str, Tensor
 
 
 def _epsilon(tensors: Iterable[Tensor]) -> float:
-    """The coarsest rounding of these and of autocast; on GPUs at least bfloat16's, in which an
-    encoder may compute what it gives in float32.
+    """The largest epsilon of the dtypes of these and of autocast; on GPUs at least bfloat16's, in
+    which an encoder may compute what it returns in float32.
     """
     found = [0.0]
     for t in tensors:
@@ -235,7 +236,8 @@ def _epsilon(tensors: Iterable[Tensor]) -> float:
 
 
 def _check_repeats(second: Tensor, first: Tensor, epsilon: float) -> None:
-    """Rounding may differ, by kernels chosen anew; a state or a random number may not.
+    """Raises where two encodings of a chunk differ by more than rounding: by a state or a random
+    number.
 
     Most encodings repeat every bit. Where other kernels serve without a graph than with one
     (transformers in eval mode, LSTMs, compiled 16-bit networks) a row of 16-bit features differed
@@ -250,12 +252,12 @@ def _check_repeats(second: Tensor, first: Tensor, epsilon: float) -> None:
     if is_off | (difference > 2 * tolerance * scale).any():
         raise RuntimeError(
             "gradient_cache: the encoder's second encoding of a chunk differs from its first, so "
-            "that the gradients would be wrong. Likely causes: random numbers that are not "
-            "PyTorch's default ones (numpy, random, an own Generator), or state that is no buffer "
-            "of the module (an attribute, a counter, a cache). Draw them once per step outside of "
-            "the encoder, or register the state as a buffer. Of an encoder that computes in 16 "
-            "bits and returns float32 it may be rounding: call gradient_cache inside of "
-            "torch.autocast"
+            "that the gradients would be wrong. Likely causes: random numbers that do not come "
+            "from PyTorch's default generators (numpy, random, a Generator of its own), or state "
+            "that is not a buffer of the module (an attribute, a counter, a cache). Draw them once "
+            "per step outside the encoder, or register the state as a buffer. If the encoder "
+            "computes in 16 bits and returns float32, it may be rounding: call gradient_cache "
+            "inside torch.autocast"
         )
 
 

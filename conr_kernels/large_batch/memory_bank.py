@@ -1,4 +1,4 @@
-"""A bank of earlier rows as keys: positives and negatives of a batch beyond the batch."""
+"""A bank of earlier rows as keys: positives and negatives from beyond the batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .. import notices, validation
 
 
 def _holding_both(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The dtype that holds labels of both as the loss compares them: 16 bits hold no integers."""
+    """The dtype for labels of both dtypes. Integers with floats take float32, in which the loss
+    compares them: 16 bits would round them.
+    """
     both = torch.promote_types(a, b)
     is_mixed = a.is_floating_point != b.is_floating_point
     return torch.promote_types(both, torch.float32) if is_mixed else both
@@ -21,8 +23,8 @@ def _holding_both(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 class MemoryBank(nn.Module):
     """The last ``size`` rows that were pushed, to serve as ``keys`` of ``conr_loss``.
 
-    The rows are buffers: they move with the module and are part of its state dict, of which they
-    are loaded with their number or not at all. Labels and predictions serve exactly as in a batch,
+    The rows are buffers: they move with the module and are part of its state dict, from which rows
+    and their number are loaded together or not at all. Labels and predictions are kept exactly,
     since a window decides on them: they keep their dtype when the module changes its own, and wider
     ones that are pushed or loaded widen it. Like the loss, a bank of floating labels takes integers
     in float32, exact up to 2²⁴. ::
@@ -35,7 +37,7 @@ class MemoryBank(nn.Module):
 
     Args:
         size: K, the most rows kept. n_features: D. n_labels: L, components of a label.
-        dtype: of the features. label_dtype: of the labels and predictions, until wider ones come.
+        dtype: of the features. label_dtype: of labels and predictions, until wider ones are pushed.
     """
 
     features: Tensor
@@ -62,7 +64,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("features", torch.zeros(size, n_features, dtype=dtype, device=device))
         self.register_buffer("targets", torch.zeros(size, n_labels, **labels))
         self.register_buffer("predictions", torch.zeros(size, n_labels, **labels))
-        # Numbers: an average of models subtracts buffers, and PyTorch no bools.
+        # uint8: averaging models subtracts buffers, which PyTorch does not do with bools.
         self.register_buffer("mask", torch.ones(size, dtype=torch.uint8, device=device))
         validation.check_features("features (dtype)", self.features)
         validation.check_real("labels (label_dtype)", self.targets)
@@ -72,8 +74,8 @@ class MemoryBank(nn.Module):
         return min(self.n_pushed, len(self.features))
 
     def keys(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """Features, in ``dtype`` if given, targets and predictions of the rows held, without
-        gradient; and, once a push had one, the mask of those that take part.
+        """Features (in ``dtype`` if given), targets and predictions of the rows held, without
+        gradient; and, once any push had a mask, the mask.
 
         They share the bank's memory: use them before the next ``push``.
         """
@@ -89,18 +91,18 @@ class MemoryBank(nn.Module):
     def push(
         self, features: Tensor, targets: Tensor, predictions: Tensor, mask: Tensor | None = None
     ) -> None:
-        """Appends rows [N, …] and drops the oldest; of more than ``size`` the last are kept.
+        """Appends rows [N, …] and drops the oldest; of more than ``size`` rows the last are kept.
 
         ``mask``, bool [N] or [N, 1], is True for the rows that take part, as in ``conr_loss``. The
-        others are nobody's keys and may hold anything, but take places of the ``size`` too, since
-        nothing is read from the device: the loss is as without them until rows are dropped.
+        others are nobody's keys and may hold anything, but use up places, since nothing is read
+        from the device: until rows are dropped, the loss is the same as without them.
         """
         validation.check_tensors(features, targets, predictions, None, None, mask)
         size, D = self.features.shape
         N, L = len(features), self.targets.shape[1]
         if features.shape[1] != D or validation.n_components(targets) != L:
             raise ValueError(
-                f"the bank holds D = {D} features and L = {L} labels a row, got features "
+                f"the bank holds D = {D} features and L = {L} labels per row, got features "
                 f"{tuple(features.shape)} and targets {tuple(targets.shape)}"
             )
         notices.look_for_copied_rows(self.features)
@@ -122,7 +124,7 @@ class MemoryBank(nn.Module):
         self.n_pushed += N
 
     def _make_writable(self, **dtypes: torch.dtype) -> None:
-        """Buffers wide enough for rows of these dtypes, which may be written in any mode."""
+        """Replaces buffers that are too narrow for these dtypes, or were made in inference mode."""
         for name, held in self._buffers.items():
             dtype = _holding_both(held.dtype, dtypes.get(name, held.dtype))
             is_locked = not torch.compiler.is_compiling() and held.is_inference()
@@ -133,11 +135,11 @@ class MemoryBank(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *of_the_call: Any
     ) -> None:
-        """Rows and their number, or neither: what a filter has left of a state loads nothing."""
+        """Loads rows with their number, or nothing where a filtered state lacks some of them."""
         found = {name: state_dict.get(prefix + name) for name in self._buffers}
         numbers, x = state_dict.get(prefix + "_extra_state"), found["features"]
         if found["mask"] is None and not (numbers is None or numbers.dim() or x is None):
-            found["mask"] = x.new_ones(len(x), dtype=torch.uint8)  # of 0.1.0, which knew no masks
+            found["mask"] = x.new_ones(len(x), dtype=torch.uint8)  # version 0.1.0 had no masks
             state_dict = {**state_dict, prefix + "mask": found["mask"]}
         is_whole = prefix + "_extra_state" in state_dict and all(
             t is not None and t.shape == self._buffers[name].shape for name, t in found.items()

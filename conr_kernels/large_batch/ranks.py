@@ -13,20 +13,20 @@ from torch import Tensor
 from ..batch import Batch, extent
 from ..core.inputs import Keys
 
-#: What ``torch.distributed`` calls a group: one, or to a process outside of it a constant.
+#: A process group of ``torch.distributed``, and what stands for it in processes outside of it.
 PROCESS_GROUP: Any = dist.ProcessGroup if dist.is_available() else ()
 NOT_A_MEMBER = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
 
 
 @dataclass(frozen=True)
 class GroupName:
-    """A process group that a pickle named and this process has not found."""
+    """The name of a process group in a copy or a pickle, until this process finds the group."""
 
     name: str
 
 
 def check_group(group: Any) -> None:
-    """A group's ranks are looked at where it is used."""
+    """Checks the type. Whether this process is a member is checked when the group is used."""
     if isinstance(group, str) and group != "world":
         raise ValueError(f"group must be a process group, 'world' or None, got {group!r}")
     is_group = group is None or isinstance(group, (str, GroupName, PROCESS_GROUP))
@@ -37,16 +37,15 @@ def check_group(group: Any) -> None:
 
 
 def group_name(group: Any) -> Any:
-    """What stands for ``group=`` in a copy or a pickle: ``"world"``, a GroupName, or None."""
+    """What replaces ``group=`` in a copy or a pickle: ``"world"``, a GroupName, or None."""
     if not isinstance(group, PROCESS_GROUP):
         return group
     return "world" if group is dist.group.WORLD else GroupName(group.group_name)
 
 
 def find_group(named: Any) -> Any:
-    """The group that ``group_name`` named, where this process has it; else the name itself.
-
-    ``"world"`` stays a name, looked up at each call.
+    """The group that a GroupName names, if this process has it; anything else unchanged, so that
+    ``"world"`` is looked up at each call.
     """
     if isinstance(named, GroupName) and dist.is_available() and dist.is_initialized():
         for group, name in dist.distributed_c10d._world.pg_names.items():
@@ -76,15 +75,15 @@ def existing_group(group: Any) -> Any:
     if isinstance(group, GroupName):
         raise RuntimeError(
             f"group= was pickled as the process group {group.name!r}, which this process does not "
-            "have: set the loss's group, or create the group before loading"
+            "have: set the loss's group, or create that group before loading"
         )
     return group
 
 
 @dataclass(frozen=True)
 class Union:
-    """Who has how many rows: ``sizes[r]`` anchors and ``key_sizes[r]`` further keys on rank r;
-    and whether any rank has a mask.
+    """The rows of all ranks: ``sizes[r]`` anchors and ``key_sizes[r]`` further keys on rank r; and
+    whether any rank has a mask.
     """
 
     group: Any
@@ -102,8 +101,21 @@ class Union:
         return sum(self.sizes)
 
     @property
+    def n_keys(self) -> int:
+        return sum(self.key_sizes)
+
+    @property
     def offset(self) -> int:
         return sum(self.sizes[: self.rank])
+
+    @property
+    def own(self) -> slice:
+        return slice(self.offset, self.offset + self.sizes[self.rank])
+
+    @staticmethod
+    def own_keys(batch: Batch) -> Keys:
+        nothing = (batch.x[:0].detach(), batch.y[:0], batch.p[:0])
+        return nothing if batch.keys is None else batch.keys
 
     def gather(self, t: Tensor, sizes: list[int]) -> Tensor:
         """Rows [n_r, C] of every rank, in the ranks' order: [Σ n_r, C]."""
@@ -114,9 +126,15 @@ class Union:
             work.wait()
         return out
 
+    def of_ranks(self, t: Tensor) -> Tensor:
+        """Every rank's tensor of this one's shape: [n_ranks, …]."""
+        return self.gather(t[None], [1] * self.n_ranks)
+
     def start_gather(self, out: Tensor, sizes: list[int]) -> list[Any]:
-        """Fills in the other ranks' rows of ``out`` [Σ n_r, C], which has this rank's. Returns what
-        to wait for before it is read.
+        """Fills in the other ranks' rows of ``out`` [Σ n_r, C], which holds this rank's.
+
+        Returns:
+            What to wait for before ``out`` is read.
         """
         stops = list(accumulate(sizes))
         # On the CPU gloo gathers through a buffer of its own, and takes three times as long.
@@ -135,12 +153,11 @@ class Union:
 
     def extent(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``batch.extent`` of all ranks' rows and keys."""
-        own = torch.stack([t.double() for t in extent(batch)])
-        of_ranks = self.gather(own[None], [1] * self.n_ranks)
+        of_ranks = self.of_ranks(torch.stack([t.double() for t in extent(batch)]))
         return of_ranks[:, 0].amax(), of_ranks[:, 1].sum(), of_ranks[:, 2].sum()
 
     def deal(self, sums: Tensor) -> Tensor:
-        """Sums [S, N] that every rank has of all rows: of this rank's rows, from all ranks
+        """Exchanges this rank's sums of all rows [S, N] for all ranks' sums of this rank's rows
         [n_ranks, S, n].
         """
         n_sums, n_own = len(sums), self.sizes[self.rank]
@@ -159,7 +176,7 @@ class Union:
     ) -> list[Tensor]:
         """Columns [n, C_k] of all ranks' rows and then of all ranks' further keys.
 
-        They travel side by side in the widest of their dtypes, and come back each in its own.
+        They travel side by side in the widest of their dtypes; each is returned in its own.
         """
         together = self.gather(torch.cat(columns, dim=1), self.sizes)
         if self.n_keys > 0:
@@ -169,28 +186,15 @@ class Union:
         return [part.to(t.dtype).contiguous() for part, t in zip(parts, columns, strict=True)]
 
     def gather_keys(self, batch: Batch, x: Tensor) -> Keys:
-        """The keys, of features x of all ranks' rows."""
+        """The union's keys; ``x``: features of all ranks' rows."""
         key_x, *key_labels = self.own_keys(batch)
         if self.n_keys > 0:
             x = torch.cat([x, self.gather(key_x, self.key_sizes)])
         return x, *self.gather_columns((batch.y, batch.p), tuple(key_labels))
 
-    @property
-    def n_keys(self) -> int:
-        return sum(self.key_sizes)
-
-    @staticmethod
-    def own_keys(batch: Batch) -> Keys:
-        nothing = (batch.x[:0].detach(), batch.y[:0], batch.p[:0])
-        return nothing if batch.keys is None else batch.keys
-
-    @property
-    def own(self) -> slice:
-        return slice(self.offset, self.offset + self.sizes[self.rank])
-
 
 def as_bytes(t: Tensor) -> Tensor:
-    """The memory of a tensor as uint8: any dtype in any process-group backend."""
+    """The memory of a tensor as uint8, which every process-group backend can send."""
     return t.contiguous().view(-1).view(torch.uint8)
 
 

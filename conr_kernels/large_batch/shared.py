@@ -1,9 +1,9 @@
 """The union's row losses where the ranks share the forward pass, on CPUs: each pair of the union is
-one rank's, for both of its rows. Unit features and norms travel, and the ranks exchange 3 to 5 sums
-per row.
+visited by one rank, for both of its rows. Ranks exchange unit features, norms and 3 to 5 sums per
+row.
 
-What can be done without the other ranks' rows is done while these travel: forward the sorting
-and cutting into shares, backward the pairs of the own rows in the first order.
+What needs no other rank's rows is done while these travel: forward, sorting and cutting into
+shares; backward, the pairs of this rank's rows in the first order.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .ranks import Union
 
 
 class SharedRowLosses(torch.autograd.Function):
-    """``ℓ_i`` of this rank's rows; backward gathers the other ranks' statistics, scaled
-    upstream.
+    """``ℓ_i`` of this rank's rows. Backward gathers all ranks' statistics, times their upstream
+    gradients.
     """
 
     @staticmethod
@@ -43,9 +43,9 @@ class SharedRowLosses(torch.autograd.Function):
 
 def _forward(x: Tensor, batch: Batch, union: Union) -> tuple[Tensor, ...]:
     """Losses; and for backward statistics, layout, all keys' unit features, labels and predictions,
-    and the own rows' inverse norms.
+    and the inverse norms of this rank's rows.
 
-    Features of 16 bits travel as they are; their unit features are kept in the sums' dtype.
+    Features of 16 bits travel as they are; unit features are kept in the dtype of sums.
     """
     key_x, *key_labels = union.own_keys(batch)
     norm, key_norm = row_norms(x), row_norms(key_x)
@@ -101,6 +101,6 @@ def _backward(
     pending = union.start_gather(coef[: union.n_rows], union.sizes)
     keys = Source(q, None, y, p, coef, pending=tuple(pending))
     gradient = torch_shared.backward(keys, layout, inverse, union.own, settings)
-    for work in pending:  # where there was no other row to wait for
+    for work in pending:  # not waited for yet if no rank has other rows
         work.wait()
     return gradient.to(x.dtype)

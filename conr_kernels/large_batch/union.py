@@ -8,7 +8,6 @@ the ranks share the forward pass (shared.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,19 +17,19 @@ from torch import Tensor
 from .. import notices, ops
 from ..batch import Batch, reference_losses, without_absent
 from ..core.rows import no_statistics, scale_statistics
-from ..core.sets import ConRStatistics, Rows, checked_rows, count
+from ..core.sets import ConRStatistics, checked_rows, count
 from ..variants import Settings
-from .agreement import agree, way
+from .agreement import agree, backend_kind
 from .ranks import Union
 from .shared import SharedRowLosses
 
-#: From this many rows of the union on, half of a forward pass costs more than another exchange.
+#: From this many rows of the union on, sharing the forward pass saves more than exchanges cost.
 SHARED_ROWS = 2048
 
 
 def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
-    """The loss of the union of the batches that the ranks of the group have prepared, or of the
-    errors that they met.
+    """The loss of the union of the batches that the ranks of the group have prepared; ``prepared``:
+    this rank's, or the error that it raised instead.
 
     Raises:
         RuntimeError, ValueError: as ``agree``.
@@ -38,6 +37,8 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
     batch, union = agree(group, prepared)
     n_present: Tensor | int = union.n_rows
     if union.has_mask:
+        if batch.mask is None:
+            batch = batch._replace(mask=torch.ones_like(batch.y[:, 0], dtype=torch.bool))
         reach, n_present, n_absent = union.extent(batch)
         batch = without_absent(batch, reach, n_absent, union.offset)
         n_present = n_present.clamp(min=1)
@@ -51,34 +52,23 @@ def union_loss(group: Any, prepared: Batch | Exception) -> Tensor:
     return total / (n_present if union.has_mask else max(union.n_rows, 1))
 
 
-def gather_labels(group: Any, rows: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Labels and predictions of all ranks' rows and keys, and the sum over the ranks.
-
-    ``rows``: with y, p and keys of labels and predictions; or the error that came instead.
-    """
-    prepared = rows
-    if not isinstance(rows, Exception):
-        nothing = rows.y[:, :0]
-        settings = Settings(rows.window, 1.0, 0.0, rows.variant, rows.distance)
-        keys = None if rows.keys is None else (rows.keys[0][:, :0], *rows.keys)
-        prepared = Batch(nothing, rows.y, rows.p, rows.w, keys, settings, "statistics", "torch")
-    batch, union = agree(group, prepared)
-    y, p = union.gather_columns((batch.y, batch.p), tuple(union.own_keys(batch)[1:]))
-
-    def total(own: Tensor) -> Tensor:
-        return union.gather(own[None], [1] * union.n_ranks).sum(0)
-
-    return y, p, total
-
-
 def union_statistics(group: Any, arguments: tuple[Any, ...]) -> ConRStatistics:
-    """The statistics of this rank's rows among those of all ranks of the group."""
+    """The statistics of this rank's rows among those of all ranks of the group.
+
+    ``arguments``: those of ``checked_rows``.
+    """
+    prepared: Batch | Exception
     try:
-        rows: Rows | Exception = checked_rows(*arguments)
+        rows = checked_rows(*arguments)
+        settings = Settings(rows.window, 1.0, 0.0, rows.variant, rows.distance)
+        no_features, keys = rows.y[:, :0], rows.keys
+        keys = None if keys is None else (keys[0][:, :0], *keys)
+        prepared = Batch(no_features, *rows[:3], keys, settings, "statistics", "torch")
     except Exception as error:
-        rows = error
-    y_j, p_j, total = gather_labels(group, rows)
-    return count(rows, y_j, p_j, total)
+        prepared = error
+    batch, union = agree(group, prepared)
+    y_j, p_j = union.gather_columns((batch.y, batch.p), tuple(union.own_keys(batch)[1:]))
+    return count(rows, y_j, p_j, lambda own: union.of_ranks(own).sum(0))
 
 
 def _row_losses(batch: Batch, union: Union) -> Tensor:
@@ -94,14 +84,14 @@ def _row_losses(batch: Batch, union: Union) -> Tensor:
 
 
 def _shares_forward(batch: Batch, union: Union) -> bool:
-    """Whether the ranks share the pairs: only there s_ij = s_ji is used, and the host reads."""
-    is_served = way(batch) == "torch on the CPU"
+    """Whether the ranks share the forward pass (shared.py)."""
+    is_served = backend_kind(batch) == "torch on the CPU"
     return is_served and union.n_ranks > 1 and union.n_rows >= SHARED_ROWS
 
 
 class _RowLosses(torch.autograd.Function):
-    """``ℓ_i`` of this rank's rows; backward gathers the other ranks' statistics, scaled
-    upstream.
+    """``ℓ_i`` of this rank's rows. Backward gathers all ranks' statistics, times their upstream
+    gradients.
     """
 
     @staticmethod
@@ -130,7 +120,7 @@ class _RowLosses(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows. Backward: the sum of all ranks' gradients, times the number of ranks."""
+    """All ranks' rows. Backward: the sum of all ranks' gradients times the number of ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, union: Union) -> Tensor:
@@ -143,14 +133,14 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumOwn(torch.autograd.Function):
-    """The sum over ranks of this rank's rows: the transpose of gathering."""
+    """The sum over all ranks, of this rank's rows: the transpose of ``_Gather``."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, union: Union) -> Tensor:
         ctx.union = union
         total = g.contiguous().clone()
         dist.all_reduce(total, group=union.group)
-        return total[union.offset : union.offset + union.sizes[union.rank]]
+        return total[union.own]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -158,11 +148,11 @@ class _SumOwn(torch.autograd.Function):
 
 
 class _Total(torch.autograd.Function):
-    """The sum over ranks, added in the ranks' order: the same bits everywhere."""
+    """The sum over all ranks, added in their order: the same bits on each."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, union: Union) -> Tensor:
-        return union.gather(own[None], [1] * union.n_ranks).sum()
+        return union.of_ranks(own).sum()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

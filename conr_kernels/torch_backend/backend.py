@@ -53,7 +53,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     loss, stats = finish(sums, anchors.poison(others), n_keys, inputs.w, how)
     # A copy of one row too: operators hand out no two views of one memory.
     stats = stats.mT.clone(memory_format=torch.contiguous_format)
-    if stats.shape[1] < inputs.columns:
+    if stats.shape[1] < inputs.settings.n_statistics:
         stats = to_log_statistics(stats)
     return loss, stats, layout.view(-1).view(torch.int32)
 
@@ -87,8 +87,8 @@ def reduces(
 def reduced(
     inputs: Inputs, further: Keys | None, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor], None]:
-    """The mean or sum of the row losses of a small batch; and its gradient times ``τ ‖x_i‖`` with
-    ``1/(τ ‖x_i‖)``, which may be beyond the loss's dtype until it meets the upstream gradient.
+    """The mean or sum of the row losses of a small batch; its gradient times ``τ ‖x_i‖``, and
+    ``1/(τ ‖x_i‖)``: their product may be beyond the dtype until it meets the upstream gradient.
 
     Where every row has the same upstream gradient no pair need be kept: a third less host time. The
     bits are those of ``forward`` and ``backward``.
@@ -120,10 +120,10 @@ def _prepare(
     coef_i: Tensor | None = None,
     coef_j: Tensor | None = None,
 ) -> tuple[Source, Source | None, How]:
-    """Anchors, the keys that are none (None if there are none), and how their pairs are summed.
+    """The anchors; the keys that are no anchors, or None; and how their pairs are summed.
 
     Args:
-        further: keys beside the rows, where the inputs have none. coef_i, coef_j: of ``backward``.
+        further: keys beside the rows, for inputs without keys. coef_i, coef_j: as in ``backward``.
     """
     x, y, p, _, keys, self_offset, settings, _ = inputs
     labels = [y] if keys is None else [keys[1]]
@@ -152,11 +152,11 @@ def _is_small(anchors: Source, others: Source | None, how: How) -> bool:
 def finish(
     sums: Sums, poison: Tensor, n_keys: Tensor | int, w: Tensor | None, how: How
 ) -> tuple[Tensor, Tensor]:
-    """Row losses and the columns of the statistics."""
+    """Row losses [N] and the columns of the statistics [3 or 5, N]."""
     of_rows = {**sums, "poison": poison}
     if w is not None:
         of_rows |= {"w": w, "poison": torch.add(poison, w, alpha=0)}
-    # One conversion of all of them: on a small batch each costs as much as a sum over its pairs.
+    # One conversion for all: on a small batch each costs as much as a sum over its pairs.
     wide_rows = torch.stack(list(of_rows.values())).to(wide_dtype(poison.device)).unbind()
     of_rows = dict(zip(of_rows, wide_rows, strict=True))
     of_rows.setdefault("m", of_rows["B"])  # positive where there are negatives
@@ -168,7 +168,7 @@ def finish(
 
 
 def project(G: Tensor, anchors: Source, inverse: Tensor, how: How) -> Tensor:
-    """``∂L/∂x_i`` of ``G_i = τ ∂L/∂q_i``, some rows at a time; in place."""
+    """``∂L/∂x_i`` from ``G_i = τ ∂L/∂q_i``, a block of rows at a time; in place."""
     for start in range(0, len(G), PROJECTED_ROWS):
         rows = slice(start, start + PROJECTED_ROWS)
         q = anchors.x[rows] if anchors.norm is None else anchors.x[rows] * inverse[rows]

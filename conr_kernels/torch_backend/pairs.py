@@ -1,5 +1,5 @@
-"""Pairs of a tile in PyTorch operations: their masks and weights, and what they add to the sums and
-to the gradient. Every way of going through the pairs of a batch ends here.
+"""The pairs of a tile in PyTorch operations: their masks and weights, and what they add to the sums
+and to the gradient. small.py and sweeps.py choose the tiles.
 
 Masks are 0 and 1 in the features' dtype and are multiplied in: several times faster on a CPU than
 boolean ones. The tensors of one tile end with these functions, so that the next tile finds their
@@ -29,8 +29,8 @@ class How(NamedTuple):
     Attributes:
         is_shifted: sums of exponentials are kept as logarithms, because an exponent may be large.
         is_inside: ``log="inside"`` needs ``Σ_P s_ij``.
-        counts_negatives: otherwise ``B`` > 0 shows that there are some: no ``φ exp(s_ij)``
-            underflows.
+        counts_negatives: ``m_i`` is counted. Otherwise no ``φ exp(s_ij)`` can underflow, so that
+            ``B`` > 0 shows that there are negatives.
     """
 
     settings: Settings
@@ -40,7 +40,7 @@ class How(NamedTuple):
 
     @classmethod
     def of(cls, settings: Settings, *labels: Tensor) -> How:
-        """With these labels of all keys."""
+        """For a call whose keys have these labels."""
         is_shifted = not settings.exponent_is_small
         if is_shifted and settings.pushing.phi == "exponential" and labels[0].is_cpu:
             y = torch.cat(labels)
@@ -60,8 +60,8 @@ class How(NamedTuple):
 
 
 class Sums(dict[str, Tensor]):
-    """Sums over the pairs of each anchor: ``n``; ``m``, if negatives are counted; ``E`` = Σ_P exp s
-    and ``B`` = Σ_M φ exp s (or their logarithms); and ``s_sum`` (/ ln 2 if unshifted) where
+    """Sums over the pairs of each anchor, by name: ``n``; ``m``, if negatives are counted; ``E`` =
+    Σ_P exp s and ``B`` = Σ_M φ exp s (or their logarithms); ``s_sum`` (/ ln 2 if unshifted) where
     ``log="inside"``.
     """
 
@@ -69,13 +69,13 @@ class Sums(dict[str, Tensor]):
         self.n_anchors, self.how = n_anchors, how
 
     def start(self, name: str, device: torch.device) -> None:
-        """With no pairs."""
+        """Adds the sum over no pairs."""
         nothing = -torch.inf if self.how.is_log(name) else 0.0
         dtype = wide_dtype(device)
         self[name] = torch.full((self.n_anchors,), nothing, dtype=dtype, device=device)
 
     def add(self, name: str, rows: slice | Tensor, part: Tensor) -> None:
-        """Adds the sums of some of the anchors."""
+        """Adds ``part``, the sums of some of the anchors."""
         if name not in self:
             self.start(name, part.device)
         total = self[name][rows]
@@ -108,9 +108,9 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 #: ``exp(s_ij)`` of the positives and ``φ(d_ij) exp(s_ij)`` of the negatives, 0 for other pairs; or
-#: the logarithms of these. None where a tile has none.
+#: the logarithms of these. None for a set that the tile does not serve.
 Weighted = tuple[Tensor | None, Tensor | None]
-#: Columns of a tile, None for all, and which of their pairs are in the window: 0 or 1.
+#: Columns of a tile, None for all, and a mask of their pairs inside the window: 0 or 1.
 Masks = list[tuple[slice | None, Tensor]]
 
 
@@ -120,8 +120,8 @@ def weigh(
     """The pairs of a tile, weighted.
 
     Args:
-        sums: their number and ``Σ_P s_ij`` are added to these.
-        linear: a number of each pair, which is made 0 of all but the positives.
+        sums: to which the numbers of pairs and ``Σ_P s_ij`` are added.
+        linear: a number for each pair, set to 0 for all but the positives.
     """
     s_ij = _similarities(tile.of_anchors(i.q), tile.of_keys(j.q), how)
     masks, negative, log_phi = _masks(tile, i, j, how.settings, s_ij.dtype)
@@ -144,12 +144,12 @@ def weigh(
 
 
 def _times(mask: Tensor, t_ij: Tensor, is_log: bool) -> Tensor:
-    """Pairs of a mask or, of exponents, their logarithms; in the mask's memory."""
+    """``mask·t_ij``, or its logarithm where ``t_ij`` are exponents; in the mask's memory."""
     return mask.log_().add_(t_ij) if is_log else mask.mul_(t_ij)
 
 
 def _similarities(q_i: Tensor, q_j: Tensor, how: How) -> Tensor:
-    """``s_ij``; / ln 2 if unshifted: a CPU takes half as long for ``exp2`` as for ``exp``."""
+    """``s_ij``, or ``s_ij / ln 2`` if unshifted: on CPUs ``exp2`` takes half as long as ``exp``."""
     product = torch.addmm if q_i.dim() == 2 else torch.baddbmm
     scale = (1.0 if how.is_shifted else 1 / LN_2) / how.settings.temperature
     return product(q_i.new_empty((1,) * q_i.dim()), q_i, q_j.mT, beta=0, alpha=scale)
@@ -158,8 +158,8 @@ def _similarities(q_i: Tensor, q_j: Tensor, how: How) -> Tensor:
 def _masks(
     tile: Tile, i: Rows, j: Rows, settings: Settings, dtype: torch.dtype
 ) -> tuple[Masks | None, Tensor | None, Tensor | None]:
-    """Of the positives; of the negatives, times ``d_ij`` where ``φ(d) = d``; and ``e·d_ij`` where
-    that is ``log φ``.
+    """Masks of the positives; the mask of the negatives, times ``d_ij`` where ``φ(d) = d``; and
+    ``log φ = e·d_ij`` where pushing is exponential.
     """
     if tile.serves == "positives":
         masks = list(_near_at_edges(tile, i.y, j.y, settings, dtype))
@@ -187,7 +187,7 @@ def _masks(
 def _near_at_edges(
     tile: Tile, y: Tensor, y_j: Tensor, settings: Settings, dtype: torch.dtype
 ) -> Iterator[tuple[slice | None, Tensor]]:
-    """``[d_ij ≤ h]`` of the columns that may hold others."""
+    """``[d_ij ≤ h]`` of the columns that may hold pairs outside the window."""
     for columns in tile.edges:
         y_i, of_keys = tile.of_anchors(y), tile.of_keys(y_j)
         if columns is not None:
@@ -197,7 +197,7 @@ def _near_at_edges(
 
 
 def _keep_positives(t_ij: Tensor, tile: Tile, masks: Masks, is_log: bool = False) -> Tensor:
-    """Makes ``t_ij`` 0, or −∞, of all pairs but the positives."""
+    """Sets ``t_ij`` to 0, or −∞, for all pairs but the positives; in place."""
     for columns, is_near in masks:
         at = t_ij if columns is None else t_ij[..., columns]
         at.add_(is_near.log()) if is_log else at.mul_(is_near)
@@ -229,7 +229,7 @@ def is_present(weighted: Tensor, how: How) -> Tensor:
 def gradient_weights(
     tile: Tile, i: Rows, j: Rows, how: How, weighted: Weighted | None = None
 ) -> Tensor:
-    """``H_ij`` of a tile; from what ``add_sums`` returned if that was kept."""
+    """``H_ij`` of a tile; ``weighted``: what ``add_sums`` returned, if that was kept."""
     linear, H_ij = None, None
     if how.is_inside and tile.serves != "negatives":
         linear = tile.of_anchors(i.beta) + tile.of_keys(j.beta).mT
@@ -245,8 +245,8 @@ def gradient_weights(
 
 
 def _times_coefficients(t_ij: Tensor, c_i: Tensor, c_j: Tensor) -> Tensor:
-    """``t_ij (c_i + c_j)``, or ``exp(t_ij) (c_i + c_j)`` with c [..., N, 2] as sign and
-    logarithm.
+    """``t_ij (c_i + c_j)``; or, of c [..., N, 2] as signs and logarithms,
+    ``exp(t_ij) (c_i + c_j)``.
     """
     if c_i.shape[-1] == 1:
         return (c_i + c_j.mT).mul_(t_ij)
@@ -256,7 +256,7 @@ def _times_coefficients(t_ij: Tensor, c_i: Tensor, c_j: Tensor) -> Tensor:
 
 
 def add_products(G: Tensor, tile: Tile, H_ij: Tensor, i: Rows, j: Rows) -> None:
-    """Adds ``Σ_j H_ij q_j`` of a tile to ``τ ∂L/∂q_i`` [N, D], also for what it mirrors."""
+    """Adds ``Σ_j H_ij q_j`` of a tile, and of its mirror image, to ``τ ∂L/∂q_i`` [N, D]."""
     q_i, q_j = tile.of_anchors(i.q), tile.of_keys(j.q)
     if tile.count == 1:
         G[tile.anchors].addmm_(H_ij, q_j)

@@ -1,6 +1,5 @@
-"""Row losses and gradient of one process's rows where several have the same keys, the union of
-their rows: each sums over its share of the pairs of all anchors, and uses ``s_ij = s_ji`` in all of
-it.
+"""Row losses and gradient of one process's rows where several processes share the union of their
+rows as keys: each sums over its share of all pairs, with ``s_ij = s_ji``.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from .tiles import share_of
 def union_sweeps(
     y: Tensor, p: Tensor, n_anchors: int, settings: Settings, share: tuple[int, int]
 ) -> tuple[list[Sweep], Tensor]:
-    """For keys of which the first ``n_anchors`` are the anchors: the k-th of n shares of all
-    sweeps, and the layout of the whole.
+    """One share of all sweeps, and the layout of the whole sweeps (``pack_sweeps``). The first
+    ``n_anchors`` keys are the anchors; ``share``: (k, n) for the k-th of n.
     """
     others = (y[n_anchors:], p[n_anchors:]) if n_anchors < len(y) else None
     sweeps = all_sweeps((y[:n_anchors], p[:n_anchors]), others, settings)
@@ -41,12 +40,13 @@ def forward(
     settings: Settings,
     deal: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Row losses and statistics of the own rows.
+    """Row losses and statistics of this process's rows.
 
     Args:
+        own: this process's rows among the anchors.
         poison: 0, or NaN if any input of the union is not finite.
-        deal: exchanges these sums [S, n_anchors] of the own rows for all processes' sums of them
-            [n, S, n_own].
+        deal: exchanges this process's sums of all anchors [S, n_anchors] for all processes' sums of
+            its own rows [n, S, n_own].
     """
     how = How.of(settings, union.y)
     anchors, others = union.part(slice(0, n_anchors)), union.rest(slice(0, n_anchors))
@@ -64,7 +64,9 @@ def forward(
 def backward(
     union: Source, layout: Tensor, inverse: Tensor, own: slice, settings: Settings
 ) -> Tensor:
-    """Gradient of the own anchors of a union of unit features, of inverse norms [N, 1]."""
+    """Gradient of this process's rows of a union of unit features; ``inverse``: of their norms
+    [n_own, 1].
+    """
     anchors, others = union.part(own), union.rest(own)
     sweeps = None
     if len(layout) > 0:
@@ -75,7 +77,7 @@ def backward(
 
 
 def pack_sweeps(sweeps: list[Sweep]) -> Tensor:
-    """Orders and bands as int32, two sweeps of rows among themselves; nothing of other sweeps."""
+    """Orders and bands as int32 of two sweeps of rows among themselves; empty for other sweeps."""
     if [sweep.serves for sweep in sweeps] != ["positives", "negatives"]:
         return torch.empty(0, dtype=torch.int32, device=sweeps[0].lo.device)
     parts = [t for sweep in sweeps for t in (sweep.key_order, sweep.lo, sweep.hi)]
@@ -83,10 +85,10 @@ def pack_sweeps(sweeps: list[Sweep]) -> Tensor:
 
 
 def unpack_sweeps(packed: Tensor, offset: int, n: int, is_exact: bool) -> list[Sweep]:
-    """The sweeps of n of the rows, the offset-th and following, among themselves and against the
-    other rows, whose numbers close the gap.
+    """The sweeps of the n rows from ``offset`` on, among themselves and against the other rows,
+    which are numbered without a gap.
 
-    Their places in an order of some rows are the numbers of these rows before them: nothing is
+    A row's place in the order of some of the rows is the number of these before it: nothing is
     sorted or searched.
     """
     sweeps = []

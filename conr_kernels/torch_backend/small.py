@@ -1,9 +1,9 @@
-"""Few pairs, of a small batch alone or with many further keys, as of a memory bank: all of them in
-the given order, without a sort. The own rows are one tile, which is kept for the backward pass if
-there are no further keys.
+"""Few pairs, of a small batch alone or with many further keys (as of a memory bank): all of them in
+the given order, without a sort. The rows themselves are one tile, which is kept for the backward
+pass if there are no further keys.
 
-Keys without a row loss leave an anchor a gradient that is its own coefficients times sums over
-keys: these are found with the loss, in one pass.
+Further keys have no row loss: their part of an anchor's gradient is the anchor's own coefficients
+times sums over keys, which are found with the loss, in one pass.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .tiles import Tile
 
 #: Up to this many rows one tile holds all pairs.
 KEPT_ROWS = 640
-#: Sorting a key costs as much as its pairs with some 300 anchors; and sorting at all as much as
-#: some 2¹⁸ pairs (measured). Pairs of one tile with further keys.
+#: Sorting costs as much per key as its pairs with some 300 anchors, and at least as much as some
+#: 2¹⁸ pairs (measured). And the pairs of one tile with further keys.
 FEW_ROWS, FEW_PAIRS, TILE_PAIRS = 256, 2**18, 2**17
 
 
 def is_small(n_rows: int, n_others: int, how: How) -> bool:
-    """Whether these functions serve that many anchors, among themselves and against other keys."""
+    """Whether this module serves that many anchors, among themselves and against other keys."""
     if n_others == 0 or n_rows > KEPT_ROWS:
         return n_rows <= KEPT_ROWS
     are_few = n_rows <= FEW_ROWS or n_rows * n_others <= FEW_PAIRS
@@ -35,9 +35,9 @@ def is_small(n_rows: int, n_others: int, how: How) -> bool:
 def row_sums(
     rows: Rows, others: Source | None, how: How, wants_products: bool = False
 ) -> tuple[Sums, Weighted, list[Tensor]]:
-    """And the weighted pairs of the rows among themselves; and, if they are wanted, the products
-    ``Σ_P exp(s_ij) q_j``, ``Σ_M φ exp(s_ij) q_j`` and, with ``log="inside"``, ``Σ_P q_j`` over the
-    other keys, each [N, D].
+    """The sums; the weighted pairs of the rows among themselves; and, if they are wanted, the
+    products ``Σ_P exp(s_ij) q_j``, ``Σ_M φ exp(s_ij) q_j`` and, with ``log="inside"``, ``Σ_P q_j``
+    over the other keys, each [N, D].
     """
     n = rows.q.shape[0]
     sums, products = Sums(n, how), []
@@ -65,14 +65,14 @@ def gradient_sums(
 
 
 def add_products(G: Tensor, products: list[Tensor], rows: Rows) -> None:
-    """Adds to ``τ ∂L/∂q_i`` [N, D] what the other keys' products of ``row_sums`` make of it."""
+    """Adds the other keys' part, from the products of ``row_sums``, to ``τ ∂L/∂q_i`` [N, D]."""
     coefs = (rows.alpha, rows.gamma, rows.beta)
     for product, coef, sign in zip(products, coefs, (1, 1, -1), strict=False):
         G.addcmul_(product, coef, value=sign)
 
 
 def _tiles(n_rows: int, others: Source | None) -> Iterator[tuple[Tile, Rows]]:
-    """Some of the other keys after the other, and their tile."""
+    """The other keys, a block at a time, and the tile of each block."""
     if others is None:
         return
     width = max(TILE_PAIRS // max(n_rows, 1), 1)

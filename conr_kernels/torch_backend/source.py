@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     gamma: Tensor | None = None
 
     def with_coefficients(self, coef: Tensor) -> Rows:
-        """Of scaled statistics [N, 3] or [N, 5]."""
+        """The rows with the coefficients of scaled statistics [N, 3] or [N, 5]."""
         return Rows(*self[:3], coef[:, 0::3], coef[:, 1:2], coef[:, 2::2])
 
 
@@ -36,10 +36,10 @@ class Source:
     norms; labels, predictions [·, L].
 
     Attributes:
-        coef: gradient coefficients, there when what is ``pending`` has come.
-        index: which of all these rows are meant, None for all of them.
-        memory: of the unit features in one order after the other, valid until the next are taken:
-            memory fresh from the system costs more than the arithmetic on it.
+        coef: gradient coefficients, complete once the ``pending`` exchanges are.
+        index: which of these rows are meant, None for all.
+        memory: reused for the unit features in every order, which are valid until the next are
+            taken: memory fresh from the system costs more than the arithmetic on it.
     """
 
     x: Tensor
@@ -104,12 +104,12 @@ class Source:
         return q if inverse is None else q.mul_(inverse)
 
     def part(self, rows: slice) -> Source:
-        """Some of the rows of a source of all rows; they wait for nothing."""
+        """Some of the rows; for a source without ``index``, and without its ``pending``."""
         tensors = (self.x, self.norm, self.y, self.p, self.coef)
         return Source(*(None if t is None else t[rows] for t in tensors))
 
     def rest(self, rows: slice) -> Source | None:
-        """The other rows of a source of all rows; None where there are none."""
+        """The other rows, None if there are none; for a source without ``index``."""
         n = len(self) - (rows.stop - rows.start)
         if n == 0:
             return None
@@ -121,8 +121,8 @@ class Source:
         return replace(self, index=index)
 
     def poison(self, others: Source | None) -> Tensor:
-        """0 for each row [N] with finite inputs, else NaN; NaN everywhere if another key is not
-        finite.
+        """For each row [N] 0 if its inputs are finite, else NaN; NaN for all if those of another
+        key are not.
         """
         total = self.norm * 0
         for labels in (self.y, self.p):  # times 0 before any sum, which might overflow

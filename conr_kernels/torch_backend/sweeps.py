@@ -18,7 +18,7 @@ DENSE_SHARE = 0.7
 
 
 def find_sweeps(labels: Labels, labels_j: Labels | None, settings: Settings) -> list[Sweep]:
-    """Two banded sweeps, or one over all pairs. Bands are read on the host: on the CPU only."""
+    """Two banded sweeps, or one over all pairs. The host reads the bands, so only on the CPU."""
     (y, p), (y_j, p_j) = labels, labels_j or (None, None)
     N, K = len(y), None if y_j is None else len(y_j)
     if y.device.type == "cpu" and settings.variant.negatives != "all":
@@ -49,7 +49,7 @@ def _sweeps(anchors: Source, others: Source | None, how: How) -> list[Sweep]:
 def row_sums(
     anchors: Source, others: Source | None, how: How, sweeps: list[Sweep] | None = None
 ) -> Sums:
-    """Of all anchors, over the pairs of the sweeps, by default of all."""
+    """Sums of all anchors over the pairs of the sweeps, by default over all pairs."""
     sums = Sums(len(anchors), how)
     for name in how.sums:
         sums.start(name, anchors.x.device)
@@ -99,9 +99,9 @@ def _are_one(order: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _reorder(G: Tensor, order: Tensor | None, new_order: Tensor | None, anchors: Source) -> Tensor:
-    """Rows that are in one order in another, in the anchors' memory, which gets theirs.
+    """Rows moved from one order to another, in the anchors' memory, which takes over that of G.
 
-    Gathered: that takes a fourth of scattering.
+    Gathered: that takes a quarter of the time of scattering.
     """
     if new_order is order:
         return G

@@ -1,4 +1,4 @@
-"""Tiles of pairs for PyTorch operations: which there are, and views of the rows that meet there."""
+"""Tiles of pairs for PyTorch operations: how sweeps are cut into them, and views of their rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..core.sweep import Sweep
 #: a tile takes as many blocks as fit, in one batched product.
 BLOCK_I = 64
 TILE_PAIRS = 2**18
-#: What the host does for a tile takes as long as so many pairs, and the mask of a pair at a band's
-#: edge this part of a pair (measured; see ``make_tiles``). The most blocks tried for one tile.
+#: What the host does for a tile costs as much as so many pairs, and the mask of a pair at a band's
+#: edge this part of a pair (measured; see ``make_tiles``). And the most blocks tried for one tile.
 TILE_COST, EDGE_COST = 2**13, 0.5
 GROUP_BLOCKS = 64
 
@@ -31,7 +31,7 @@ class Tile:
         step: block k's keys begin at ``j0 + k·step``; its anchors at ``i0 + k·rows``.
         edges: columns that may hold pairs outside the window, None for all; others are inside.
         has_diagonal: the anchors' own pairs are the blocks' diagonals.
-        mirror: columns from here on stand for the transposed tile too.
+        mirror: columns from here on also serve the transposed tile.
     """
 
     serves: str
@@ -57,13 +57,13 @@ class Tile:
         return slice(self.i0, self.i0 + self.count * self.rows)
 
     def of_anchors(self, t: Tensor) -> Tensor:
-        """A view of the tile's anchors [count, rows, …], or [rows, …] if it has one block."""
+        """A view of the tile's anchors in t [N, C]: [count, rows, C], or [rows, C] of one block."""
         if self.count > 1:
             return self._blocks(t, self.i0, self.rows, self.rows)
         return t if self.rows == t.shape[0] else t[self.i0 : self.i0 + self.rows]
 
     def of_keys(self, t: Tensor) -> Tensor:
-        """[count, width, …] or [width, …]."""
+        """A view of the tile's keys in t [K, C]: [count, width, C], or [width, C] of one block."""
         if self.count > 1:
             return self._blocks(t, self.j0, self.step, self.width)
         return t if self.width == t.shape[0] else t[self.j0 : self.j0 + self.width]
@@ -82,8 +82,8 @@ class Tile:
 
 
 class Block(NamedTuple):
-    """Anchors ``[i0, i1)`` and their keys ``[start, stop)``; ``[full0, full1)`` are in every one's
-    band.
+    """Anchors ``[i0, i1)`` and their keys ``[start, stop)``, of which ``[full0, full1)`` are in
+    every anchor's band.
     """
 
     i0: int
@@ -95,10 +95,10 @@ class Block(NamedTuple):
 
 
 def make_tiles(sweep: Sweep) -> list[Tile]:
-    """The tiles of a sweep's bands; of the upper triangle only where the anchors are the keys.
+    """The tiles of a sweep's bands; of the upper triangle alone where the anchors are the keys.
 
-    Blocks are equally long, or begin where the bands change, as between labels that many rows
-    share: whichever costs less. Even blocks mostly cost 1.2 to 1.5 times the least.
+    Blocks are equally long or begin where the bands change, as between labels that many rows share:
+    whichever costs less. Equal blocks mostly cost 1.2 to 1.5 times the lower bound.
     """
     blocks = _make_blocks(sweep, _cut_evenly(sweep))
     if cut := _cut_between_bands(sweep):
@@ -112,13 +112,13 @@ def share_of(sweep: Sweep, k: int, n: int) -> Sweep:
     """The k-th of n parts of a sweep with about as much work each."""
     between = _cut_between_bands(sweep)
     starts = between or _cut_evenly(sweep)
-    # Blocks between bands are seldom of one length, and then each is a tile.
+    # Blocks between bands seldom have equal lengths, and then each is a tile.
     costs = _least_costs(_make_blocks(sweep, starts), are_apart=len(between) > 0)
     return sweep.part(k, n, starts, costs)
 
 
 def _least_costs(blocks: Tensor, are_apart: bool = False) -> Tensor:
-    """What any tiles of these blocks [·, 6] cost at least, or if each is a tile: float64 [·]."""
+    """A lower bound of the cost of each block [·, 6], or its cost as one tile; float64 [·]."""
     i0, i1, start, stop, full0, full1 = blocks.double().unbind(1)
     n_rows, width = i1 - i0, stop - start
     edges = width - (full1 - full0).clamp(min=0)
@@ -135,7 +135,7 @@ def _cut_evenly(sweep: Sweep) -> list[int]:
 
 
 def _cut_between_bands(sweep: Sweep) -> list[int]:
-    """Starts of blocks whose rows have one band, and N; nothing if hardly any rows have one."""
+    """Starts of blocks whose rows share a band, and N; empty if hardly any rows share one."""
     N = sweep.n_anchors
     if not sweep.is_exact or N == 0:
         return []
@@ -146,7 +146,7 @@ def _cut_between_bands(sweep: Sweep) -> list[int]:
     cut = [0]
     for end in (*changes.tolist(), N):
         start, n_rows = cut[-1], end - cut[-1]
-        if n_rows >= BLOCK_I or end == N:  # a few rows go with the next band's
+        if n_rows >= BLOCK_I or end == N:  # a few rows join the next band's
             n_blocks = -(-n_rows // (4 * BLOCK_I))
             cut += [start + n_rows * k // n_blocks for k in range(1, n_blocks + 1)]
     return cut
@@ -201,8 +201,8 @@ def _cut_tiles(sweep: Sweep, table: Tensor) -> Iterator[Tile]:
 
 
 def _group(blocks: list[Block], first: int, sweep: Sweep) -> tuple[int, int, int, int]:
-    """How many of the blocks go with the first, and the step, first key and width of their
-    windows: as many of equal length as save most of the pairs and tiles that they have one by one.
+    """How many blocks form one tile with the first, and the step, first key and width of their
+    windows. Blocks of equal length are joined as long as that saves more than it adds in pairs.
     """
     i0, i1, start, stop, *_ = blocks[first]
     rows, alone = i1 - i0, stop - start
@@ -227,7 +227,7 @@ def _group(blocks: list[Block], first: int, sweep: Sweep) -> tuple[int, int, int
 
 
 def _chunks(j0: int, j1: int, n_rows: int) -> Iterator[tuple[int, int]]:
-    """Starts and widths of the column ranges into which a wide tile is cut."""
+    """Starts and widths of the ranges of columns into which a wide tile is cut."""
     step = max(TILE_PAIRS // n_rows, n_rows)
     for start in range(j0, j1, step):
         yield start, min(step, j1 - start)

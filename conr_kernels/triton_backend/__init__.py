@@ -28,7 +28,7 @@ __all__ = [
 
 
 def layout_size(inputs: Inputs) -> int:
-    """Of what the kernels for these rows write, all of which they do."""
+    """How many numbers the kernels for these rows write for the backward pass."""
     N, K, keys, variant = inputs.x.shape[0], inputs.n_keys, inputs.keys, inputs.settings.variant
     if N == 0:
         return 0
@@ -38,12 +38,10 @@ def layout_size(inputs: Inputs) -> int:
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses [N], row statistics (rows.py), and what ``layout_size`` says for the backward
-    pass.
-    """
+    """Row losses [N], row statistics (rows.py), and what the backward pass reads (``layout``)."""
     N, x, dtype = inputs.x.shape[0], inputs.x, inputs.dtype
     loss = x.new_empty(N, dtype=dtype)
-    stats = x.new_empty((N, inputs.columns), dtype=dtype)
+    stats = x.new_empty((N, inputs.settings.n_statistics), dtype=dtype)
     layout = x.new_empty(layout_size(inputs), dtype=torch.int32)
     if N > 0:
         on_device(_forward, x, inputs, (loss, stats, layout))

@@ -13,7 +13,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and not interpreted():
         return (
             "triton compiles for GPUs and the tensors are on the CPU; move them to a GPU, set "
-            'TRITON_INTERPRET=1 before the start for its interpreter, or use backend="auto"'
+            'TRITON_INTERPRET=1 before Python starts to use its interpreter, or use backend="auto"'
         )
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed; install it (pip install triton) or use backend="auto"'
@@ -31,7 +31,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _interpreter_unavailable() -> str | None:
-    """Its loops turn one-element arrays into numbers, which numpy 2.4 refuses."""
+    """Why Triton's interpreter cannot run: its loops turn one-element arrays into numbers, which
+    numpy refuses from 2.4 on. None where it can.
+    """
     import numpy
 
     if tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4):

@@ -1,4 +1,4 @@
-"""What a form of call has in common for all its launches: sizes, constants of kernels, tiles."""
+"""What all launches of one form of call share: sizes, constants of kernels, tiles."""
 
 from __future__ import annotations
 
@@ -27,39 +27,46 @@ from .configs import (
 )
 from .launch import bind
 
-#: What the rows of wide features, and the numbers of rows, are padded to.
+#: Multiples to which rows of wide features, and numbers of rows, are padded.
 WIDE_PAD = 128
 ROW_PAD = 128
 #: Numbers of the head of wide features' list of pairs of tiles, and of each tile of anchors.
 LIST_HEAD, LIST_TILE = 8, 7
-#: Of wide features' H_ij, bytes that are kept at a time: as many as the features', times
-#: WIDE_FEATURES, but from the first to the second of these, and for larger features half as many as
-#: theirs.
+#: Bytes of wide features' H_ij that are kept at a time: WIDE_FEATURES times those of the features,
+#: but at least the first of WORKSPACE, and at most the second or half of the features' bytes,
+#: whichever is more.
 WIDE_FEATURES = 4
 WORKSPACE = 2**27, 2**29
 #: Tiles of anchors that a window has however long bands are, and keys that each visits at least
 #: before the next tile takes its turn: few enough that L2 keeps the keys for all of them.
 PIECES = 128
 PIECE_KEYS = 8192
-#: Rows, and of wide features, from which on the forward pass takes each pair once: fewer are too
-#: little work to add up parts of. And from which on the gradient of wide features does.
+#: From how many rows on the forward pass takes each pair once, for narrow and for wide features
+#: (fewer are too little work to add up parts); and the gradient of wide features.
 MIRRORED_ROWS = 2**14 + 1, 2**13, 1
-#: Bytes of a row of features from which on it does: of narrower ones the parts of sums would be
-#: most of the memory.
+#: And from how many bytes of a row of features on the forward pass does: of narrower rows the parts
+#: of sums would be most of the memory.
 MIRRORED_BYTES = 128
-#: From this architecture on a kernel's programs start while the one before still runs; and the
-#: first driver that keeps such launches in a captured graph, CUDA 12.3's.
+#: From this architecture on a kernel's programs start while the kernel before still runs
+#: (programmatic dependent launch); and the first driver that keeps such launches in a captured
+#: graph, CUDA 12.3's.
 EARLIEST = 90
 EARLY_DRIVER = 12030
-#: The largest list in 32 bits.
+#: The largest number in a list of 32 bits.
 LIST_NUMBERS = 2**31 - 1
 
 
 class Windows(NamedTuple):
-    """Of the list of wide features' pairs of tiles: whether it has two tiles once for both, as H_ij
-    is symmetric; how many are a window; how many windows suffice for any bands, before the
-    negatives' copies replace the positives' and after; the number where negatives begin at the
-    earliest; tiles of keys of a piece; numbers of the list itself and their dtype.
+    """How the list of wide features' pairs of tiles is cut into windows.
+
+    Attributes:
+        is_mirrored: the list has two tiles once for both, as H_ij is symmetric.
+        pairs: pairs of tiles of a window.
+        passes: how many windows suffice for any bands, before the negatives' copies replace the
+            positives' and after.
+        second: the number in the list at which negatives begin at the earliest.
+        piece: tiles of keys of a piece.
+        of_list, dtype: how many numbers the list itself has, and their dtype.
     """
 
     is_mirrored: bool
@@ -72,8 +79,8 @@ class Windows(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the launches of a call depend on beside its settings; ``config`` and ``bucket`` as the
-    table of tiles is read.
+    """What the launches of a call depend on beside its settings; ``config`` and ``bucket`` read the
+    table of tiles.
     """
 
     N: int
@@ -103,7 +110,7 @@ def form_of(x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, reduction
 
 
 class Call:
-    """What one form of call has in common for all its launches."""
+    """What all launches of one form of call share."""
 
     def __init__(self, form: Form, s: Settings) -> None:
         self.form, self.settings = form, s
@@ -139,6 +146,19 @@ class Call:
         )
         #: Squares of differences must not be fused into the sum that follows.
         self.fusion = {"enable_fp_fusion": False} if self.pair_flags["RMSE"] else {}
+
+    def flags(self, sweeps: str) -> dict[str, Any]:
+        """Constants of a kernel's pairs, ``sweeps`` being ``"positives"``, ``"negatives"`` or
+        ``"both"``; what the other sweep alone depends on has one value.
+        """
+        has_negatives = sweeps != "positives"
+        return self.pair_flags | dict(
+            CONFUSED=self.is_confused and has_negatives,
+            SAME=not self.has_keys,
+            D_PAD=self.D_pad,
+            INSIDE=self.is_inside and sweeps != "negatives",
+            PHI=self.settings.pushing.phi if has_negatives else "one",
+        )
 
     def windows(self, chosen: Config, is_apart: bool) -> Windows:
         itemsize = self.form.dtype.itemsize
@@ -204,7 +224,7 @@ class Call:
 
 
 def row_flags(s: Settings) -> dict[str, bool]:
-    """Constants of the kernels that finish rows."""
+    """Constants of kernels that finish rows."""
     variant = s.variant
     return dict(
         INSIDE=variant.log == "inside",
@@ -254,8 +274,8 @@ _NAMES = {
 
 
 def precision(arithmetic: str) -> str:
-    """``input_precision`` of numbers as they are: three TF32 products reach float32's accuracy at a
-    third of its instructions.
+    """``input_precision`` of products of features as given: three TF32 products reach float32's
+    accuracy with a third of its instructions.
     """
     if torch.version.hip is not None:
         return "ieee"  # not every AMD GPU has TF32
@@ -264,7 +284,7 @@ def precision(arithmetic: str) -> str:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The column of the table: the shipped architecture whose tensor cores are the device's."""
+    """The architecture in the table whose tensor cores the device has."""
     if device.type != "cuda":
         return 90  # the interpreter: the fewest programs
     if torch.version.hip is not None:
@@ -274,13 +294,13 @@ def architecture(device: torch.device) -> int:
 
 
 def is_early(device: torch.device) -> bool:
-    """Whether kernels there are launched before the one before has completed, and wait."""
+    """Whether kernels are launched there before the previous one has completed, and wait for it."""
     return architecture(device) >= EARLIEST and _can_be_early()
 
 
 @functools.cache
 def _can_be_early() -> bool:
-    """Whether Triton compiles, and it and the driver, if there is one, know such launches."""
+    """Whether kernels are compiled, and Triton and the driver (if any) support such launches."""
     if interpreted():
         return False
     from triton.language.extra import cuda
@@ -290,7 +310,7 @@ def _can_be_early() -> bool:
 
 
 def driver_version() -> int:
-    """12030 for a driver of CUDA 12.3; 0 if nobody can say."""
+    """12030 for a driver of CUDA 12.3; 0 if it is unknown."""
     found = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
@@ -300,20 +320,14 @@ def driver_version() -> int:
 
 
 def _even(n: int, most: int) -> int:
-    """The size of equal parts of n, of ``most`` at most."""
+    """The size of equal parts of n, at most ``most``."""
     return tiles(n, tiles(n, max(most, 1)))
 
 
 def limits_of_calls() -> tuple[Any, ...]:
-    return (
-        *MIRRORED_ROWS,
-        MIRRORED_BYTES,
-        WIDE_FEATURES,
-        WORKSPACE,
-        PIECES,
-        PIECE_KEYS,
-        LIST_NUMBERS,
-    )
+    """Constants that a ``Call`` depends on beside its form: tests and measurements change them."""
+    sizes = WIDE_FEATURES, WORKSPACE, PIECES, PIECE_KEYS, LIST_NUMBERS
+    return *MIRRORED_ROWS, MIRRORED_BYTES, *sizes
 
 
 def padded(n: int) -> int:
@@ -321,8 +335,9 @@ def padded(n: int) -> int:
 
 
 def layout_size(n_anchors: int, n_keys: int, has_keys: bool, is_confused: bool) -> int:
-    """Of the sweeps: a head (the choice of sweep); the anchors' places among further keys; for each
-    order the keys, the bands, the keys' ranks and, with further keys, the anchors and their ranks.
+    """The sweeps' layout: a head (the choice of sweep); the anchors' places among further keys; for
+    each order the keys, the bands, the keys' ranks and, with further keys, the anchors and their
+    ranks.
     """
     anchors = padded(n_anchors)
     order = 2 * padded(n_keys) + (4 if has_keys else 2) * anchors
@@ -330,7 +345,7 @@ def layout_size(n_anchors: int, n_keys: int, has_keys: bool, is_confused: bool) 
 
 
 def columns_of(D: int) -> int:
-    """Of wide features, the columns of the largest tile that divides the padded row."""
+    """The columns of the largest tile that divides a padded row of wide features."""
     return WIDE_PAD * (2 - tiles(D, WIDE_PAD) % 2)
 
 

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of BLOCK_I anchors × BLOCK_J keys, chunk of BLOCK_D columns, and how it is launched; the
-    most registers of a thread, where the compiler would take more than it needs; whether the
-    anchors' features stay in the registers.
+    """A tile of BLOCK_I anchors × BLOCK_J keys, in chunks of BLOCK_D columns, and its launch.
+
+    ``max_registers``: of a thread, where the compiler would take more than it needs;
+    ``in_registers``: the anchors' features stay in the registers.
     """
 
     BLOCK_I: int
     BLOCK_J: int
     BLOCK_D: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 2
     max_registers: int | None = None
     in_registers: bool = False
 
@@ -35,13 +36,14 @@ class Config:
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
-#: Largest D whose gradient tile stays in the registers.
+#: Bytes of the largest row of features whose gradient stays in the registers, and their number.
+REGISTER_BYTES = 512
 REGISTER_D = {
-    "float16": 256,
-    "bfloat16": 256,
-    "float32": 128,
-    "float32 highest": 128,
-    "float64": 64,
+    "float16": REGISTER_BYTES // 2,
+    "bfloat16": REGISTER_BYTES // 2,
+    "float32": REGISTER_BYTES // 4,
+    "float32 highest": REGISTER_BYTES // 4,
+    "float64": REGISTER_BYTES // 8,
 }
 #: "mirrored" is the forward pass that takes each pair once, where there is an entry: BLOCK_J is the
 #: tile of a program's own rows. "product" is the second phase of "wide", of the same BLOCK_I:
@@ -229,9 +231,7 @@ Entry = tuple[int | None, ...]
 
 @functools.cache
 def entry(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Entry | None:
-    """The first that matches; ``architecture`` 80, 90 or 100, the largest not above the
-    device's.
-    """
+    """The first that matches, or None; ``architecture`` is one of ARCHITECTURES."""
     for on, width, found in TABLE[arithmetic].get(kind, ()):
         if on in (None, architecture) and width in (None, D_bucket):
             return found
@@ -240,7 +240,7 @@ def entry(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Entry
 
 @functools.cache
 def config(kind: str, architecture: int, D_bucket: int, arithmetic: str) -> Config:
-    """The configuration of a kernel."""
+    """The configuration of a kernel that has an entry."""
     found = entry(kind, architecture, D_bucket, arithmetic)
     if found is None:
         raise KeyError((kind, architecture, D_bucket, arithmetic))

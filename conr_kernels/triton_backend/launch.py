@@ -1,9 +1,8 @@
-"""Launches of Triton kernels: what is compiled is looked up by the form of its arguments and run.
+"""Launches of Triton kernels: a compiled kernel is looked up by the form of its arguments and run.
 
-Triton's own launch binds, specializes and hashes every argument anew, which on the host costs what
-a small batch costs the device. It serves where this module does not know its way: in the
-interpreter, where a hook or a profiler listens, with a Triton outside SERVED, and once for every
-form of arguments, when it compiles.
+Triton's own launch binds, specializes and hashes every argument at each call, which takes the host
+as long as a small batch takes the device. It is used in the interpreter, where a hook or a profiler
+listens, with versions of Triton outside SERVED, and once for every form of arguments, to compile.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from .availability import interpreted
 
 #: Without further keys the anchors are the keys.
 OWN_KEYS = {"key_x": "x", "key_y": "y", "key_p": "p"}
-#: Versions of Triton whose ``CompiledKernel.run`` takes what is given here.
+#: The first and last version of Triton whose ``CompiledKernel.run`` is known to take what it gets.
 SERVED = ((3, 6), (3, 9))
-#: Numbers that stay free behind every part of a workspace: where tests put guard zones.
+#: Numbers left free behind every part of a workspace: tests put guard zones there.
 GUARD = 0
 #: Forms of pointers for which steps are remembered; beyond, all are forgotten.
 FORMS = 64
@@ -61,7 +60,7 @@ class Parts:
 
 def place_of(x: Tensor) -> Place | None:
     """The current stream of the current device, which is the tensor's (``on_device``); None where
-    Triton's own launch has to serve.
+    Triton's own launch is to be used.
     """
     if not _is_on_gpu(x) or (triton := _triton()) is None or _is_observed(triton.knobs):
         return None
@@ -105,8 +104,8 @@ class Launch:
 
 
 class Steps:
-    """Launches in their order, each with the names of its pointers: those ``given`` at every call,
-    parts of workspaces, aliases of either, ``"nothing"``.
+    """Launches in their order, each with the names of its pointers: of tensors ``given`` at every
+    call, of parts of workspaces, of aliases of either, or ``"nothing"``.
     """
 
     def __init__(
@@ -126,13 +125,13 @@ class Steps:
         ]
         self.parts = parts
         self.offsets = [[before for before, *_ in part.parts.values()] for part in parts]
-        #: What every launch runs, by the device and the forms of what is given.
+        #: What every launch runs, by the device and the forms of the given tensors.
         self.compiled: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
 
     def __call__(
         self, place: Place | None, wholes: Iterable[Tensor], *given: Tensor | None
     ) -> None:
-        """``wholes``: the allocations that the parts are of."""
+        """Launches everything; ``wholes``: the allocations that hold the parts."""
         if place is None:
             self._launch_plainly(wholes, given)
             return
@@ -176,11 +175,11 @@ class Steps:
 def bind(
     is_early: bool, function: Any, options: dict[str, Any], overlaps: bool = False, **constants: Any
 ) -> Kernel:
-    """``is_early``: its programs wait for the kernel before (``await_earlier``), so that those of a
-    kernel that ``overlaps`` may start while that one still runs.
+    """A kernel with its constants; ``is_early``: its programs wait for the kernel before
+    (``await_earlier``), so that those of a kernel that ``overlaps`` may start while it still runs.
 
-    Where many programs of a kernel are short, such a start costs an H200 more than it hides: they
-    crowd where the first ones before them end.
+    Where a kernel has many short programs, such a start costs an H200 more than it hides: they
+    crowd where the first programs before them end.
     """
     early = {"launch_pdl": True} if is_early and overlaps else {}
     return Kernel(function, _options_here(options) | early, constants | {"EARLY": is_early})
@@ -210,7 +209,7 @@ def _is_on_gpu(x: Tensor) -> bool:
 
 @functools.cache
 def _triton() -> Any:
-    """The module, where its version is known here and it compiles."""
+    """The module, if its version is in SERVED and it compiles."""
     import triton
 
     lowest, highest = SERVED

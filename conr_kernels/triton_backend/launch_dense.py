@@ -14,83 +14,66 @@ from ..variants import Settings
 from . import launch
 from .availability import interpreted
 from .call import arithmetic, is_early, largest_total, precision, row_flags, tiles
+from .configs import REGISTER_BYTES, Config
 from .launch import OWN_KEYS, Launch, Parts, Place, Steps, place_of
 
 #: Up to this many pairs the kernels without a sort serve, where a row of the gradient stays in the
-#: registers; up to KEPT_PAIRS they do for any D, and the forward pass leaves s_ij.
+#: registers; up to KEPT_PAIRS they do for any D, and the forward pass keeps s_ij.
 DENSE_PAIRS = 4096 * 4096
 KEPT_PAIRS = 1024 * 1024
-#: Programs that a launch is cut into where its tiles allow; no device is asked, for equal bits.
+#: About how many programs a launch has, as far as its tiles allow; the same on every device, for
+#: equal bits.
 PROGRAMS = 528
-#: Most parts of the keys in which row sums, and gradients, wait for their addition.
+#: The most parts into which keys are cut for row sums, and for gradients, to be added up later.
 SUM_PARTS = 32
 GRADIENT_PARTS = 8
-#: Chunks of columns that one program reads for its tiles; where it would be more, a launch before
-#: it splits tiles and D over about PROGRAMS programs, GRAM_PART chunks at least each.
+#: The most chunks of columns that one program reads for its tiles; beyond, another launch splits
+#: tiles and D over about PROGRAMS programs of at least GRAM_PART chunks each.
 GRAM_CHUNKS = 32
 GRAM_PART = 4
 #: Rows that one program finishes.
 ROWS = 8
-#: Largest D whose gradient tile stays in the registers, by the size of a feature.
-REGISTER_D = {2: 256, 4: 128, 8: 64}
 PAD = 16
-
-
-class Tile(NamedTuple):
-    """BLOCK_I anchors × BLOCK_J keys × BLOCK_D columns, and how the tile is launched."""
-
-    BLOCK_I: int
-    BLOCK_J: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int = 2
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        return {"BLOCK_I": self.BLOCK_I, "BLOCK_J": self.BLOCK_J, "BLOCK_D": self.BLOCK_D}
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def serves(n_anchors: int, n_keys: int, D: int, dtype: torch.dtype) -> bool:
     n_pairs = n_anchors * n_keys
-    return n_pairs <= DENSE_PAIRS and (n_pairs <= KEPT_PAIRS or REGISTER_D[dtype.itemsize] >= D)
+    is_narrow = D * dtype.itemsize <= REGISTER_BYTES
+    return n_pairs <= DENSE_PAIRS and (n_pairs <= KEPT_PAIRS or is_narrow)
 
 
 def kept_size(n_anchors: int, n_keys: int) -> int:
-    """Numbers that backward needs: inverse norms, factors and, of few pairs, s_ij."""
+    """How many numbers backward needs: inverse norms, factors and, of few pairs, s_ij."""
     is_kept = n_anchors * n_keys <= KEPT_PAIRS
     return 2 * _padded(n_anchors) + _padded(n_keys) * (1 + (n_anchors if is_kept else 0))
 
 
-def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Tile, Tile]:
-    """Of the sums and of the gradient; small ones where there are few rows."""
-    is_one_chunk = REGISTER_D[dtype.itemsize] >= D
+def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Config, Config]:
+    """The tiles of the sums and of the gradient; small ones where there are few rows."""
+    is_one_chunk = D * dtype.itemsize <= REGISTER_BYTES
     width = max(1 << (D - 1).bit_length(), 16) if is_one_chunk else 0
     if dtype == torch.float64:
-        return Tile(16, 16, 32, 4, 1), Tile(16, 16, 32 if is_kept else width, 4)
+        return Config(16, 16, 32, 4, 1), Config(16, 16, 32 if is_kept else width, 4)
     block, warps = (16, 4) if n <= 256 else (32, 4) if n <= 512 else (64, 8)
     if dtype.itemsize == 2:
         chunk = 64 if width in (0, 256) else width
         if is_kept:
             columns = min(width or 64, 64 if block == 64 else 32)
             stages = 1 if block == 64 else 2  # two would spill on sm_100
-            return Tile(block, block, chunk, warps), Tile(block, block, columns, 4, stages)
-        return Tile(128, 64, chunk, 8), Tile(64, 64, width, 8 if width == 256 else 4)
+            return Config(block, block, chunk, warps), Config(block, block, columns, 4, stages)
+        return Config(128, 64, chunk, 8), Config(64, 64, width, 8 if width == 256 else 4)
     is_highest = arithmetic(dtype).endswith("highest")
     is_narrow = is_highest or block == 32
     block_j, chunk = min(block, 32), min(width or 64, 32 if is_narrow else 64)
-    gradient = Tile(block, block_j, 32, 4)
+    gradient = Config(block, block_j, 32, 4)
     if not is_kept:
-        gradient = Tile(32 if is_highest else 64, 32, width, 4)
-    return Tile(block, block_j, chunk, 4 if is_one_chunk else warps), gradient
+        gradient = Config(32 if is_highest else 64, 32, width, 4)
+    return Config(block, block_j, chunk, 4 if is_one_chunk else warps), gradient
 
 
 class Form(NamedTuple):
-    """What a plan depends on beside the settings. ``reduction``: of the losses, ``"none"`` where
-    the operators are called.
+    """What a plan depends on beside the settings. ``reduction``: of the losses, ``"none"`` for
+    calls of the operators.
     """
 
     N: int
@@ -116,7 +99,7 @@ class Plan:
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         is_wide = labels == torch.float64 and interpreted()
         window = largest_total(s.window, L, s.distance, "float64" if is_wide else "float32")
-        columns = 3 if s.exponent_is_small else 5
+        columns = s.n_statistics
         is_kept, is_inside = N * K <= KEPT_PAIRS, variant.log == "inside"
         of_sums, of_gradient = _tiles(max(N, K), D, dtype, is_kept)
         tiles_i, tiles_j = tiles(N, of_sums.BLOCK_I), tiles(K, of_sums.BLOCK_J)
@@ -141,12 +124,12 @@ class Plan:
         # Squares of differences must not be fused into the sum that follows.
         fusion = {"enable_fp_fusion": False} if is_rmse else {}
         gram = Launch(
-            bind(dense.conr_gram_kernel, of_sums.options, D=D, **products, **of_sums.blocks),
+            bind(dense.conr_gram_kernel, of_sums.launch, D=D, **products, **of_sums.tiles),
             tiles_i * tiles_j * gram_parts, N, K, tiles_j, gram_chunks, D,
         )  # fmt: skip
         sums = Launch(
             bind(
-                dense.conr_dense_sums_kernel, of_sums.options | fusion, **pairs, **of_sums.blocks
+                dense.conr_dense_sums_kernel, of_sums.launch | fusion, **pairs, **of_sums.tiles
             ),
             tiles_i * n_parts, N, K, self_offset, tiles_j, per_part, gram_parts, D,
             window, s.push_scale, math.log2(math.e) / s.temperature,
@@ -161,8 +144,8 @@ class Plan:
         total = Launch(bind(dense.conr_total_kernel, {"num_warps": 4}, BLOCK=1024), 1, N, factor)
         gradient = Launch(
             bind(
-                dense_gradient.conr_dense_gradient_kernel, of_gradient.options | fusion,
-                **pairs, **of_gradient.blocks,
+                dense_gradient.conr_dense_gradient_kernel, of_gradient.launch | fusion,
+                **pairs, **of_gradient.tiles,
             ),
             n_tiles * gradient_parts, N, K, self_offset, gradient_tiles_j, gradient_per_part,
             window, s.push_scale, factor,
@@ -224,14 +207,16 @@ def _parts(dtype: torch.dtype, *sizes: dict[str, int]) -> Parts:
 
 
 def _cut(tiles_j: int, tiles_i: int, most: int) -> tuple[int, int]:
-    """Tiles of keys a part, and parts, for about PROGRAMS programs."""
+    """Tiles of keys per part, and the number of parts, for about PROGRAMS programs."""
     n_parts = min(max(tiles(PROGRAMS, tiles_i), 1), tiles_j, most)
     per_part = tiles(tiles_j, n_parts)
     return per_part, tiles(tiles_j, per_part)
 
 
-def _cut_gram(of_sums: Tile, n_tiles: int, per_part: int, D: int) -> tuple[int, int, int]:
-    """Numbers in the partial products (0: there is no launch for them), chunks a part, parts."""
+def _cut_gram(of_sums: Config, n_tiles: int, per_part: int, D: int) -> tuple[int, int, int]:
+    """The size of the partial products (0: no launch is needed for them), the chunks per part and
+    the number of parts.
+    """
     chunks = tiles(D, of_sums.BLOCK_D)
     if chunks == 1 or per_part * chunks <= GRAM_CHUNKS:
         return 0, chunks, 1
@@ -246,32 +231,28 @@ def _padded(n: int) -> int:
     return tiles(n, PAD) * PAD
 
 
-#: Plans by the identity of their settings, which the entry keeps alive, then by form.
-_plans: dict[int, tuple[Settings, dict[tuple[Any, ...], Plan]]] = {}
+#: By the identity of settings (an entry keeps them alive) and the form of call.
+_plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
 PLANS = 64
 
 
 def plan_of(
     x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, s: Settings, reduction: str
 ) -> Plan:
-    entry = _plans.get(id(s))
-    if entry is None:
-        if len(_plans) >= PLANS:
-            _plans.clear()
-        entry = _plans[id(s)] = (s, {})
     N, D = x.shape
     K = N if keys is None else keys[0].shape[0]
     form = (
         N, K, D, 1 if y.ndim == 1 else y.shape[1], x.dtype, y.dtype, self_offset, reduction,
-        is_early(x.device), x.dtype == torch.float32 and torch.get_float32_matmul_precision(),
-        KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART,
+        is_early(x.device),
     )  # fmt: skip
-    plan = entry[1].get(form)
-    if plan is None:
-        if len(entry[1]) >= PLANS:
-            entry[1].clear()
-        plan = entry[1][form] = Plan(Form(*form[:9]), s)
-    return plan
+    of_products = x.dtype == torch.float32 and torch.get_float32_matmul_precision()
+    key = (id(s), form, of_products, KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART)
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        found = _plans[key] = (s, Plan(Form(*form), s))
+    return found[1]
 
 
 def forward(
@@ -297,7 +278,7 @@ def reduced(
     plan: Plan, place: Place | None, x: Tensor, y: Tensor, p: Tensor, w: Tensor | None,
     wants_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor]]:  # fmt: skip
-    """The reduced loss; and the workspace, in which the gradient's parts are where it is wanted."""
+    """The reduced loss; and the workspace, which holds the gradient's parts if it is wanted."""
     steps, parts = plan.forward, plan.work
     if wants_gradient:
         steps, parts = plan.forward_with_gradient, plan.work_of_gradient

@@ -10,7 +10,7 @@ from .call import padded, row_flags, tiles
 from .launch import Launch
 from .launch_order import Ordering, Step
 
-#: Programs that share a tile of anchors at most.
+#: The most programs that share a tile of anchors.
 SLOTS = 8
 FINISH_ROWS = 64
 
@@ -18,9 +18,9 @@ FINISH_ROWS = 64
 class Forward(Ordering):
     """Losses and statistics of the rows of one form of call.
 
-    ``stand_apart``: no sweep's copies take the place of the other's, so that one launch serves
-    both; ``is_kept``: the gradient finds them; ``n_shares``: programs that a tile of rows has;
-    ``n_slots``: parts of a row's sums.
+    ``stand_apart``: no sweep's copies replace the other's, so that one launch serves both;
+    ``is_kept``: the copies are kept for the gradient; ``n_shares``: programs that share a tile of
+    rows; ``n_slots``: parts of a row's sums.
     """
 
     stand_apart: bool
@@ -44,13 +44,9 @@ class Forward(Ordering):
             if call.is_forward_mirrored:
                 yield from self._mirrored(which)
                 continue
-            has_negatives = which != "positives"
             kernel = call.bind(
                 sweeps.conr_forward_kernel, chosen.launch | call.fusion, SWEEPS=which,
-                CONFUSED=call.is_confused and has_negatives, SAME=not call.has_keys,
-                D_PAD=call.D_pad, INSIDE=call.is_inside and which != "negatives",
-                PHI=s.pushing.phi if has_negatives else "one",
-                TINY=call.is_tiny and has_negatives, **call.pair_flags, **chosen.tiles,
+                TINY=call.is_tiny and which != "positives", **call.flags(which), **chosen.tiles,
                 RESIDENT=chosen.in_registers,
             )  # fmt: skip
             n_programs = tiles(call.N, chosen.BLOCK_I) * n_slots * (1 + (which == "both"))

@@ -13,19 +13,19 @@ from ..core.inputs import Keys
 from .call import ROW_PAD, Call, padded, tiles
 from .launch import Launch, Parts
 
-#: Rows that are sorted by counting those before them, and of a program; searches of a program at a
-#: time.
+#: Rows of a block that is sorted by counting the rows before each, rows of a program that does it,
+#: and searches that a program makes at a time.
 SORT_BLOCK, SORT_ROWS, SEARCHES = 256, 64, 1024
-#: Runs that one launch merges, up to so many rows: one launch takes an H200 7 µs of 8,192 rows and
-#: two of eight runs 14 of 16,384. Beyond: four, as each step of a row's search in each of 32 runs
-#: took 1.7 ps.
+#: Runs that one launch merges, by the most rows: at 8,192 rows one launch takes an H200 7 µs, at
+#: 16,384 two launches of eight runs 14. Beyond: four, as each step of a row's search in each of 32
+#: runs took 1.7 ps.
 MERGE_FANS = {2**13: 32, 2**14: 8}
 MERGE_FAN = 4
-#: Rows beyond which PyTorch sorts scalar labels and predictions: many launches, but fewer steps.
+#: Beyond so many rows PyTorch sorts scalar labels and predictions: more launches, but fewer steps.
 MOST_SORTED = 2**16
 RANK_ROWS = 256
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-#: Bytes of rows, as they are computed with, and rows that one program copies at most.
+#: The most bytes of rows (in the dtype of sums), and the most rows, that one program copies.
 COPIED_BYTES, COPIED_ROWS = 2**14, 32
 
 #: A launch and the names of its pointers.
@@ -35,8 +35,8 @@ Step = tuple[Launch, str]
 class Ordering:
     """Orders, bands and copies of the rows of one form of call, in its workspaces.
 
-    ``factor``: of a row's loss in the reduced one; ``is_apart``: the copies of both orders have
-    room at once.
+    ``factor``: of a row's loss in the reduced loss; ``is_apart``: the copies of both orders exist
+    at once.
     """
 
     def __init__(self, call: Call, factor: float, is_apart: bool) -> None:
@@ -61,7 +61,7 @@ class Ordering:
                 parts.add(names, size, dtype)
 
     def _pick(self, text: str, order: int = 0) -> str:
-        """Names of pointers, those of copies in this order."""
+        """The names of pointers, with those of copies as they are called in this order."""
         names, order = [], order if self.is_apart else 0
         for name in text.split():
             if name.endswith(("_i", "_j")) and not name.startswith("values"):
@@ -137,19 +137,19 @@ class Ordering:
 
     @property
     def names_of_sorts(self) -> str:
-        """Of ``sorts``, as the launches name them."""
+        """What the launches call the tensors of ``sorts``."""
         names = "values_j values_order_j values_i values_order_i" if self.is_given_sorts else ""
         return names if self.call.has_keys else " ".join(names.split()[:2])
 
     def _sides(self, names: str) -> str:
-        """Without further keys there are none of the anchors' own."""
+        """The names of pointers; without further keys, the anchors have none of their own."""
         if self.call.has_keys:
             return names
         return " ".join("nothing" if "_i" in name[-3:] else name for name in names.split())
 
     def _copies(self, order: int, columns: int) -> Iterator[Step]:
-        """The copies in this order; with the first also the bands, in the forward pass, and, where
-        there is room, the second.
+        """The copies in this order; with the first order also the bands (in the forward pass) and,
+        if there is room, the second order's copies.
         """
         from .kernels import ordering
 
@@ -194,5 +194,5 @@ class Ordering:
 
 
 def limits() -> tuple[Any, ...]:
-    """What orders depend on beside the form of call."""
+    """Constants that orders depend on beside the form of call."""
     return SORT_BLOCK, SORT_ROWS, SEARCHES, *MERGE_FANS.items(), MERGE_FAN, MOST_SORTED

@@ -28,17 +28,17 @@ from .launch import OWN_KEYS, Launch, Place, Steps, place_of
 from .launch_forward import FINISH_ROWS, SLOTS, Forward
 from .launch_order import Step
 
-#: Programs of one sweep at least, about: two for each multiprocessor of an H200, so that those of
-#: both sweeps fill it.
+#: About how many programs a sweep has at least: two for each multiprocessor of an H200, so that
+#: those of both sweeps fill it.
 PROGRAMS = 264
-#: The same of wide features, whose programs take long for a tile of keys: the last ones end alike.
+#: The same for wide features, whose programs take long for a tile of keys: more end more evenly.
 WIDE_SLICES = 768
-#: Of wide features, programs of four warps that take turns at most: four for each multiprocessor of
-#: an A100, H200 or B200; of eight warps half as many.
+#: The most programs of four warps that take turns, for wide features: four for each multiprocessor
+#: of an A100, H200 or B200; half as many of eight warps.
 WIDE_PROGRAMS = {80: 432, 90: 528, 100: 592}
 #: Bytes of sorted features up to which one launch copies both orders, and the gradient of a reduced
-#: loss finds them kept; above, the negatives' copies replace the positives'. Of wide features,
-#: whose negatives then need a list of their own.
+#: loss finds them kept; above, the negatives' copies replace the positives'. And the same for wide
+#: features, whose negatives then need a list of their own.
 BOTH_ORDERS = 2**26
 WIDE_BOTH_ORDERS = 2**28
 #: Bytes of the gradient's parts up to which one launch serves both sweeps of the backward pass, and
@@ -50,7 +50,7 @@ PROJECTED_ROWS = 16
 #: Numbers of a program for wide gradients: rows, or columns of one row at a time.
 GRADIENT_TILE = 4096
 
-#: By the identity of their settings, which an entry keeps alive, and the form.
+#: By the identity of settings (an entry keeps them alive) and the form of call.
 _plans: dict[tuple[Any, ...], tuple[Settings, Plan]] = {}
 PLANS = 64
 
@@ -60,7 +60,7 @@ class Plan(Forward):
 
     def __init__(self, form: Form, s: Settings) -> None:
         call = Call(form, s)
-        N, K, columns = call.N, call.K, 3 if s.exponent_is_small else 5
+        N, K, columns = call.N, call.K, s.n_statistics
         n_rows = padded(K) + (padded(N) if call.has_keys else 0)
         size = n_rows * call.D_pad * form.dtype.itemsize
         is_wide, is_reduced = call.D_bucket == 0, form.reduction != "none"
@@ -68,12 +68,10 @@ class Plan(Forward):
         is_apart = call.is_confused and size <= both_orders
         super().__init__(call, 1 / N if form.reduction == "mean" else 1.0, is_apart)
         self.columns = columns
-        #: No sweep's copies take the place of the other's: one launch serves both.
         self.stand_apart = is_apart or not call.is_confused
         self.is_kept = is_reduced and self.stand_apart and size <= BOTH_ORDERS
         chosen = call.config("mirrored" if call.is_forward_mirrored else "forward")
         n_programs = WIDE_SLICES if is_wide and not call.is_forward_mirrored else PROGRAMS
-        #: Programs that a tile of rows has in the forward pass; and parts of a row's sums.
         n_tiles = tiles(N, chosen.BLOCK_J if call.is_forward_mirrored else chosen.BLOCK_I)
         self.n_shares = min(tiles(n_programs, n_tiles), SLOTS)
         self.n_slots = 1 if call.is_forward_mirrored else self.n_shares
@@ -111,19 +109,12 @@ class Plan(Forward):
                 f"{rows} upstream G gradient", aliases, backward, self.kept, self.work_of_gradient
             )
 
-    def _flags(self, order: int) -> dict[str, Any]:
-        """Constants of a sweep; what the other one alone depends on has one value."""
-        call, negatives = self.call, order == 1
-        return dict(
-            NEGATIVES=negatives, CONFUSED=call.is_confused and negatives, SAME=not call.has_keys,
-            D_PAD=call.D_pad, INSIDE=call.is_inside and not negatives,
-            PHI=call.settings.pushing.phi if negatives else "one",
-        )  # fmt: skip
-
-    @property
-    def kappa(self) -> float:
-        """∂L/∂q_i = (1/τ) Σ_j H_ij q_j, and the sorted copies hold √(log₂e/τ)·q_j."""
-        return 1 / (self.call.settings.temperature * self.call.scale)
+    def _upstream_and_kappa(self) -> tuple[str, float]:
+        """The pointer to the upstream gradient, unless it is in the coefficients, and the factor
+        from ``G`` to ``∂L/∂q_i``: the sorted copies hold √(log₂e/τ)·q_j.
+        """
+        kappa = 1 / (self.call.settings.temperature * self.call.scale)
+        return ("upstream", kappa * self.factor) if self.is_kept else ("nothing", kappa)
 
     def _backward_narrow(self) -> Iterator[Step]:
         call = self.call
@@ -142,17 +133,13 @@ class Plan(Forward):
         from .kernels import gradient
 
         call, s = self.call, self.call.settings
-        chosen, upstream, kappa = call.config("backward"), "nothing", self.kappa
-        if self.is_kept:
-            upstream, kappa = "upstream", kappa * self.factor
-        else:
+        chosen, (upstream, kappa) = call.config("backward"), self._upstream_and_kappa()
+        if not self.is_kept:
             yield from self._copies(0, self.columns)
         of_sums = call.bind(
             gradient.conr_backward_parts_kernel, chosen.launch | call.fusion, overlaps=True,
-            APART=int(self.is_apart), CONFUSED=call.is_confused, SAME=not call.has_keys,
-            D_PAD=call.D_pad,
-            INSIDE=call.is_inside, PHI=s.pushing.phi, RESCALE=call.is_rescaled,
-            **call.pair_flags, **chosen.tiles, RESIDENT=chosen.in_registers,
+            APART=int(self.is_apart), RESCALE=call.is_rescaled, **call.flags("both"),
+            **chosen.tiles, RESIDENT=chosen.in_registers,
         )  # fmt: skip
         launch = Launch(
             of_sums, 2 * n_slots * tiles(call.N, chosen.BLOCK_I),
@@ -174,14 +161,12 @@ class Plan(Forward):
         chosen, dtype = call.config("backward"), call.form.dtype
         # The positives' part waits where the gradient will stand, and its lower 16 bits elsewhere
         # if the gradient has no more.
-        rest, upstream, kappa = "nothing", "nothing", self.kappa
+        rest, (upstream, kappa) = "nothing", self._upstream_and_kappa()
         if dtype.itemsize == 2:
             rest = "G_rest"
             self.work_of_gradient.add(rest, call.N * call.D, torch.int16)
         apart = self.is_kept and self.is_apart
-        if self.is_kept:
-            upstream, kappa = "upstream", kappa * self.factor
-        for order in (0, 1):
+        for order, which in enumerate(("positives", "negatives")):
             copies = [] if self.is_kept else list(self._copies(order, self.columns))
             yield from copies
             # In float32 a wait between the sum and its end would spill.
@@ -189,8 +174,7 @@ class Plan(Forward):
             kernel = call.bind(
                 gradient.conr_backward_kernel, chosen.launch | call.fusion, overlaps=True, D=call.D,
                 RESCALE=call.is_rescaled, LATE=is_late, RESIDENT=chosen.in_registers,
-                **self._flags(order), **call.pair_flags,
-                **chosen.tiles,
+                NEGATIVES=order == 1, **call.flags(which), **chosen.tiles,
             )  # fmt: skip
             launch = Launch(
                 kernel, tiles(call.N, chosen.BLOCK_I),
@@ -231,20 +215,11 @@ class Plan(Forward):
         )  # fmt: skip
         scores, later_scores = (
             call.bind(
-                wide.conr_wide_scores_kernel,
-                chosen.launch | call.fusion,
-                overlaps=True,
-                **of_all,
-                **of_pairs,
-                D_PAD=call.D_pad,
-                INSIDE=call.is_inside,
-                PHI=s.pushing.phi,
-                LATE=is_late,
-                **call.pair_flags,
-                **chosen.tiles,
-            )  # fmt: skip
+                wide.conr_wide_scores_kernel, chosen.launch | call.fusion, overlaps=True,
+                LATE=is_late, **of_pairs, **call.flags("both"), **chosen.tiles,
+            )
             for is_late in (False, True)
-        )
+        )  # fmt: skip
         products = call.bind(
             wide.conr_wide_product_kernel, product.launch, overlaps=True, **of_all, D=call.D,
             D_PAD=call.D_pad, PRECISION=call.pair_flags["PRECISION"],
@@ -272,9 +247,7 @@ class Plan(Forward):
         yield self._gradient_wide(wide.conr_wide_gradient_kernel, of_all, G)
 
     def _gradient_wide(self, kernel: Any, constants: dict[str, Any], G: str) -> Step:
-        call, upstream, kappa = self.call, "nothing", self.kappa
-        if self.is_kept:
-            upstream, kappa = "upstream", kappa * self.factor
+        call, (upstream, kappa) = self.call, self._upstream_and_kappa()
         most = GRADIENT_TILE * 4 // call.dtype.itemsize
         chunk = min(1 << (call.D - 1).bit_length(), most)
         n_rows = min(most // chunk, ROW_PAD)
@@ -288,7 +261,7 @@ class Plan(Forward):
 
 
 def limits() -> tuple[Any, ...]:
-    """What plans depend on beside the form of call."""
+    """Constants that plans depend on beside the form of call."""
     sizes = BOTH_ORDERS, WIDE_BOTH_ORDERS, PARTS_BYTES
     return PROGRAMS, WIDE_SLICES, *sizes, *launch_order.limits(), *limits_of_calls()
 

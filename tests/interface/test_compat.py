@@ -168,6 +168,11 @@ def test_an_anchor_without_positives_contributes_nothing():
         (dict(weights=torch.ones(4)), ValueError, r"weights must have N = 8 .*\(4,\)"),
         (dict(weights="1"), TypeError, "weights"),
         (dict(depth=torch.ones(8, 0)), ValueError, r"depth must have .*\(8, 0\)"),
+        (
+            dict(mask=torch.ones(8, 4, dtype=torch.bool)),
+            ValueError,
+            r"mask must have the shape of depth \(8,\), got \(8, 4\)",
+        ),
         (dict(feature=torch.ones(8, 2).to_sparse()), TypeError, "feature must be a dense"),
         (dict(t=0.0), ValueError, "t must be finite and > 0, got 0.0"),
     ],

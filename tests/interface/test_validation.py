@@ -37,8 +37,8 @@ def keys(x=None, y=None, p=None) -> dict:
     return dict(keys=tuple(t if u is None else u for t, u in zip(legal, given, strict=True)))
 
 
-def nested() -> torch.Tensor:
-    return torch.nested.nested_tensor([ones(D), ones(D)], layout=torch.jagged)
+def nested(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([ones(D), ones(D)], layout=layout)
 
 
 class Column:  # as of pandas
@@ -108,8 +108,9 @@ TYPE_ERRORS = [
         for name, t in arguments().items()
     ),
     *(
-        ({name: nested()}, f"{name} must be a dense (strided) Tensor, got a nes")
+        ({name: nested(layout)}, f"{name} must be a dense (strided) Tensor, got a nes")
         for name in TENSORS
+        for layout in (torch.jagged, torch.strided)
     ),
     *(
         ({name: value}, f"{name} must be a Python number, got {kind}")

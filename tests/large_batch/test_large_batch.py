@@ -252,7 +252,7 @@ def test_gradient_cache_refuses_bad_input() -> None:
     encoder, loss = Encoder(), objective(torch.zeros(3))
     with pytest.raises(ValueError, match="chunk_size must be ≥ 1, got 0"):
         gradient_cache(encoder, torch.randn(3, 5), loss, chunk_size=0)
-    with pytest.raises(ValueError, match="one number of rows"):
+    with pytest.raises(ValueError, match="same number of rows"):
         gradient_cache(encoder, (torch.randn(3, 5), torch.randn(2, 5)), loss, chunk_size=2)
     with pytest.raises(TypeError, match=r"inputs\[1\] must be a Tensor"):
         gradient_cache(encoder, (torch.randn(3, 5), [1, 2, 3]), loss, chunk_size=2)

@@ -1,4 +1,4 @@
-"""Device functions shared by the Triton kernels: distances, sums of exponentials, the end of a row.
+"""Device functions shared by the Triton kernels: products, sums of exponentials, the end of a row.
 
 Exponents are in units of log 2 throughout: features carry the factor ``√(log₂e/τ)``, so that
 ``exp(s_ij) = exp2(q_i·q_j)`` costs one instruction.
@@ -178,39 +178,6 @@ def similarity(
     if PRECISION == "fp16x3":
         s_ij *= tl.full((), unit, tl.float32)
     return s_ij
-
-
-@triton.jit
-def pair_total(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L: tl.constexpr, RMSE: tl.constexpr):
-    """The sum over components of ``|y_i − y_j|``, or of its square: ``d_ij`` where L = 1.
-
-    The window is given as the largest total whose distance, rounded as the reference rounds it, is
-    within it. ``y_i`` holds the anchors' first components; ``step_*`` leads from a row's component
-    to its next. Compiled with ``enable_fp_fusion=False`` where squares are added.
-    """
-    total = tl.abs(y_i[:, None] - tl.load(y_j_ptrs)[None, :])
-    if L > 1:
-        if RMSE:
-            total = total * total
-        for c in range(1, L):
-            offset = tl.full((), c, tl.int64)
-            y_ic = tl.load(y_i_ptrs + offset * step_i)
-            y_jc = tl.load(y_j_ptrs + offset * step_j)
-            difference = tl.abs(y_ic[:, None] - y_jc[None, :])
-            if RMSE:
-                difference = difference * difference
-            total += difference
-    return total
-
-
-@triton.jit
-def distance_of(total, L: tl.constexpr, RMSE: tl.constexpr):
-    """``d_ij`` to rounding: a factor of the pair's weight, which decides nothing."""
-    if L > 1:
-        total = total * tl.full((), 1.0 / L, total.dtype)
-        if RMSE:
-            total = tl.sqrt(total)
-    return total
 
 
 @triton.jit

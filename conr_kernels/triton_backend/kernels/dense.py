@@ -14,7 +14,6 @@ from .arithmetic import (
     add_exponentials,
     await_earlier,
     counted_keys,
-    distance_of,
     dot,
     finish_rows,
     join_parts,
@@ -23,6 +22,7 @@ from .arithmetic import (
     sum_of,
     sum_of_products,
 )
+from .pairs import load_labels, unrolled_total, weigh_negatives
 
 #: Sections of ``kept`` and of the row sums start at multiples of this.
 PAD = tl.constexpr(16)
@@ -136,29 +136,6 @@ def _gram_sum(
 
 
 @triton.jit
-def load_labels(y_ptr, rows, c: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr):
-    """Component c of rows, in the dtype in which labels are compared."""
-    return tl.load(y_ptr + rows.to(tl.int64) * L + c).to(tl.float64 if WIDE else tl.float32)
-
-
-@triton.jit
-def _pair_totals(
-    y_i, y_ptr, i, key_y_ptr, j, L: tl.constexpr, RMSE: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """The sum over components of ``|y_i − y_j|`` or of its square; y_i: the first ones."""
-    total = tl.abs(y_i[:, None] - load_labels(key_y_ptr, j, 0, L, WIDE)[None, :])
-    if RMSE:
-        total = total * total
-    for c in tl.static_range(1, L):
-        y_ic, y_jc = load_labels(y_ptr, i, c, L, WIDE), load_labels(key_y_ptr, j, c, L, WIDE)
-        difference = tl.abs(y_ic[:, None] - y_jc[None, :])
-        if RMSE:
-            difference = difference * difference
-        total += difference
-    return total
-
-
-@triton.jit
 def pairs_of_tile(
     y_i, p_i, y_ptr, p_ptr, key_y_ptr, key_p_ptr, rows, columns, n_anchors, n_keys, self_offset,
     h, exponent, s_ij, WIDE: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr,
@@ -168,22 +145,15 @@ def pairs_of_tile(
     h = tl.full((), h, y_i.dtype)
     i, j = tl.minimum(rows, n_anchors - 1), tl.minimum(columns, n_keys - 1)
     is_pair = (rows < n_anchors)[:, None] & (columns < n_keys)[None, :]
-    total = _pair_totals(y_i, y_ptr, i, key_y_ptr, j, L, RMSE, WIDE)
+    total = unrolled_total(y_i, y_ptr, i, key_y_ptr, j, L, RMSE, WIDE)
     is_other = (rows + self_offset)[:, None] != columns[None, :]
     is_positive = (total <= h) & is_other & is_pair
     is_negative = (total > h) & is_pair
     if CONFUSED:
-        delta = _pair_totals(p_i, p_ptr, i, key_p_ptr, j, L, RMSE, WIDE)
+        delta = unrolled_total(p_i, p_ptr, i, key_p_ptr, j, L, RMSE, WIDE)
         is_negative = is_negative & (delta <= h)
-    t_ij = s_ij
-    if PHI == "exponential":
-        d_ij = distance_of(total, L, RMSE).to(s_ij.dtype)
-        t_ij += tl.where(is_negative, d_ij * tl.full((), exponent, s_ij.dtype), 0.0)
-    if PHI == "distance":
-        phi_ij = tl.where(is_negative, distance_of(total, L, RMSE), 0.0).to(s_ij.dtype)
-    else:
-        tl.static_assert(PHI == "one" or PHI == "exponential")
-        phi_ij = tl.where(is_negative, 1.0, 0.0).to(s_ij.dtype)
+    exponent = tl.full((), exponent, s_ij.dtype)
+    phi_ij, t_ij = weigh_negatives(total, is_negative, exponent, s_ij, L, RMSE, PHI)
     return is_positive, is_negative, phi_ij, t_ij
 
 

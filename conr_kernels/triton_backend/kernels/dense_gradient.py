@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .arithmetic import LN2, LOG2E, await_earlier, dot, scale_pair, sum_of_products, to_base_2
-from .dense import load_chunk, load_labels, padded_16, pairs_of_tile, store_total
+from .dense import load_chunk, padded_16, pairs_of_tile, store_total
+from .pairs import load_labels
 
 
 @triton.jit

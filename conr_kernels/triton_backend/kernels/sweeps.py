@@ -14,13 +14,11 @@ from .arithmetic import (
     add_exponentials,
     await_earlier,
     counted_keys,
-    distance_of,
     finish_rows,
     fold,
     in_registers,
     join_parts,
     load_tile,
-    pair_total,
     rounded_statistics,
     similarity,
     store_columns,
@@ -36,28 +34,7 @@ from .layout import (
     sweep_of,
     tile_at,
 )
-
-
-@triton.jit
-def negative_weights(
-    y_i, y_i_ptrs, y_j_ptrs, p_i, p_i_ptrs, p_j_ptrs, step_i, step_j, h, exponent, t_ij,
-    DELTA: tl.constexpr, L: tl.constexpr, RMSE: tl.constexpr, PHI: tl.constexpr,
-):  # fmt: skip
-    """``[j ∈ M_i]``, ``φ_ij`` (0 outside ``M_i``) and the exponent of a tile; DELTA: compare
-    predictions.
-    """
-    total = pair_total(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L, RMSE)
-    is_in = total > h
-    if DELTA:
-        is_in = is_in & (pair_total(p_i, p_i_ptrs, step_i, p_j_ptrs, step_j, L, RMSE) <= h)
-    if PHI == "exponential":
-        t_ij += tl.where(is_in, distance_of(total, L, RMSE).to(t_ij.dtype) * exponent, 0.0)
-    if PHI == "distance":
-        phi_ij = tl.where(is_in, distance_of(total, L, RMSE), 0.0).to(t_ij.dtype)
-    else:
-        tl.static_assert(PHI == "one" or PHI == "exponential")
-        phi_ij = tl.where(is_in, 1.0, 0.0).to(t_ij.dtype)
-    return is_in, phi_ij, t_ij
+from .pairs import pair_total, weigh_negatives
 
 
 @triton.jit
@@ -89,10 +66,12 @@ def pairs_of(
     y_i, y_i_ptrs, p_i, p_i_ptrs, self_i, step_i, h, exponent = anchors
     j, step_j = j0 + tl.arange(0, BLOCK_J), padded(n_keys)
     if NEGATIVES:
-        is_in, phi_ij, t_ij = negative_weights(
-            y_i, y_i_ptrs, y_j_ptr + j, p_i, p_i_ptrs, p_j_ptr + j, step_i, step_j, h, exponent,
-            s_ij, EDGE and CONFUSED, L, RMSE, PHI,
-        )  # fmt: skip
+        total = pair_total(y_i, y_i_ptrs, step_i, y_j_ptr + j, step_j, L, RMSE)
+        is_in = total > h
+        if EDGE and CONFUSED:
+            delta = pair_total(p_i, p_i_ptrs, step_i, p_j_ptr + j, step_j, L, RMSE)
+            is_in = is_in & (delta <= h)
+        phi_ij, t_ij = weigh_negatives(total, is_in, exponent, s_ij, L, RMSE, PHI)
     elif EDGE:
         total = pair_total(y_i, y_i_ptrs, step_i, y_j_ptr + j, step_j, L, RMSE)
         is_in = (total <= h) & (self_i[:, None] != j.to(tl.int32)[None, :])
