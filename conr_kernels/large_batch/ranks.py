@@ -137,7 +137,8 @@ class Union:
         """``batch.extent`` of all ranks' rows and keys."""
         own = torch.stack([t.double() for t in extent(batch)])
         of_ranks = self.gather(own[None], [1] * self.n_ranks)
-        return of_ranks[:, 0].amax(), of_ranks[:, 1].sum(), of_ranks[:, 2].sum()
+        n_present, n_absent = of_ranks[:, 1:].sum(0).long().unbind()
+        return of_ranks[:, 0].amax(), n_present, n_absent
 
     def deal(self, sums: Tensor) -> Tensor:
         """Sums [S, N] that every rank has of all rows: of this rank's rows, from all ranks
