@@ -103,12 +103,12 @@ def ConR_depth(
         validation.check_pixel_mask(mask, depth=depth, output=output)
     try:
         return conr_loss(
-            feature[:, None] if feature.dim() == 1 else feature.flatten(1),
+            _flat(feature),
             _row_means(depth, mask),
             _row_means(output, mask),
             _row_means(weights, mask) if has_row_weights else weights,
             window=w, temperature=t, push_scale=e, variant="released-depth",
-            mask=None if mask is None else mask.reshape(len(mask), -1).any(dim=1),
+            mask=None if mask is None else _flat(mask).any(dim=1),
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise _renamed(error, NAMES_OF_DEPTH) from None
@@ -126,6 +126,10 @@ def _row_means(t: Tensor, mask: Tensor | None) -> Tensor:
     """
     t = t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32)
     if mask is not None and t.shape == mask.shape:
-        t, mask = t.reshape(len(t), -1), mask.reshape(len(t), -1)
-        return t.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)
-    return t if t.dim() == 1 else t.flatten(1).mean(dim=1)
+        return _flat(t.masked_fill(~mask, 0.0)).sum(dim=1) / _flat(mask).sum(dim=1)
+    return _flat(t).mean(dim=1)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """[N, …] as [N, C], also of no rows."""
+    return t[:, None] if t.dim() == 1 else t.flatten(1)

@@ -186,3 +186,11 @@ def test_depth_rows_average_over_valid_pixels():
     kept = torch.arange(12) != 4
     expected = ConR_depth(feature[kept], *(t[kept] for t in means))
     torch.testing.assert_close(ConR_depth(feature, *holes, mask=mask), expected)
+
+
+def test_pixel_masks_of_no_rows():
+    feature, maps = torch.randn(0, 2, 3, requires_grad=True), torch.zeros(0, 1, 4, 4)
+    for t in (maps, maps[:, 0, 0, 0]):
+        loss = ConR_depth(feature, t, t, t, mask=t > 0)
+        loss.backward()
+        assert loss == 0 and feature.grad.shape == feature.shape
