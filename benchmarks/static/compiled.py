@@ -23,7 +23,8 @@ from triton.runtime.jit import JITFunction, mangle_type
 from conr_kernels import triton_backend
 from conr_kernels.core.inputs import Inputs
 from conr_kernels.core.rows import scale_statistics
-from conr_kernels.triton_backend import call
+from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
+from conr_kernels.triton_backend import launch as launcher
 from conr_kernels.triton_backend.configs import Config
 from conr_kernels.variants import Settings, resolve_variant
 
@@ -162,7 +163,27 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def compile_launch(launch: Launch, architecture: int):
-    """The compiled kernel: ``asm`` and ``metadata``."""
-    target = GPUTarget("cuda", architecture, 32)
+def compile_launch(launch: Launch, architecture: int | str):
+    """The compiled kernel: ``asm`` and ``metadata``; for AMD's GPUs by their name, ``"gfx942"``."""
+    if isinstance(architecture, str):
+        target = GPUTarget("hip", architecture, wavefront_of(architecture))
+    else:
+        target = GPUTarget("cuda", architecture, 32)
     return triton.compile(source_of(launch), target=target, options=dict(launch.options))
+
+
+def wavefront_of(architecture: str) -> int:
+    """Threads of a warp: 64 on CDNA, 32 on RDNA."""
+    return 64 if architecture.startswith("gfx9") else 32
+
+
+@contextlib.contextmanager
+def on_amd(architecture: str) -> Iterator[None]:
+    """Launches are recorded as that GPU's."""
+    with (
+        mock.patch.object(torch.version, "hip", "7.0"),
+        mock.patch.object(launcher, "wavefront", lambda: wavefront_of(architecture)),
+        mock.patch.object(launch_dense, "_plans", {}),
+        mock.patch.object(launch_sweeps, "_plans", {}),
+    ):
+        yield

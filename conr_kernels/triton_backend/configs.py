@@ -61,11 +61,12 @@ def bucket(D: int, arithmetic: str) -> int:
 
 #: By kind and arithmetic; of several entries the first whose architecture and bucket match.
 #: Columns: architecture (None: all), bucket (None: all), tile and launch (BLOCK_D None: the
-#: bucket).
+#: bucket). 80 serves sm_86 and sm_89 too, 100 sm_120: with 99 KiB of shared memory each.
 _HALVES = {
     "forward": [
         (80, 0, (128, 64, 64, 8, 2)),
         (None, 0, (128, 128, 64, 8, 3)),
+        (80, 256, (64, 64, None, 4, 1)),
         (80, None, (128, 64, None, 8, 2)),
         (90, 256, (64, 64, None, 4, 2, 168, True)),
         (None, 256, (64, 64, None, 4, 2)),
@@ -80,8 +81,8 @@ _HALVES = {
         (90, 128, (64, 128, None, 4, 2, 168)),
         (90, None, (64, 128, None, 4, 3, 168)),
     ],
-    # An architecture above 100 may have no more shared memory than 86: sm_120.
     "backward": [
+        (80, 256, (32, 64, None, 4, 2)),
         (90, 256, (64, 64, None, 4, 2)),
         (90, 128, (64, 128, None, 4, 2)),
         (90, 64, (64, 64, None, 4, 2, 128, True)),
@@ -150,6 +151,7 @@ _FLOAT64 = {
 _FLOAT16 = {
     **_HALVES,
     "backward": [
+        (80, 256, (32, 64, None, 4, 2)),
         (None, 256, (64, 64, None, 8, 2)),
         *(row for row in _HALVES["backward"] if row[1] != 256),
     ],
@@ -172,8 +174,12 @@ _HEAVY = {
 #: 16-bit features with large exponents: two exponentials a pair.
 SHIFTED = "16-bit shifted"
 _SHIFTED = {
-    "forward": [(90, 128, (64, 64, None, 4, 2)), (90, 256, (64, 64, None, 4, 2))],
-    "backward": [(90, 128, (64, 64, None, 4, 3))],
+    "forward": [
+        (80, 256, (64, 32, None, 4, 2)),
+        (90, 128, (64, 64, None, 4, 2)),
+        (90, 256, (64, 64, None, 4, 2)),
+    ],
+    "backward": [(90, 128, (64, 64, None, 4, 3)), (100, 256, (64, 64, None, 8, 1))],
     "wide": [(90, None, (128, 128, 64, 4, 3))],
 }
 #: 16-bit features of so few rows that programs share a tile of anchors, too short a work to fill

@@ -183,7 +183,25 @@ def bind(
     crowd where the first ones before them end.
     """
     early = {"launch_pdl": True} if is_early and overlaps else {}
-    return Kernel(function, options | early, constants | {"EARLY": is_early})
+    return Kernel(function, _options_here(options) | early, constants | {"EARLY": is_early})
+
+
+def _options_here(options: dict[str, Any]) -> dict[str, Any]:
+    """Those chosen for NVIDIA's GPUs as AMD's take them: as many threads, in wavefronts of 64 or
+    32, and one stage, since Triton's pipeline for these keeps the next tile in registers.
+    """
+    if torch.version.hip is None or interpreted():
+        return options
+    n_warps = 32 * options.get("num_warps", 4) // wavefront()
+    return options | {"num_warps": max(n_warps, 1), "num_stages": 1}
+
+
+@functools.cache
+def wavefront() -> int:
+    """Threads of a warp of the current device."""
+    import triton
+
+    return triton.runtime.driver.active.get_current_target().warp_size
 
 
 def _is_on_gpu(x: Tensor) -> bool:

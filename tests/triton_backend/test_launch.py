@@ -250,3 +250,18 @@ def test_a_constant_before_an_argument_is_refused() -> None:
     function = SimpleNamespace(arg_names=["x_ptr", "D", "n"], __name__="kernel")
     with pytest.raises(ValueError, match="behind a constant"):
         Kernel(function, {}, {"D": 3})
+
+
+@pytest.mark.parametrize(("wavefront", "of_8", "of_1"), [(64, 4, 1), (32, 8, 1)])
+def test_amds_gpus_take_as_many_threads_and_one_stage(
+    wavefront: int, of_8: int, of_1: int, monkeypatch
+) -> None:
+    def options(**given: int) -> dict[str, object]:
+        kernel = launch.bind(False, dense.conr_total_kernel, given, BLOCK=1024)
+        return {name: kernel.keywords.get(name) for name in ("num_warps", "num_stages")}
+
+    assert options(num_warps=8, num_stages=3) == {"num_warps": 8, "num_stages": 3}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(launch, "wavefront", lambda: wavefront)
+    assert options(num_warps=8, num_stages=3) == {"num_warps": of_8, "num_stages": 1}
+    assert options(num_warps=1) == {"num_warps": of_1, "num_stages": 1}

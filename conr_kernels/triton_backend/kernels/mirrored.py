@@ -24,6 +24,9 @@ from .layout import (
 )
 from .sweeps import anchors_of, in_parts, pairs_of, program_of, whole
 
+#: Of every 64 rows of a product's result each of four warps has 16, and a thread two, 8 apart.
+WARPS_ROWS = tl.constexpr(64)
+
 
 @triton.jit
 def _strips_of(layout_ptr, n_rows, NEGATIVES: tl.constexpr, BLOCK: tl.constexpr):
@@ -45,17 +48,33 @@ def _strip_end(
 
 
 @triton.jit
-def _fold_rows(tile, IS_PARTLY: tl.constexpr):
-    """Sums over all rows of a tile; or over the pairs of rows that a thread has of a product's
-    result alone, without an exchange with others: what is left is added up behind the loop.
+def _fold_rows(tile):
+    """Sums over the rows that a thread has of a product's result, without an exchange with others:
+    what is left is added up behind the loop.
     """
-    if IS_PARTLY:
-        tile = tl.reshape(tile, (tile.shape[0] // 16, 2, 8, tile.shape[1]))
-        tile = tl.sum(tile, axis=1)
-        tile = tl.reshape(tile, (tile.shape[0] * 8, tile.shape[2]))
-    else:
-        tile = tl.sum(tile, axis=0, keep_dims=True)
-    return tile
+    if tile.shape[0] > WARPS_ROWS:
+        tile = tl.reshape(tile, (tile.shape[0] // WARPS_ROWS, WARPS_ROWS, tile.shape[1]))
+        tile = tl.sum(tile, axis=0)
+    tile = tl.reshape(tile, (tile.shape[0] // 16, 2, 8, tile.shape[1]))
+    tile = tl.sum(tile, axis=1)
+    return tl.reshape(tile, (tile.shape[0] * 8, tile.shape[2]))
+
+
+@triton.jit
+def _unsigned(row):
+    """A row's number in 64 bits. Of a signed one the compiler would count the loops over tiles in
+    64 bits too, whose bounds would take twice the registers.
+    """
+    return row.to(tl.uint32).to(tl.int64)
+
+
+@triton.jit
+def _places_from(anchors, first):
+    """The anchors where keys count from ``first``: compared with constants, these take none of the
+    registers that the places of all columns would.
+    """
+    y_i, y_i_ptrs, p_i, p_i_ptrs, self_i, step_i, h, exponent = anchors
+    return y_i, y_i_ptrs, p_i, p_i_ptrs, self_i - first, step_i, h, exponent
 
 
 @triton.jit
@@ -66,23 +85,26 @@ def _add_tile(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums of rows ``j`` with those of a tile of pairs added; those of rows ``i`` in memory."""
-    IS_PARTLY: tl.constexpr = totals[0].shape[0] > 1
     PARTS: tl.constexpr = len(totals)
     WIDTH: tl.constexpr = BLOCK_J // PARTS
     dtype: tl.constexpr = totals[0].dtype
     i0 = tile_i * BLOCK_I
-    met_ptrs = met_ptr + (i0 + tl.arange(0, BLOCK_I))
-    q_i_ptr = q_ptr + i0.to(tl.int64) * D_PAD
+    row_i, row_j = _unsigned(i0), _unsigned(j0)
+    met_ptrs = met_ptr + row_i + tl.arange(0, BLOCK_I)
+    q_i_ptr = q_ptr + row_i * D_PAD
     q_i = load_tile(q_i_ptr, 0, D_PAD, BLOCK_I, BLOCK_D, PRECISION, UPCAST)
-    # Asked for before the product, so that they are there behind it.
+    s_ij = similarity(
+        q_i, q_i_ptr, q_j, q_ptr + row_j * D_PAD, width, unit,
+        D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
+    )  # fmt: skip
+    # Asked for before the exponentials, so that they are there behind them; a product over chunks
+    # of D would hold them in registers.
     met = tl.load(met_ptrs)
     if INSIDE:
         met_extra = tl.load(met_ptrs + of_extra)
-    anchors = anchors_of(tile_i, y_ptr, p_ptr, y_ptr, n_rows, h, push_scale, True, BLOCK_I, dtype)
-    s_ij = similarity(
-        q_i, q_i_ptr, q_j, q_ptr + j0.to(tl.int64) * D_PAD, width, unit,
-        D_PAD, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, UPCAST,
-    )  # fmt: skip
+    anchors = anchors_of(
+        0, y_ptr + row_i, p_ptr + row_i, y_ptr, n_rows, h, push_scale, True, BLOCK_I, dtype
+    )
     # Of its own rows' pairs a tile has both ways.
     is_other = i0 >= j0 + BLOCK_J
     parts = in_parts(s_ij, PARTS)
@@ -90,16 +112,17 @@ def _add_tile(
     of_i = tl.zeros((BLOCK_I, FOLD), dtype)
     extra_of_i = of_i
     for c in tl.static_range(PARTS):
+        first = c * WIDTH
         _, phi_ij, t_ij = pairs_of(
-            parts[c], anchors, j0 + c * WIDTH, y_ptr, p_ptr, n_rows,
-            NEGATIVES, EDGE, NEGATIVES, 1, False, PHI, WIDTH,
+            parts[c], _places_from(anchors, j0 - i0 + first), 0, y_ptr + row_j + first,
+            p_ptr + row_j + first, n_rows, NEGATIVES, EDGE, NEGATIVES, 1, False, PHI, WIDTH,
         )  # fmt: skip
         terms = tl.exp2(t_ij) * phi_ij
-        done = done + (totals[c] + _fold_rows(terms, IS_PARTLY),)
+        done = done + (totals[c] + _fold_rows(terms),)
         of_i += fold(terms)
         if INSIDE:
             terms = parts[c] * phi_ij
-            done_extra = done_extra + (extras[c] + _fold_rows(terms, IS_PARTLY),)
+            done_extra = done_extra + (extras[c] + _fold_rows(terms),)
             extra_of_i += fold(terms)
         else:
             done_extra = done_extra + (extras[c],)
@@ -130,8 +153,7 @@ def _sums_of_sweep(
 ):  # fmt: skip
     """One sweep's parts of the sums, of the strip and the slice of program ``here``."""
     tl.static_assert(BLOCK_J % BLOCK_I == 0)
-    # Of wide features the product's own loop holds registers.
-    ROWS: tl.constexpr = BLOCK_I // 2 if D_PAD == BLOCK_D else 1
+    ROWS: tl.constexpr = min(BLOCK_I, WARPS_ROWS) // 2
     # Of all columns at once, what the pairs need would spill.
     PARTS: tl.constexpr = 4 if BLOCK_J > 64 else 1
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
@@ -154,10 +176,11 @@ def _sums_of_sweep(
     met_ptr = parts_ptr + strip % STRIPS * n_padded
     own_ptr = parts_ptr + (part + STRIPS) * n_padded
     for tile_i in range(begin, end):
-        i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
-        tl.store(met_ptr + i, tl.zeros((BLOCK_I,), dtype))
+        i0 = tile_i * BLOCK_I
+        met_ptrs = met_ptr + _unsigned(i0) + tl.arange(0, BLOCK_I)
+        tl.store(met_ptrs, tl.zeros((BLOCK_I,), dtype))
         if INSIDE:
-            tl.store(met_ptr + of_extra + i, tl.zeros((BLOCK_I,), dtype))
+            tl.store(met_ptrs + of_extra, tl.zeros((BLOCK_I,), dtype))
     # A row's sum may be another thread's in the next loop over the rows that are met.
     tl.debug_barrier()
     for tile_j in range(first, last):
@@ -166,7 +189,7 @@ def _sums_of_sweep(
         c, d = tl.minimum(tl.maximum(c, a), b), tl.minimum(tl.maximum(d, a), b)
         j0 = tile_j * BLOCK_J
         q_j = load_tile(
-            q_ptr + j0.to(tl.int64) * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST
+            q_ptr + _unsigned(j0) * D_PAD, 0, D_PAD, BLOCK_J, BLOCK_D, PRECISION, UPCAST
         )
         totals = in_parts(tl.zeros((ROWS, BLOCK_J), dtype), PARTS)
         extras = totals
@@ -176,14 +199,14 @@ def _sums_of_sweep(
                 width, unit, h, push_scale, False, NEGATIVES, D_PAD, INSIDE, PHI, PRECISION,
                 UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
-        for t in range(tl.maximum(b - a, 0) - (d - c)):
-            tile_i = a + t + tl.where(t < c - a, 0, d - c)
+        for t in range(a, b - (d - c)):
+            tile_i = t + tl.where(t < c, 0, d - c)
             totals, extras = _add_tile(
                 totals, extras, tile_i, j0, met_ptr, of_extra, q_j, q_ptr, y_ptr, p_ptr, n_rows,
                 width, unit, h, push_scale, True, NEGATIVES, D_PAD, INSIDE, PHI, PRECISION,
                 UPCAST, BLOCK_I, BLOCK_J, BLOCK_D,
             )  # fmt: skip
-        own_ptrs = own_ptr + j0 + tl.arange(0, BLOCK_J)
+        own_ptrs = own_ptr + _unsigned(j0) + tl.arange(0, BLOCK_J)
         tl.store(own_ptrs, tl.sum(whole(totals), axis=0))
         if INSIDE:
             tl.store(own_ptrs + of_extra, tl.sum(whole(extras), axis=0))
