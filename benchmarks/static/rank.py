@@ -20,8 +20,8 @@ from .machine import machine_code, tensor_core_names
 #: Of a thread's 255 registers; more are sure to spill, which takes minutes to compile.
 ACCUMULATORS = 200
 #: Bytes of shared memory of one program: the least of the GPUs that a column of the table serves,
-#: which are sm_86 and sm_89 beside sm_80, sm_120 beside sm_100.
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 99 * 1024}
+#: which are sm_86, sm_89 and sm_120 beside sm_80.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 #: Added to the warps of the configuration in question: launches that carry it have read it.
 MARK = 1024
 

@@ -264,13 +264,13 @@ def precision(arithmetic: str) -> str:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The column of the table: the largest shipped architecture that is not above the device's."""
+    """The column of the table: the shipped architecture whose tensor cores are the device's."""
     if device.type != "cuda":
         return 90  # the interpreter: the fewest programs
     if torch.version.hip is not None:
         return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 100 if major >= 10 else 90 if major == 9 else 80
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)  # sm_120 has those of sm_80
 
 
 def is_early(device: torch.device) -> bool:

@@ -61,13 +61,13 @@ def bucket(D: int, arithmetic: str) -> int:
 
 #: By kind and arithmetic; of several entries the first whose architecture and bucket match.
 #: Columns: architecture (None: all), bucket (None: all), tile and launch (BLOCK_D None: the
-#: bucket). 80 serves sm_86 and sm_89 too, 100 sm_120: with 99 KiB of shared memory each.
+#: bucket). 80 serves sm_86, sm_89 and sm_120 too, which have 99 KiB of shared memory.
 _HALVES = {
     "forward": [
-        (80, 0, (128, 64, 64, 8, 2)),
+        (80, 0, (128, 64, 64, 4, 2)),
         (None, 0, (128, 128, 64, 8, 3)),
         (80, 256, (64, 64, None, 4, 1)),
-        (80, None, (128, 64, None, 8, 2)),
+        (80, None, (64, 64, None, 4, 2)),
         (90, 256, (64, 64, None, 4, 2, 168, True)),
         (None, 256, (64, 64, None, 4, 2)),
         (90, 128, (64, 64, None, 4, 3, 128, True)),
@@ -83,16 +83,22 @@ _HALVES = {
     ],
     "backward": [
         (80, 256, (32, 64, None, 4, 2)),
+        (80, 128, (32, 64, None, 4, 2)),
+        (80, None, (64, 64, None, 4, 2)),
         (90, 256, (64, 64, None, 4, 2)),
         (90, 128, (64, 128, None, 4, 2)),
         (90, 64, (64, 64, None, 4, 2, 128, True)),
         (90, None, (64, 64, None, 4, 3)),
         (100, 256, (64, 64, None, 8, 2)),
-        (80, None, (64, 64, None, 8, 2)),
         (None, None, (128, 64, None, 8, 2)),
     ],
-    "wide": [(90, None, (128, 128, 64, 8, 3, 128)), (None, None, (128, 64, 64, 8, 3))],
+    "wide": [
+        (80, None, (64, 64, 64, 4, 3)),
+        (90, None, (128, 128, 64, 8, 3, 128)),
+        (None, None, (128, 64, 64, 8, 3)),
+    ],
     "product": [
+        (80, None, (64, 64, 128, 4, 2)),
         (90, 256, (128, 64, 256, 8, 4)),
         (90, None, (128, 64, 128, 8, 3, 128)),
         (None, None, (128, 64, 128, 8, 3)),
@@ -155,7 +161,7 @@ _FLOAT16 = {
         (None, 256, (64, 64, None, 8, 2)),
         *(row for row in _HALVES["backward"] if row[1] != 256),
     ],
-    "product": [(None, None, (128, 64, 128, 8, 3))],
+    "product": [(80, None, (64, 32, 128, 4, 3)), (None, None, (128, 64, 128, 8, 3))],
 }
 #: 16-bit features with vector labels or a window near 0, whose pairs take more registers, or with
 #: two sums of positives.
@@ -179,7 +185,7 @@ _SHIFTED = {
         (90, 128, (64, 64, None, 4, 2)),
         (90, 256, (64, 64, None, 4, 2)),
     ],
-    "backward": [(90, 128, (64, 64, None, 4, 3)), (100, 256, (64, 64, None, 8, 1))],
+    "backward": [(90, 128, (64, 64, None, 4, 3))],
     "wide": [(90, None, (128, 128, 64, 4, 3))],
 }
 #: 16-bit features of so few rows that programs share a tile of anchors, too short a work to fill

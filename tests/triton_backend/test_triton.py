@@ -54,6 +54,23 @@ def test_cpu_tensors_without_the_interpreter_are_refused_with_a_remedy() -> None
         conr_loss(x, y, y, backend="triton")
 
 
+@pytest.mark.parametrize(
+    ("capability", "column"),
+    [((8, 0), 80), ((8, 6), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((11, 0), 100),
+     ((12, 0), 80), ((12, 1), 80)],
+)  # fmt: skip
+def test_the_column_of_the_table_is_the_devices_tensor_cores(
+    capability: tuple[int, int], column: int
+) -> None:
+    call.architecture.cache_clear()
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability):
+        assert call.architecture(torch.device("cuda", 7)) == column
+        call.architecture.cache_clear()
+        with mock.patch.object(torch.version, "hip", "7.0"):
+            assert call.architecture(torch.device("cuda", 7)) == 80
+    call.architecture.cache_clear()
+
+
 def test_host_and_kernels_have_the_same_sizes() -> None:
     from conr_kernels.triton_backend.kernels import dense, layout, tile_list
 
