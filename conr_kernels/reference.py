@@ -24,7 +24,8 @@ def pair_distance(y_i: Tensor, y_j: Tensor, distance: str) -> Tensor:
     square.
 
     The components are added one after another, in their order: every backend does the same, so that
-    all of them round, and therefore decide ``d_ij ≤ h``, alike.
+    all of them round, and therefore decide ``d_ij ≤ h``, alike. Their sum is divided by a tensor:
+    by a number PyTorch divides on a CPU, but multiplies with its reciprocal on a GPU.
     """
     n_components = y_i.shape[-1]
     if n_components == 1:
@@ -34,7 +35,7 @@ def pair_distance(y_i: Tensor, y_j: Tensor, distance: str) -> Tensor:
         difference = (y_i[..., :, c, None] - y_j[..., None, :, c]).abs_()
         term = difference if distance == "mae" else difference * difference
         total = term if total is None else total + term
-    mean = total / n_components
+    mean = total / total.new_full((), n_components)
     return mean if distance == "mae" else mean.sqrt()
 
 

@@ -154,7 +154,8 @@ class Union:
     def extent(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``batch.extent`` of all ranks' rows and keys."""
         of_ranks = self.of_ranks(torch.stack([t.double() for t in extent(batch)]))
-        return of_ranks[:, 0].amax(), of_ranks[:, 1].sum(), of_ranks[:, 2].sum()
+        n_present, n_absent = of_ranks[:, 1:].sum(0).long().unbind()
+        return of_ranks[:, 0].amax(), n_present, n_absent
 
     def deal(self, sums: Tensor) -> Tensor:
         """Exchanges this rank's sums of all rows [S, N] for all ranks' sums of this rank's rows

@@ -49,10 +49,20 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(x: Tensor, inputs: Inputs, results: tuple[Tensor, ...]) -> None:
-    x, y, p, w, keys, self_offset, settings, n_absent = inputs.contiguous()
+    x, y, p, w, keys, self_offset, settings, n_absent = _as_read(inputs)
     path = few if _are_few(inputs) else many
     plan = path.plan_of(x, y, keys, self_offset, settings, "none")
     path.forward(plan, place_of(x), x, y, p, w, keys, n_absent, *results)
+
+
+def _as_read(inputs: Inputs) -> Inputs:
+    """The rows as kernels read them: labels and predictions in one dtype, as they are on a GPU."""
+    if inputs.y.dtype != inputs.p.dtype:
+        raise RuntimeError(
+            "Triton's interpreter takes targets and predictions that are both float64 or neither: "
+            'convert one of them, or use backend="torch"'
+        )
+    return inputs.contiguous()
 
 
 def backward(inputs: Inputs, coef_i: Tensor, coef_j: Tensor | None, layout: Tensor) -> Tensor:
@@ -101,7 +111,7 @@ def reduced(
 def _reduced(
     x: Tensor, inputs: Inputs, reduction: str, wants_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], few.Plan | many.Plan]:
-    x, y, p, w, _, _, settings, _ = inputs.contiguous()
+    x, y, p, w, _, _, settings, _ = _as_read(inputs)
     path = few if few.serves(x.shape[0], *x.shape, x.dtype) else many
     plan = path.plan_of(x, y, None, 0, settings, reduction)
     return *path.reduced(plan, place_of(x), x, y, p, w, wants_gradient), plan

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conr_kernels import conr_loss, reference
 from conr_kernels.variants import PRESETS, Settings
@@ -135,3 +136,25 @@ def test_large_weights_and_push_scales_are_finite_together():
     loss = conr_loss(x, y, 0 * y, w, window=1e-7, push_scale=1e9, backend="reference")
     torch.testing.assert_close(loss, conr_loss(x, y, 0 * y, w, window=1e-7, push_scale=1e9))
     assert loss.isfinite()
+
+
+class DividesAsGPUs(TorchDispatchMode):
+    """PyTorch's CUDA kernels multiply with the reciprocal of a number."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return args[0] * (1 / args[0].new_tensor(args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("distance", ["mae", "rmse"])
+@pytest.mark.parametrize("n_components", [3, 7])
+def test_ties_are_decided_alike_on_every_device(n_components: int, distance: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 20, (100, n_components), generator=g) / 10
+    expected = reference.pair_distance(y, y, distance)
+    on_cpu = y / n_components
+    with DividesAsGPUs():
+        assert not torch.equal(y / n_components, on_cpu)
+        found = reference.pair_distance(y, y, distance)
+    assert torch.equal(found, expected)

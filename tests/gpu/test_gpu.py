@@ -137,6 +137,15 @@ def test_vector_labels(N: int, path: str, distance: str) -> None:
     assert_close(rows, LIMITS[torch.float32], path, distance=distance, window=9.0)
 
 
+@pytest.mark.parametrize(("L", "distance"), [(3, "mae"), (7, "rmse")])
+@pytest.mark.parametrize(("N", "path"), SMALL_AND_LARGE)
+def test_ties_of_vector_labels(N: int, path: str, L: int, distance: str) -> None:
+    """Means of tenths, many of which round to the window or just beyond it."""
+    x, y, p, *rest = batch(N, 64, torch.float32, L)
+    rows = (x, y % 3 / 10, p.round() % 3 / 10, *rest)
+    assert_close(rows, LIMITS[torch.float32], path, distance=distance, window=0.1)
+
+
 @pytest.mark.parametrize(("N", "path"), SMALL_AND_LARGE)
 def test_small_temperature(N: int, path: str) -> None:
     assert_close(batch(N, 64, torch.float32), (1e-5, 2e-3), path, temperature=0.005)

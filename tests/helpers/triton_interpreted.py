@@ -363,6 +363,13 @@ def test_an_empty_batch_has_no_rows(regime: str) -> None:
     assert loss == 0 and x.grad.shape == (0, 5)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_labels_and_predictions_of_two_dtypes_are_refused(reduction: str) -> None:
+    x, y = torch.randn(5, 3), torch.arange(5.0)
+    with pytest.raises(RuntimeError, match="both float64 or neither"):
+        conr_loss(x, y.double(), y, reduction=reduction, backend="triton")
+
+
 @pytest.mark.parametrize(
     "predictions, choice", [("good", 0), ("anchor far", 1), ("key far", 1), ("constant", 2)]
 )

@@ -54,6 +54,15 @@ def check_world_and_copies_give_the_unions_loss(rank: int, own: slice, _: slice)
         torch.testing.assert_close(conr(*(t[own] for t in rows(37))), expected)
 
 
+def check_the_loss_has_the_dtype_of_sums(rank: int, own: slice, _: slice) -> None:
+    x, y, p = (t[own] for t in rows(37))
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        for mask in (None, y < 1):
+            for reduction in ("mean", "sum", "none"):
+                loss = conr_loss(x.to(dtype), y, p, reduction=reduction, mask=mask, group="world")
+                assert loss.dtype == torch.promote_types(dtype, torch.float32), reduction
+
+
 def check_transforms_are_refused(rank: int, own: slice, _: slice) -> None:
     x, y, p = (t[own] for t in rows(37))
     for backend in ("auto", "reference"):

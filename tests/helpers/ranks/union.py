@@ -68,6 +68,14 @@ def check_union(group: dist.ProcessGroup) -> str:
     return f"{len(cases)} cases on {n_ranks} ranks"
 
 
+def check_union_of_some_ranks(group: dist.ProcessGroup) -> str:
+    """The same of a group whose ranks have other numbers than in the default group."""
+    if dist.get_world_size(group) < 4:
+        return ""
+    some, rank = dist.new_group([1, 3]), dist.get_rank(group)
+    return check_union(some) + check_same_bits(some) if rank in (1, 3) else ""
+
+
 def check_union_in_shares(group: dist.ProcessGroup) -> str:
     """The same where every rank takes a share of the pairs forward, down to a few rows."""
     changed = ((union, "SHARED_ROWS", 1), (torch_tiles, "BLOCK_I", 2),
