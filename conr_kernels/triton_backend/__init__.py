@@ -56,8 +56,10 @@ def _forward(x: Tensor, inputs: Inputs, results: tuple[Tensor, ...]) -> None:
 
 
 def _as_read(inputs: Inputs) -> Inputs:
-    """The rows as kernels read them: labels and predictions in one dtype, as they are on a GPU."""
-    if inputs.y.dtype != inputs.p.dtype:
+    """The rows as kernels read them. On a GPU labels and predictions are both float32, or of any
+    dtype where kernels convert them; the interpreter compares in float64 where both are.
+    """
+    if inputs.x.is_cpu and inputs.y.dtype != inputs.p.dtype:
         raise RuntimeError(
             "Triton's interpreter takes targets and predictions that are both float64 or neither: "
             'convert one of them, or use backend="torch"'

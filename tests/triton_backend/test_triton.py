@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.static import compiled
 from conr_kernels import conr_loss, triton_backend
+from conr_kernels.core.inputs import Inputs
 from conr_kernels.triton_backend import call, launch_dense, launch_sweeps
 from conr_kernels.triton_backend.call import largest_total
 from conr_kernels.variants import PRESETS, Settings
@@ -107,6 +108,17 @@ def test_the_interpreter_asks_for_a_numpy_that_it_works_with(monkeypatch) -> Non
     assert "numpy<2.4" in triton_backend.unavailable(torch.device("cpu"), torch.float32)
     monkeypatch.setattr("numpy.__version__", "2.3.5")
     assert triton_backend.unavailable(torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.parametrize("labels", [torch.int64, torch.float64, torch.bfloat16, torch.uint8])
+def test_kernels_of_few_rows_take_labels_of_any_dtype(labels: torch.dtype) -> None:
+    x, p = torch.empty(100, 16, device="meta"), torch.empty(100, device="meta")
+    assert triton_backend.takes_any_labels(x)
+    y = torch.empty(100, dtype=labels, device="meta")
+    inputs = Inputs(x, y, p, None, None, 0, Settings(1.0, 0.2, 0.01, PRESETS["paper"]), None)
+    with compiled.intercepted(90) as launches:
+        triton_backend.reduced(inputs, None, "mean", True)
+    assert {at.arguments["y_ptr"].dtype for at in launches if "y_ptr" in at.arguments} == {labels}
 
 
 @pytest.mark.parametrize("variant", ["paper", "released-age", "contrastive"])
