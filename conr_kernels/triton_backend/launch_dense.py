@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.inputs import Keys
 from ..variants import Settings
-from . import launch
+from . import call, launch
 from .availability import interpreted
 from .call import arithmetic, is_early, largest_total, precision, row_flags, tiles
 from .configs import REGISTER_BYTES, Config
@@ -48,7 +48,9 @@ def kept_size(n_anchors: int, n_keys: int) -> int:
     return 2 * _padded(n_anchors) + _padded(n_keys) * (1 + (n_anchors if is_kept else 0))
 
 
-def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Config, Config]:
+def _tiles(
+    n: int, D: int, dtype: torch.dtype, is_kept: bool, architecture: int
+) -> tuple[Config, Config]:
     """The tiles of the sums and of the gradient; small ones where there are few rows."""
     is_one_chunk = D * dtype.itemsize <= REGISTER_BYTES
     width = max(1 << (D - 1).bit_length(), 16) if is_one_chunk else 0
@@ -61,6 +63,8 @@ def _tiles(n: int, D: int, dtype: torch.dtype, is_kept: bool) -> tuple[Config, C
             columns = min(width or 64, 64 if block == 64 else 32)
             stages = 1 if block == 64 else 2  # two would spill on sm_100
             return Config(block, block, chunk, warps), Config(block, block, columns, 4, stages)
+        if architecture == 80:  # where operands of products take registers too
+            return Config(64, 32, chunk, 4), Config(32, 64, width, 4)
         return Config(128, 64, chunk, 8), Config(64, 64, width, 8 if width == 256 else 4)
     is_highest = arithmetic(dtype).endswith("highest")
     is_narrow = is_highest or block == 32
@@ -84,6 +88,7 @@ class Form(NamedTuple):
     labels: torch.dtype
     self_offset: int
     reduction: str
+    architecture: int
     is_early: bool
 
 
@@ -93,7 +98,7 @@ class Plan:
     def __init__(self, form: Form, s: Settings) -> None:
         from .kernels import dense, dense_gradient
 
-        N, K, D, L, dtype, labels, self_offset, reduction, early = form
+        N, K, D, L, dtype, labels, self_offset, reduction, on, early = form
         bind = functools.partial(launch.bind, early, overlaps=N * K <= KEPT_PAIRS)
         variant = s.variant
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -101,7 +106,7 @@ class Plan:
         window = largest_total(s.window, L, s.distance, "float64" if is_wide else "float32")
         columns = s.n_statistics
         is_kept, is_inside = N * K <= KEPT_PAIRS, variant.log == "inside"
-        of_sums, of_gradient = _tiles(max(N, K), D, dtype, is_kept)
+        of_sums, of_gradient = _tiles(max(N, K), D, dtype, is_kept, on)
         tiles_i, tiles_j = tiles(N, of_sums.BLOCK_I), tiles(K, of_sums.BLOCK_J)
         per_part, n_parts = _cut(tiles_j, tiles_i, SUM_PARTS)
         n_tiles = tiles(N, of_gradient.BLOCK_I) * tiles(D, of_gradient.BLOCK_D)
@@ -243,7 +248,7 @@ def plan_of(
     K = N if keys is None else keys[0].shape[0]
     form = (
         N, K, D, 1 if y.ndim == 1 else y.shape[1], x.dtype, y.dtype, self_offset, reduction,
-        is_early(x.device),
+        call.architecture(x.device), is_early(x.device),
     )  # fmt: skip
     of_products = x.dtype == torch.float32 and torch.get_float32_matmul_precision()
     key = (id(s), form, of_products, KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART)

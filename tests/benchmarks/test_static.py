@@ -187,6 +187,8 @@ OTHERS = [
     ("conr_backward_parts_kernel", Call(SWEEPS, 128, "bfloat16")),
     ("conr_backward_parts_kernel", Call(SWEEPS, 256, "bfloat16", "released-age")),
     ("conr_dense_gradient_kernel", Call(KEPT, 128, "bfloat16")),
+    ("conr_dense_gradient_kernel", Call(FEW, 128, "bfloat16", "released-age")),
+    ("conr_dense_sums_kernel", Call(FEW, 128, "bfloat16", "released-age")),
     ("conr_dense_sums_kernel", Call(FEW, 128, "float32 highest")),
     ("conr_dense_gradient_kernel", Call(FEW, 64, "float64")),
 ]
