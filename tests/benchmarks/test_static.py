@@ -192,6 +192,8 @@ OTHERS = [
     ("conr_dense_sums_kernel", Call(FEW, 128, "float32 highest")),
     ("conr_dense_gradient_kernel", Call(FEW, 64, "float64")),
 ]
+#: Bytes of a thread, of few rows with shifted exponents.
+OTHER_SPILLS = {("conr_dense_gradient_kernel", 86): 8, ("conr_dense_sums_kernel", 100): 40}
 #: The column of the table that serves them, and KiB of shared memory.
 GPUS = {86: (80, 99), 100: (100, 227), 120: (80, 99), "gfx942": (80, 64)}
 
@@ -229,7 +231,7 @@ def test_other_gpus_run_the_kernels_without_spills_or_atomics(
         assert not re.search(r"\b\w+_atomic_", code)
     else:
         code = machine_code(binary)
-        assert code.spill_bytes <= 8  # of the gradient of few rows, on sm_86
+        assert code.spill_bytes <= OTHER_SPILLS.get((name, gpu), 0)
         assert not any(op.startswith(table.ATOMICS) for op in code.counts)
 
 
