@@ -192,8 +192,12 @@ OTHERS = [
     ("conr_dense_sums_kernel", Call(FEW, 128, "float32 highest")),
     ("conr_dense_gradient_kernel", Call(FEW, 64, "float64")),
 ]
-#: Bytes of a thread, of few rows with shifted exponents.
-OTHER_SPILLS = {("conr_dense_gradient_kernel", 86): 8, ("conr_dense_sums_kernel", 100): 40}
+#: Bytes of a thread.
+OTHER_SPILLS = {
+    ("conr_forward_kernel", 86): 8,
+    ("conr_dense_gradient_kernel", 86): 8,
+    ("conr_dense_sums_kernel", 100): 40,
+}
 #: The column of the table that serves them, and KiB of shared memory.
 GPUS = {86: (80, 99), 100: (100, 227), 120: (80, 99), "gfx942": (80, 64)}
 

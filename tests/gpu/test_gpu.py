@@ -137,7 +137,11 @@ def test_vector_labels(N: int, path: str, distance: str) -> None:
     assert_close(rows, LIMITS[torch.float32], path, distance=distance, window=9.0)
 
 
-@pytest.mark.parametrize(("L", "distance"), [(3, "mae"), (7, "rmse")])
+#: Numbers of components by which a division rounds, and the distance.
+TIES = [(3, "mae"), (7, "rmse")]
+
+
+@pytest.mark.parametrize(("L", "distance"), TIES)
 @pytest.mark.parametrize(("N", "path"), SMALL_AND_LARGE)
 def test_ties_of_vector_labels(N: int, path: str, L: int, distance: str) -> None:
     """Means of tenths, many of which round to the window or just beyond it."""

@@ -90,6 +90,7 @@ def _of_tests() -> Iterator[dict[str, object]]:
     for n, path in of.SMALL_AND_LARGE:
         small = rows | dict(N=n, D=64, path=path, dtype=F32)
         yield from (small | dict(L=3, distance=how, window=9.0) for how in ("mae", "rmse"))
+        yield from (small | dict(L=n_l, distance=how, window=0.1) for n_l, how in of.TIES)
         yield small | dict(temperature=0.005)
     n_large = of.SMALL_AND_LARGE[1][0]
     for path, variant in itertools.product(("sorted", "once"), ("paper", "released-depth")):
