@@ -70,6 +70,7 @@ def run_setup(sources: Path, *command: str, **environment: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
 def test_a_build_removes_nothing_but_an_earlier_build(tmp_path):
     sources = copied_sources(tmp_path)
     linked, named_alike = tmp_path / "linked", tmp_path / "conr_kernels"
