@@ -99,9 +99,12 @@ class BuildPython(build_py):
     """Starts afresh, and records, beside the modules, that there is no extension and why."""
 
     def run(self) -> None:
-        built = Path(self.build_lib, "conr_kernels").resolve()
-        if not self.editable_mode and built != ROOT / "conr_kernels":
-            shutil.rmtree(built, ignore_errors=True)  # modules that are no more would be installed
+        built, source = Path(self.build_lib, "conr_kernels"), (ROOT / "conr_kernels").resolve()
+        holds_source = source.is_relative_to(built.resolve())
+        holds_extension = self.distribution.have_run.get("build_ext", False)
+        if not (self.editable_mode or holds_source or holds_extension):
+            # Modules that are no more would be installed. A link is left alone, and what it names.
+            shutil.rmtree(built, ignore_errors=True)
         super().run()
         if REASON is not None:
             print(f"conr-kernels: pure Python, no CUDA extension ({REASON})", file=sys.stderr)

@@ -33,7 +33,8 @@ class MemoryBank(nn.Module):
         bank.push(features, targets, predictions, mask)
 
     Keep the bank outside ``DistributedDataParallel``, which would copy rank 0's rows to every rank
-    (told once by a ``UserWarning``), or name its buffers in ``_ddp_params_and_buffers_to_ignore``.
+    before each forward pass, or name its buffers in ``_ddp_params_and_buffers_to_ignore``. Only a
+    ``push`` inside that forward pass can see the wrapper, and warns once (``UserWarning``).
 
     Args:
         size: K, the most rows kept. n_features: D. n_labels: L, components of a label.

@@ -1,6 +1,7 @@
 """No two programs of a launch share what one of them writes, and between a program's write and
-another access of the place is a barrier. On a GPU neither programs nor threads have an order; the
-interpreter runs one program after another without threads, and computes the same with a race.
+another access of the place is a barrier, as between a read and a write of a place that has another
+number in the tile. On a GPU neither programs nor threads have an order; the interpreter runs one
+program after another without threads, and computes the same with a race.
 
 Collected by test_triton.py alone, as triton_interpreted.py is.
 """
@@ -40,14 +41,15 @@ class Races:
         self.stores: list[Addresses] = []  # of each program that has ended
         self.loads: list[Addresses] = []
         self.here: dict[str, list[Addresses]] = {"stores": [], "loads": []}
-        #: Written since the program's last barrier.
+        #: Written, and read with the places of a tile, since the program's last barrier.
         self.fresh: list[Addresses] = []
+        self.read: list[tuple[Addresses, np.ndarray]] = []
 
     def next_program(self) -> None:
         for kind in ("stores", "loads"):
             getattr(self, kind).append(np.unique(np.concatenate([NOTHING, *self.here[kind]])))
         self.here = {"stores": [], "loads": []}
-        self.fresh = []
+        self.barrier()
 
     def end_launch(self) -> None:
         self.next_program()
@@ -62,32 +64,37 @@ class Races:
         self.stores, self.loads = [], []
 
     def barrier(self) -> None:
-        self.fresh = []
+        self.fresh, self.read = [], []
 
     def is_fresh(self, units: Addresses) -> bool:
-        return any(
-            len(units) and len(written)
-            and written[0] <= units[-1] and units[0] <= written[-1]
-            and np.intersect1d(written, units, assume_unique=True).size
-            for written in self.fresh
-        )  # fmt: skip
+        return any(_overlap(written, units) for written in self.fresh)
 
     def load(self, ptrs, mask) -> None:
         units = _units(ptrs, mask)
         if self.is_fresh(units):
             self.found.add("a program reads what it wrote, without a barrier")
         self.here["loads"].append(units)
+        self.read.append((units, ptrs.data))
 
     def store(self, ptrs, value, mask) -> None:
         units = _units(ptrs, mask)
         if self.is_fresh(units):
             self.found.add("a program writes a place twice, without a barrier")
+        for of_read, tile in self.read:  # of the same places, each thread has its own
+            if _overlap(of_read, units) and not np.array_equal(tile, ptrs.data):
+                self.found.add("a program writes what it read elsewhere, without a barrier")
         places, values = ptrs.data[mask.data], np.broadcast_to(value.data, mask.data.shape)
         each = np.unique(np.stack((places, _bits(values[mask.data]))), axis=1)
         if len(np.unique(places)) != each.shape[1]:
             self.found.add("a store has two values for one place")
         self.here["stores"].append(units)
         self.fresh.append(units)
+
+
+def _overlap(a: Addresses, b: Addresses) -> bool:
+    if not len(a) or not len(b) or a[-1] < b[0] or b[-1] < a[0]:
+        return False
+    return np.intersect1d(a, b, assume_unique=True).size > 0
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -156,6 +163,9 @@ def racing_kernel(x_ptr, KIND: tl.constexpr):
     elif KIND == "a program writes a place twice, without a barrier":
         tl.store(x_ptr + here * 4 + columns, columns.to(tl.float32))
         tl.store(x_ptr + here * 4 + 3 - columns, columns.to(tl.float32))
+    elif KIND == "a program writes what it read elsewhere, without a barrier":
+        x = tl.load(x_ptr + here * 4 + 3 - columns)
+        tl.store(x_ptr + here * 4 + columns, x)
     elif KIND == "a store has two values for one place":
         tl.store(x_ptr + here * 4 + columns // 2, columns.to(tl.float32))
     else:
@@ -174,6 +184,7 @@ def racing_kernel(x_ptr, KIND: tl.constexpr):
         "a program reads what another one writes",
         "a program reads what it wrote, without a barrier",
         "a program writes a place twice, without a barrier",
+        "a program writes what it read elsewhere, without a barrier",
         "a store has two values for one place",
         "",
     ],

@@ -36,7 +36,7 @@ def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_interpreted_kernels_agree_with_the_float64_reference() -> None:
-    names = ("interpreted", "structured", "mirrored", "strips", "races")
+    names = ("interpreted", "structured", "mirrored", "strips", "races", "columns")
     files = [f"tests/helpers/triton_{name}.py" for name in names]
     outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     options = ["-n", "2", "-q", "--tb=short", "-p", "no:cacheprovider"]
