@@ -65,7 +65,7 @@ def intercepted(
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(call, "architecture", lambda device: architecture),
+        mock.patch.object(call, "capability", lambda device: architecture),
     ):
         yield launches
 

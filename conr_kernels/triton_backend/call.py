@@ -47,7 +47,7 @@ MIRRORED_ROWS = 2**14 + 1, 2**13, 1
 #: And from how many bytes of a row of features on the forward pass does: of narrower rows the parts
 #: of sums would be most of the memory.
 MIRRORED_BYTES = 128
-#: From this architecture on a kernel's programs start while the kernel before still runs
+#: From this compute capability on a kernel's programs start while the kernel before still runs
 #: (programmatic dependent launch); and the first driver that keeps such launches in a captured
 #: graph, CUDA 12.3's.
 EARLIEST = 90
@@ -93,7 +93,7 @@ class Form(NamedTuple):
     self_offset: int
     reduction: str
     arithmetic: str
-    architecture: int
+    capability: int
     is_early: bool
     config: Callable[..., Config]
     bucket: Callable[..., int]
@@ -102,7 +102,7 @@ class Form(NamedTuple):
 def form_of(x: Tensor, y: Tensor, keys: Keys | None, self_offset: int, reduction: str) -> Form:
     (N, D), L = x.shape, y.shape[1]
     K = N if keys is None else keys[0].shape[0]
-    dtype, on = x.dtype, architecture(x.device)
+    dtype, on = x.dtype, capability(x.device)
     return Form(
         N, K, D, L, dtype, y.dtype, keys is not None, self_offset, reduction, arithmetic(dtype),
         on, is_early(x.device), config, bucket,
@@ -117,6 +117,7 @@ class Call:
         self.bind = functools.partial(bind, form.is_early)
         self.N, self.K, self.D, self.L = form[:4]
         self.has_keys = form.has_keys
+        self.architecture = architecture(form.capability)
         is_half = form.dtype.itemsize == 2
         self.dtype = torch.float64 if form.dtype == torch.float64 else torch.float32
         self.D_bucket = form.bucket(self.D, form.arithmetic)
@@ -200,7 +201,7 @@ class Call:
     def is_forward_mirrored(self) -> bool:
         """Whether a pair's exponential serves the sums of both of its rows."""
         form, is_wide = self.form, self.D_bucket == 0
-        has_tile = entry("mirrored", form.architecture, self.D_bucket, form.arithmetic) is not None
+        has_tile = entry("mirrored", self.architecture, self.D_bucket, form.arithmetic) is not None
         is_symmetric = not self.has_keys and self.is_confused and self.L == 1
         is_plain = not (self.pair_flags["SHIFTED"] or self.is_tiny)
         is_large = MIRRORED_ROWS[is_wide] <= self.N
@@ -211,7 +212,7 @@ class Call:
         rows, width = [], self.D_bucket
         if kind == "product":
             width = columns_of(self.D)
-        key = (kind, self.form.architecture, width)
+        key = (kind, self.architecture, width)
         is_heavy = self.L > 1 or (self.is_tiny and kind == "forward")
         is_heavy |= self.is_inside and kind == "mirrored"
         if self.form.dtype.itemsize == 2:
@@ -283,19 +284,26 @@ def precision(arithmetic: str) -> str:
 
 
 @functools.cache
-def architecture(device: torch.device) -> int:
-    """The architecture in the table whose tensor cores the device has."""
+def capability(device: torch.device) -> int:
+    """90 for compute capability 9.0. AMD's GPUs count as 80, and a device without kernels of its
+    own, of the interpreter or of recorded launches, as 90.
+    """
     if device.type != "cuda":
-        return 90  # the interpreter: the fewest programs
+        return 90
     if torch.version.hip is not None:
         return 80
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: 90, 10: 100, 11: 100}.get(major, 80)  # sm_120 has those of sm_80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(capability: int) -> int:
+    """The architecture in the table whose tensor cores a device has: sm_120's are sm_80's."""
+    return {9: 90, 10: 100, 11: 100}.get(capability // 10, 80)
 
 
 def is_early(device: torch.device) -> bool:
     """Whether kernels are launched there before the previous one has completed, and wait for it."""
-    return architecture(device) >= EARLIEST and _can_be_early()
+    return capability(device) >= EARLIEST and _can_be_early()
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class Form(NamedTuple):
     labels: torch.dtype
     self_offset: int
     reduction: str
-    architecture: int
+    capability: int
     is_early: bool
 
 
@@ -106,7 +106,7 @@ class Plan:
         window = largest_total(s.window, L, s.distance, "float64" if is_wide else "float32")
         columns = s.n_statistics
         is_kept, is_inside = N * K <= KEPT_PAIRS, variant.log == "inside"
-        of_sums, of_gradient = _tiles(max(N, K), D, dtype, is_kept, on)
+        of_sums, of_gradient = _tiles(max(N, K), D, dtype, is_kept, call.architecture(on))
         tiles_i, tiles_j = tiles(N, of_sums.BLOCK_I), tiles(K, of_sums.BLOCK_J)
         per_part, n_parts = _cut(tiles_j, tiles_i, SUM_PARTS)
         n_tiles = tiles(N, of_gradient.BLOCK_I) * tiles(D, of_gradient.BLOCK_D)
@@ -248,7 +248,7 @@ def plan_of(
     K = N if keys is None else keys[0].shape[0]
     form = (
         N, K, D, 1 if y.ndim == 1 else y.shape[1], x.dtype, y.dtype, self_offset, reduction,
-        call.architecture(x.device), is_early(x.device),
+        call.capability(x.device), is_early(x.device),
     )  # fmt: skip
     of_products = x.dtype == torch.float32 and torch.get_float32_matmul_precision()
     key = (id(s), form, of_products, KEPT_PAIRS, GRAM_CHUNKS, GRAM_PART)

@@ -228,7 +228,7 @@ class Plan(Forward):
         )  # fmt: skip
         of_scores = self._pick(f"layout list windows q_i y_i p_i coef_i q_j y_j p_j coef_j {H}")
         of_products = self._pick(f"layout list windows q_j {H} {G}")
-        most = WIDE_PROGRAMS[call.form.architecture]
+        most = WIDE_PROGRAMS[call.architecture]
         n_scores = min(window, max(4 * most // chosen.num_warps, 1))
         # A sum of 128 numbers a thread leaves registers for half as many programs.
         most = 4 * most // max(product.num_warps, product.BLOCK_I * columns // 2048)

@@ -36,7 +36,7 @@ CASES = [
 def test_tiles_of_other_columns_are_as_exact(column: int, case: Case) -> None:
     given = case.inputs()
     with (
-        mock.patch.object(call, "architecture", lambda device: column),
+        mock.patch.object(call, "capability", lambda device: column),
         forced(case.regime),
         mock.patch.object(launch_sweeps, "WIDE_PROGRAMS", {column: 3}),
     ):

@@ -56,20 +56,24 @@ def test_cpu_tensors_without_the_interpreter_are_refused_with_a_remedy() -> None
 
 
 @pytest.mark.parametrize(
-    ("capability", "column"),
-    [((8, 0), 80), ((8, 6), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((11, 0), 100),
-     ((12, 0), 80), ((12, 1), 80)],
+    ("capability", "column", "is_early"),
+    [((8, 0), 80, False), ((8, 9), 80, False), ((9, 0), 90, True), ((10, 0), 100, True),
+     ((11, 0), 100, True), ((12, 0), 80, True), ((12, 1), 80, True)],
 )  # fmt: skip
 def test_the_column_of_the_table_is_the_devices_tensor_cores(
-    capability: tuple[int, int], column: int
+    capability: tuple[int, int], column: int, is_early: bool
 ) -> None:
-    call.architecture.cache_clear()
-    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability):
-        assert call.architecture(torch.device("cuda", 7)) == column
-        call.architecture.cache_clear()
+    gpu = torch.device("cuda", 7)
+    call.capability.cache_clear()
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability),
+        mock.patch.object(call, "_can_be_early", lambda: True),
+    ):
+        assert (call.architecture(call.capability(gpu)), call.is_early(gpu)) == (column, is_early)
+        call.capability.cache_clear()
         with mock.patch.object(torch.version, "hip", "7.0"):
-            assert call.architecture(torch.device("cuda", 7)) == 80
-    call.architecture.cache_clear()
+            assert (call.architecture(call.capability(gpu)), call.is_early(gpu)) == (80, False)
+    call.capability.cache_clear()
 
 
 def test_host_and_kernels_have_the_same_sizes() -> None:

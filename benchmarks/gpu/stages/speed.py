@@ -133,9 +133,9 @@ def visited_pairs(stage: Stage, size: Size) -> None:
     stage.add("pairs in bands", _pairs(size.N, 1, 1), **row)
     x = torch.empty(size.N, size.D, dtype=size.dtype, device="meta")
     form = call.form_of(x, torch.empty(size.N, 1, device="meta"), None, 0, "mean")
-    where = call.architecture(torch.device(device.DEVICE))
+    where = call.capability(torch.device(device.DEVICE))
     settings = Settings(WINDOW, TEMPERATURE, PUSH_SCALE, resolve_variant("paper"))
-    of = call.Call(form._replace(architecture=where), settings)
+    of = call.Call(form._replace(capability=where), settings)
     forward, wide = (
         of.config("mirrored" if of.is_forward_mirrored else "forward"),
         of.config("wide"),

@@ -49,7 +49,7 @@ def place(size: Size, how: str) -> tuple[int, int, str]:
     """Where the table is read: architecture, bucket of D and arithmetic."""
     with compiled.matmul_precision(how):
         arithmetic = call.arithmetic(size.dtype)
-    architecture = call.architecture(torch.device(device.DEVICE))
+    architecture = call.architecture(call.capability(torch.device(device.DEVICE)))
     return architecture, call.bucket(size.D, arithmetic), arithmetic
 
 
