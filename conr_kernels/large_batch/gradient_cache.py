@@ -95,10 +95,8 @@ def gradient_cache(
             for chunk in chunks:
                 random_states.append(_random_state(devices))
                 encoded.append(encode(chunk))
-    except BaseException:
+    finally:
         _restore_buffers(buffers)
-        raise
-    _restore_buffers(buffers)
     features, predictions = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     del encoded
     validation.check_encoded(features, predictions, N)
