@@ -8,6 +8,7 @@ listens, with versions of Triton outside SERVED, and once for every form of argu
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -85,6 +86,7 @@ class Kernel:
         given = [name for name in names if name not in constants]
         if names[: len(given)] != given:
             raise ValueError(f"{function.__name__} has an argument behind a constant")
+        _hash_callees_first(function.fn.__module__)
         self.function = function
         self.keywords = constants | options
         self.constants = tuple(constants[name] for name in names[len(given) :])
@@ -201,6 +203,23 @@ def wavefront() -> int:
     import triton
 
     return triton.runtime.driver.active.get_current_target().warp_size
+
+
+@functools.cache
+def _hash_callees_first(module: str) -> None:
+    """Asks for the keys of a module's kernels in Triton's cache on disk, callees' first. Triton up
+    to 3.7 gives a caller another key where a callee has none yet: which kernel a process launches
+    first would decide whether it finds what earlier ones compiled.
+    """
+    if interpreted():
+        return
+    from triton.runtime.jit import JITFunction
+
+    for found in list(vars(sys.modules[module]).values()):  # imported ones come before
+        if isinstance(found, JITFunction):
+            if found.fn.__module__ != module:
+                _hash_callees_first(found.fn.__module__)
+            found.cache_key  # noqa: B018
 
 
 def _is_on_gpu(x: Tensor) -> bool:

@@ -5,6 +5,9 @@ where it may not.
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from unittest import mock
@@ -244,6 +247,32 @@ def test_two_threads_launch_at_once(device: Device) -> None:
         address = arguments[9] if isinstance(arguments[9], int) else arguments[9].data_ptr()
         by_key.setdefault(key, set()).add(address)
     assert sorted(map(list, by_key.values())) == sorted([[loss.data_ptr()] for loss in rows])
+
+
+KEYS = """
+import sys, torch
+from benchmarks.static.compiled import recorded_launches
+calls = [dict(N=64, D=33), dict(N=1024, D=16, L=3, K=1024),
+         dict(N=8192, D=64, variant="released-age"), dict(N=32768, D=128), dict(N=32768, D=512)]
+for call in calls[:: int(sys.argv[1])]:
+    for launch in recorded_launches(dtype=torch.bfloat16, **call):
+        print(launch.name, launch.kernel.cache_key)
+"""
+
+
+def test_the_cache_on_disk_does_not_depend_on_which_kernel_is_first() -> None:
+    """Two processes launch the same kernels in other orders: the second finds them compiled."""
+    command = [sys.executable, "-c", KEYS]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    both = [
+        subprocess.run(
+            [*command, step], check=True, capture_output=True, env=environment, text=True
+        )
+        for step in ("1", "-1")
+    ]
+    forwards, backwards = (set(one.stdout.splitlines()) for one in both)
+    assert len(forwards) > 15
+    assert forwards == backwards
 
 
 def test_a_constant_before_an_argument_is_refused() -> None:

@@ -26,8 +26,8 @@ from .providers import BF16, COLLAPSED, F32, LIMITS, PROVIDERS, Size
 
 #: Replays whose bits are compared; turns of a time; steps of a turn with their host.
 REPEATS, TURNS, STEPS = (2 if device.REHEARSAL else 15), 7, (1 if device.REHEARSAL else 20)
-#: Choices, and steps of each way, whose kernels are timed by themselves.
-MOST_PROFILED, PROFILED = 6, 5
+#: Steps of each way whose kernels are timed by themselves.
+STEPS_PROFILED = 5
 #: The path and the tile of ``taken``.
 Way = dict[str, object]
 Graph = tuple[Callable[[], None], Callable[[], Tensor]]
@@ -56,26 +56,38 @@ def tiles(size: Size, *others: tuple[int | None, ...]) -> Choice:
 
 
 ONCE = ("sorted", "once")
-#: The most wanted first.
-CHOICES = [
-    *(paths(Size(n), *ONCE) for n in (65_536, 16_384)),
-    *(paths(Size(n, d), *ONCE, "listed")
-      for n, d in ((65_536, 512), (16_384, 512), (16_384, 2048))),
+#: Those whose kernels are timed by themselves too: the asked sizes, and the largest of few rows.
+PROFILED = [
+    paths(Size(65_536), *ONCE),
+    paths(Size(16_384, 2048), *ONCE, "listed"),
+    paths(Size(4096), "every pair", "sorted"),
+    paths(Size(65_536, 512), *ONCE, "listed"),
+    paths(Size(16_384), *ONCE),
+    paths(Size(16_384, 512), *ONCE, "listed"),
+]
+#: The most wanted: between the sizes of MIRRORED_ROWS. Then DENSE_PAIRS and tiles.
+FIRST = [
+    *(paths(Size(n), *ONCE) for n in (32_768, 24_576, 49_152)),
+    *(paths(Size(32_768, d), *ONCE) for d in (64, 256)),
+    paths(Size(32_768, 128, F32), *ONCE),
+    *PROFILED,
+]
+REST = [
+    *(paths(Size(n), "every pair", "sorted") for n in (3072, 2048, 6144)),
     paths(Size(65_536, 128, F32), *ONCE),
-    tiles(Size(65_536), (64, 128, 128, 4, 2), (64, 128, 128, 4, 3, 168), (64, 128, 128, 4, 1)),
     paths(Size(65_536, regime=COLLAPSED), *ONCE),
-    paths(Size(8192), *ONCE),
-    *(paths(Size(n), "every pair", "sorted") for n in (4096, 3072, 2048, 6144)),
+    *(paths(Size(n, 512), *ONCE, "listed") for n in (8192, 4096)),
     paths(Size(65_536, 256), *ONCE),
+    paths(Size(2**20), *ONCE),
+    tiles(Size(65_536), (64, 128, 128, 4, 2), (64, 128, 128, 4, 3, 168), (64, 128, 128, 4, 1)),
     tiles(Size(65_536, 256), (64, 128, 256, 4, 2), (64, 64, 256, 4, 2), (64, 128, 256, 8, 2)),
     tiles(Size(65_536, 512), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
-    paths(Size(2**20), *ONCE),
     paths(Size(65_536, 512, regime=COLLAPSED), *ONCE),
-    *(paths(Size(n, 64), *ONCE) for n in (65_536, 16_384)),
-    *(paths(Size(n, 512), *ONCE, "listed") for n in (8192, 4096)),
+    paths(Size(65_536, 64), *ONCE),
     paths(Size(65_536, 128, F32), *ONCE, precision="high"),
     tiles(Size(65_536, 128, F32), (64, 128, 128, 4, 2), (64, 64, 128, 4, 2)),
-]  # fmt: skip
+]
+CHOICES = FIRST + REST
 
 
 @contextlib.contextmanager
@@ -163,7 +175,9 @@ def with_hosts(
 
 
 def kernel_times(stage: Stage, choice: Choice) -> None:
-    """Of every kernel of a step of each way, by the profiler, which may slow what comes later."""
+    """Of every kernel of a step of each way, by the profiler, which may slow what comes later:
+    all ways of a choice alike.
+    """
     activity = ProfilerActivity.CPU if device.REHEARSAL else ProfilerActivity.CUDA
     step = functools.partial(PROVIDERS["triton"].step, choice.size.batch())
     for name, way in choice.ways.items():
@@ -171,20 +185,24 @@ def kernel_times(stage: Stage, choice: Choice) -> None:
             step()
             device.synchronize()
             with profile(activities=[activity]) as found:
-                for _ in range(PROFILED):
+                for _ in range(STEPS_PROFILED):
                     step()
                 device.synchronize()
         row = dict(provider="triton", **choice.size.row())
         for event in found.key_averages():
-            seconds = event.self_device_time_total / PROFILED / 1e6
+            seconds = event.self_device_time_total / STEPS_PROFILED / 1e6
             if seconds or device.REHEARSAL:
-                mode, note = f"{event.key[:60]}, {name}", f"{event.count / PROFILED:g} a step"
+                mode, note = f"{event.key[:60]}, {name}", f"{event.count / STEPS_PROFILED:g} a step"
                 stage.add("kernel time", seconds, **row, mode=mode, note=note)
 
 
 def choices(stage: Stage) -> int:
-    """The ways of every choice; then the kernels of the first."""
-    cases = {str(choice): functools.partial(choose, stage, choice) for choice in CHOICES}
-    for choice in CHOICES[: 1 if device.REHEARSAL else MOST_PROFILED]:
+    """The ways of every choice, and the kernels of some."""
+
+    def ways(of: list[Choice]) -> dict[str, Callable[[], None]]:
+        return {str(choice): functools.partial(choose, stage, choice) for choice in of}
+
+    cases = ways(FIRST)
+    for choice in PROFILED[: 1 if device.REHEARSAL else None]:
         cases[f"kernels, {choice}"] = functools.partial(kernel_times, stage, choice)
-    return stage.run(cases)
+    return stage.run(cases | ways(REST))

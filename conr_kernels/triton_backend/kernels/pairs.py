@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+#: Components of labels up to which ``unrolled_total`` has no loop.
+UNROLLED = tl.constexpr(4)
+
 
 @triton.jit
 def pair_total(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L: tl.constexpr, RMSE: tl.constexpr):
@@ -28,9 +31,19 @@ def pair_total(y_i, y_i_ptrs, step_i, y_j_ptrs, step_j, L: tl.constexpr, RMSE: t
 
 
 @triton.jit
-def load_labels(y_ptr, rows, c: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr):
+def load_labels(y_ptr, rows, c, L: tl.constexpr, WIDE: tl.constexpr):
     """Component c of rows, in the dtype in which labels are compared."""
     return tl.load(y_ptr + rows.to(tl.int64) * L + c).to(tl.float64 if WIDE else tl.float32)
+
+
+@triton.jit
+def _component(
+    y_ptr, i, key_y_ptr, j, c, L: tl.constexpr, RMSE: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """What component c adds to ``pair_total``."""
+    y_ic, y_jc = load_labels(y_ptr, i, c, L, WIDE), load_labels(key_y_ptr, j, c, L, WIDE)
+    difference = tl.abs(y_ic[:, None] - y_jc[None, :])
+    return difference * difference if RMSE else difference
 
 
 @triton.jit
@@ -38,17 +51,17 @@ def unrolled_total(
     y_i, y_ptr, i, key_y_ptr, j, L: tl.constexpr, RMSE: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """``pair_total`` of rows in the caller's order, for dense.py: its kernels would spill with a
-    loop over the components.
+    loop over few components.
     """
     total = tl.abs(y_i[:, None] - load_labels(key_y_ptr, j, 0, L, WIDE)[None, :])
     if RMSE:
         total = total * total
-    for c in tl.static_range(1, L):
-        y_ic, y_jc = load_labels(y_ptr, i, c, L, WIDE), load_labels(key_y_ptr, j, c, L, WIDE)
-        difference = tl.abs(y_ic[:, None] - y_jc[None, :])
-        if RMSE:
-            difference = difference * difference
-        total += difference
+    if L <= UNROLLED:
+        for c in tl.static_range(1, L):
+            total += _component(y_ptr, i, key_y_ptr, j, c, L, RMSE, WIDE)
+    else:
+        for c in range(1, L):
+            total += _component(y_ptr, i, key_y_ptr, j, c, L, RMSE, WIDE)
     return total
 
 
