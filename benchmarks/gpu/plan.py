@@ -51,7 +51,7 @@ NAMES = [stage.name for stage in STAGES]
 #: Files, processes and options of the stages that are tests. Inductor's compilation would outlast
 #: what else is tested of the host.
 TESTS = {
-    "tests": (["tests/gpu/test_gpu.py", HOST], 8, "-k", "not reduce_overhead"),
+    "tests": (["tests/gpu/test_gpu.py", HOST], 12, "-k", "not reduce_overhead"),
     "cuda-tests": (["tests/cuda_backend/test_cuda_gpu.py"], 2),
     "integration": ([*INTEGRATION, HOST], 3, "-k", "gpu_integration or cuda or reduce_overhead"),
 }

@@ -43,7 +43,7 @@ PIECES = 128
 PIECE_KEYS = 8192
 #: From how many rows on the forward pass takes each pair once, for narrow and for wide features
 #: (fewer are too little work to add up parts); and the gradient of wide features.
-MIRRORED_ROWS = 2**14 + 1, 2**13, 1
+MIRRORED_ROWS = 2**15, 2**13, 1
 #: And from how many bytes of a row of features on the forward pass does: of narrower rows the parts
 #: of sums would be most of the memory.
 MIRRORED_BYTES = 128

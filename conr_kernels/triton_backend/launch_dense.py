@@ -62,9 +62,12 @@ def _tiles(
         if is_kept:
             columns = min(width or 64, 64 if block == 64 else 32)
             stages = 1 if block == 64 else 2  # two would spill on sm_100
+            warps = 4 if architecture == 90 else warps
             return Config(block, block, chunk, warps), Config(block, block, columns, 4, stages)
         if architecture == 80:  # where operands of products take registers too
             return Config(64, 32, chunk, 4), Config(32, 64, width, 4)
+        if architecture == 90:  # four warps: two programs share a multiprocessor
+            return Config(64, 64, chunk, 4), Config(64, 32 if width == 256 else 128, width, 4)
         return Config(128, 64, chunk, 8), Config(64, 64, width, 8 if width == 256 else 4)
     is_highest = arithmetic(dtype).endswith("highest")
     is_narrow = is_highest or block == 32

@@ -264,6 +264,7 @@ def test_lists_of_pairs_in_64_bits_are_compiled_too(arithmetic: str) -> None:
         assert machine_code(compiled.compile_launch(launch, 90)).spill_bytes == 0, launch.name
 
 
+NO_SIMILARITY = "no-similarity 1024 rows t=0.02 no weights"
 #: Bytes of a thread. Where registers are bounded so that one program more shares a multiprocessor
 #: (forward at D = 256 and in float32, backward at D = 64), an H200 takes 2-6 % less time with them.
 KNOWN_SPILLS = {
@@ -271,17 +272,15 @@ KNOWN_SPILLS = {
     ("conr_dense_gradient_kernel", "", "float32 highest", "128", "paper 4096 rows"): "24",
     ("conr_forward_kernel", "both", "float64", "2048", "paper"): "24",
     ("conr_order_kernel", "", "bfloat16", "128", "released-depth keys"): "8",
-    (
-        "conr_dense_rows_kernel",
-        "",
-        "bfloat16",
-        "128",
-        "no-similarity 1024 rows t=0.02 no weights",
-    ): "8",
+    ("conr_dense_rows_kernel", "", "bfloat16", "128", NO_SIMILARITY): "8",
     ("conr_backward_parts_kernel", "both", "bfloat16", "256", "released-age"): "32",
     ("conr_wide_product_kernel", "", "bfloat16", "384", "paper"): "40",
     ("conr_forward_kernel", "both", "bfloat16", "256", "paper keys"): "16",
     ("conr_forward_kernel", "both", "float16", "256", "paper keys"): "16",
+    # 4 warps, which two programs a multiprocessor need.
+    ("conr_dense_sums_kernel", "", "bfloat16", "128", "released-age 1024 rows"): "16",
+    ("conr_dense_sums_kernel", "", "bfloat16", "128", NO_SIMILARITY): "8",
+    ("conr_dense_gradient_kernel", "", "float16", "256", "paper 4096 rows"): "304",
 }
 
 
