@@ -1,7 +1,7 @@
 """What a step takes, what its device takes, and its memory, side by side.
 
-``python -m benchmarks.gpu.steps rows.csv … [README.md]`` prints the README's table of it, or writes
-it there; of several runs the last that measured a case.
+``python -m benchmarks.gpu.steps rows.csv … [README.md]`` prints the README's tables of it and of
+training steps, or writes them there; of several runs the last that measured a case.
 """
 
 from __future__ import annotations
@@ -75,6 +75,31 @@ def markdown(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def training(rows: Rows) -> str:
+    """A line for each batch: training steps without ConR, with it, and with eager instead."""
+    found = rows.find(mode="training step")
+    lines = [
+        "| batch | without ConR | with it | more | with eager instead | more "
+        "| memory, with it | with eager |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for n in sorted({int(row["N"]) for row in found}):
+        values: dict[str, Columns] = {}
+        for row in found:
+            if row["N"] == str(n):
+                of = values.setdefault(row["provider"], {})
+                of[row["metric"]] = float(row["value"])
+        without, ours, eager = (
+            {"step": of["time"], "memory": of["memory"]}
+            for of in (values[name] for name in ("no ConR", "fused", "eager"))
+        )
+        cells = [f"{n:,}", _time(without, "step")]
+        for of in (ours, eager):
+            cells += [_time(of, "step"), _time({"step": of["step"] - without["step"]}, "step")]
+        lines.append("| " + " | ".join([*cells, _memory(ours), _memory(eager)]) + " |")
+    return "\n".join(lines)
+
+
 def _time(columns: Columns, name: str) -> str:
     return f"{columns[name] * 1e3:.3g} ms" if name in columns else "–"
 
@@ -86,7 +111,8 @@ def _memory(columns: Columns) -> str:
 if __name__ == "__main__":
     paths = [Path(name) for name in sys.argv[1:]]
     runs = [claims.read(path).rows for path in paths if path.suffix == ".csv"]
-    found = markdown(Rows([row for run in runs for row in run]))
-    print(found)
-    for path in paths[len(runs) :]:
-        report.write_figures(path, "GPU figures", found)
+    rows = Rows([row for run in runs for row in run])
+    for name, found in (("GPU figures", markdown(rows)), ("GPU training", training(rows))):
+        print(found)
+        for path in paths[len(runs) :]:
+            report.write_figures(path, name, found)

@@ -14,6 +14,7 @@ from conr_kernels.triton_backend import call
 from conr_kernels.triton_backend.configs import Config
 
 from . import compiled, shipped
+from .buffers import overwritten
 from .cost import Model
 from .machine import machine_code, tensor_core_names
 
@@ -99,6 +100,8 @@ def judge(
             return chosen, None, f"{spills} bytes ({launch.name})"
         if code.shared_bytes > SHARED_LIMIT[arch]:
             return chosen, None, f"shared memory {code.shared_bytes} bytes ({launch.name})"
+        if overwritten(binary.asm["ttgir"]):
+            return chosen, None, f"a copy overwrites what a product reads ({launch.name})"
         model = models[key] = Model(launch, binary.asm["ttir"], code, arch)
         time = model.microseconds()
         total += time

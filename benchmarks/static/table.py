@@ -4,7 +4,8 @@ Columns that need a word: ``resident``: programs on one multiprocessor at once. 
 in every anchor's band, ``edge`` tiles do not (also: a kernel's only loop over pairs; of both sweeps
 the positives'), ``product``: loops that multiply and take no exponentials, per pair of a tile.
 ``passes``: products in the machine code for each in Triton IR, 3 in three-pass TF32, where the
-instruction tells its size. ``h200_us_N``: microseconds of a step's launches of it at N rows, if any
+instruction tells its size. ``overwritten``: buffers that a copy may write too early (buffers.py).
+``h200_us_N``: microseconds of a step's launches of it at N rows, if any
 are launched there; ``h200_us_few``: at those of its call, where they are few.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import compiled
+from .buffers import overwritten
 from .compiled import Launch
 from .cost import Model
 from .machine import machine_code, tensor_core_names
@@ -60,6 +62,7 @@ def row_of(call: Call, index: int, arch: int) -> dict[str, object]:
         "shared_bytes": code.shared_bytes, "resident": model.resident,
         "tensor_core": tensor_core_names(code), "passes": model.product_passes(),
         "atomics": sum(n for op, n in code.counts.items() if op.startswith(ATOMICS)),
+        "overwritten": len(overwritten(binary.asm["ttgir"])),
     }  # fmt: skip
     row |= {f"per_pair_{k}": f"{per_pair[k]:.2f}" if per_pair.get(k) else "" for k in PHASES}
     row |= {f"bound_{k}": model.bound(k) if k in phases else "" for k in PHASES}

@@ -377,3 +377,16 @@ def test_the_readmes_table_has_ours_beside_eager_and_the_bare_product(tmp_path):
     assert (first, end, last) == ("a", "<!-- end of GPU figures -->", "b")
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[3:] == ["2 ms", "**1 ms**", "4.0 MiB", "8 ms", "–", "–", "0.5 ms", "0123456"]
+
+
+def test_what_conr_adds_to_a_training_step():
+    row = {"stage": "speed", "mode": "training step", "N": 1024}
+    found = [
+        row | {"provider": name, "metric": metric, "value": value}
+        for name, time, memory in (("no ConR", 2e-3, 1), ("fused", 2.5e-3, 2), ("eager", 5e-3, 4))
+        for metric, value in (("time", time), ("memory", memory * 2**20))
+    ]
+    *_, line = steps.training(claims.Rows(found)).splitlines()
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    expected = ["1,024", "2 ms", "2.5 ms", "0.5 ms", "5 ms", "3 ms", "2.0 MiB", "4.0 MiB"]
+    assert cells == expected

@@ -209,14 +209,12 @@ def test_a_path_chooses_the_kernels():
 
 
 def choose(monkeypatch, capsys, **gradients) -> tuple[int, list[tuple[str, str]]]:
-    """The exit status, and metrics of a choice between ways that replay these gradients; the names
-    of tiles begin so.
-    """
+    """The exit status, and metrics of a choice between ways that replay these gradients."""
     taken = []
 
     @contextlib.contextmanager
-    def take(way, tried=None):
-        taken.append(way)
+    def take(path):
+        taken.append(path)
         yield
 
     def graph(step):
@@ -224,13 +222,12 @@ def choose(monkeypatch, capsys, **gradients) -> tuple[int, list[tuple[str, str]]
         held = [gradient()]
         return lambda: held.__setitem__(0, gradient()), lambda: held[0]
 
-    monkeypatch.setattr(choices, "taken", take)
+    monkeypatch.setattr(device, "path", take)
     monkeypatch.setattr(device, "graph", graph)
     monkeypatch.setattr(device, "DEVICE", "cpu")
     monkeypatch.setattr(device, "seconds", lambda functions, *_: dict.fromkeys(functions, 0.5))
-    ways = {name: {"way": name} for name in gradients}
-    ways |= {name: way | {"tried": ()} for name, way in ways.items() if name.startswith("tile")}
-    stage, choice = rows.Stage("choices", 100.0), choices.Choice(Size(20, 16), ways)
+    choice = choices.paths(Size(20, 16), *gradients)
+    stage = rows.Stage("choices", 100.0)
     status = stage.run({"case": functools.partial(choices.choose, stage, choice)})
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(rows.ROW)]
     found = [json.loads(line.removeprefix(rows.ROW)) for line in lines]
@@ -253,16 +250,12 @@ def test_ways_that_differ_by_a_bit_or_by_much_are_not_timed(monkeypatch, capsys)
     assert status == 1
 
 
-def test_a_tile_that_does_not_fit_is_no_failure_and_a_path_is(monkeypatch, capsys):
+def test_a_path_that_fails_is_a_failure(monkeypatch, capsys):
     def fail() -> torch.Tensor:
         raise RuntimeError("out of resource: shared memory")
 
-    good = dict(sorted=lambda: torch.ones(3))
-    status, found = choose(monkeypatch, capsys, **good, tile=fail, once=good["sorted"])
-    assert status == 0 and ("tile", "not run") in found
-    assert [way for way, metric in found if metric == "time"] == ["sorted", "once"]
-    status, found = choose(monkeypatch, capsys, **good, once=fail)
-    assert status == 1 and ("", "failed") in found
+    status, _ = choose(monkeypatch, capsys, sorted=lambda: torch.ones(3), once=fail)
+    assert status == 1
 
 
 def test_a_candidate_is_launched_by_the_kernels_of_its_kind_alone(monkeypatch):

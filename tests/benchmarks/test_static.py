@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 from benchmarks.static import compiled, loops, passes, rank, shipped, table, tiles
+from benchmarks.static.buffers import overwritten
 from benchmarks.static.machine import MachineCode, machine_code
 from benchmarks.static.shipped import CHUNKED, FEW, KEPT, SWEEPS, Call
 from conr_kernels.triton_backend import call as call_module
@@ -280,7 +281,7 @@ KNOWN_SPILLS = {
     # 4 warps, which two programs a multiprocessor need.
     ("conr_dense_sums_kernel", "", "bfloat16", "128", "released-age 1024 rows"): "16",
     ("conr_dense_sums_kernel", "", "bfloat16", "128", NO_SIMILARITY): "8",
-    ("conr_dense_gradient_kernel", "", "float16", "256", "paper 4096 rows"): "304",
+    ("conr_dense_sums_kernel", "", "float16", "256", "paper 4096 rows"): "40",
 }
 
 
@@ -295,8 +296,41 @@ def test_no_kernel_spills_or_uses_atomics(committed) -> None:
         KNOWN_SPILLS
     )
     assert names(row for row in committed if row["atomics"] != "0") == []
+    assert names(row for row in committed if row["overwritten"] != "0") == []
     limit = rank.SHARED_LIMIT[90]
     assert names(row for row in committed if int(row["shared_bytes"]) > limit) == []
+
+
+#: N and D: chunks in the sums' own loop, and in a launch before.
+CHUNKED_FEW = [(KEPT, 512), (KEPT, 8192)]
+
+
+@pytest.mark.parametrize("size", CHUNKED_FEW)
+@pytest.mark.parametrize("is_shipped", [True, False])
+def test_no_copy_overwrites_what_a_product_reads(size: tuple[int, int], is_shipped: bool) -> None:
+    """With two stages Triton has one buffer for what a running product and registers read."""
+    stages = launch_dense._stages if is_shipped else lambda *_: 2
+    with mock.patch.object(launch_dense, "_stages", stages):
+        launch_dense._plans.clear()
+        launches = Call(*size, "bfloat16").launches(90)
+    launch_dense._plans.clear()
+    found = {
+        launch.name: len(overwritten(compiled.compile_launch(launch, 90).asm["ttgir"]))
+        for launch in launches if "BLOCK_J" in launch.arguments
+    }  # fmt: skip
+    name = "conr_gram_kernel" if size[1] > 512 else "conr_dense_sums_kernel"
+    assert {name: n for name, n in found.items() if n} == ({} if is_shipped else {name: 2})
+
+
+@pytest.mark.parametrize("n_rows", [600, KEPT, 1500, FEW])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_chunks_of_products_that_run_on_have_one_stage(n_rows: int, dtype: torch.dtype) -> None:
+    for D in (16, 33, 64, 100, 128, 200, 256, 300, 2048):
+        if launch_dense.serves(n_rows, n_rows, D, dtype):
+            is_kept = n_rows <= KEPT
+            with compiled.matmul_precision("high"):
+                sums, _ = launch_dense._tiles(n_rows, D, dtype, is_kept, 90)
+            assert sums.BLOCK_I >= 64 and (sums.BLOCK_D >= D or sums.num_stages == 1), D
 
 
 def with_products(committed) -> list[dict[str, str]]:

@@ -9,15 +9,12 @@ ways of a size take turns, so that a change of pace meets all.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-from conr_kernels.triton_backend.configs import Config
 
 from ...static import compiled
 from .. import device
@@ -28,16 +25,14 @@ from .providers import BF16, COLLAPSED, F32, LIMITS, PROVIDERS, Size
 REPEATS, TURNS, STEPS = (2 if device.REHEARSAL else 15), 7, (1 if device.REHEARSAL else 20)
 #: Steps of each way whose kernels are timed by themselves.
 STEPS_PROFILED = 5
-#: The path and the tile of ``taken``.
-Way = dict[str, object]
 Graph = tuple[Callable[[], None], Callable[[], Tensor]]
 
 
 class Choice(NamedTuple):
-    """The ways of a size's step, by name; the precision of float32 products."""
+    """The paths of a size's step (``device.path``) by name; the precision of float32 products."""
 
     size: Size
-    ways: dict[str, Way]
+    ways: dict[str, str]
     precision: str = "highest"
 
     def __str__(self) -> str:
@@ -46,13 +41,7 @@ class Choice(NamedTuple):
 
 def paths(size: Size, *names: str, precision: str = "highest") -> Choice:
     of = "" if precision == "highest" else f" at {precision}"  # no two choices share rows
-    return Choice(size, {name + of: {"path": name} for name in names}, precision)
-
-
-def tiles(size: Size, *others: tuple[int | None, ...]) -> Choice:
-    """The tile of the forward pass that takes each pair once: as shipped, and others."""
-    ways = {str(other): {"path": "once", "tried": ("mirrored", Config(*other))} for other in others}
-    return Choice(size, {"shipped": {"path": "once"}} | ways)
+    return Choice(size, {name + of: name for name in names}, precision)
 
 
 ONCE = ("sorted", "once")
@@ -65,7 +54,7 @@ PROFILED = [
     paths(Size(16_384), *ONCE),
     paths(Size(16_384, 512), *ONCE, "listed"),
 ]
-#: The most wanted: between the sizes of MIRRORED_ROWS. Then DENSE_PAIRS and tiles.
+#: The most wanted: between the sizes of MIRRORED_ROWS. Then DENSE_PAIRS.
 FIRST = [
     *(paths(Size(n), *ONCE) for n in (32_768, 24_576, 49_152)),
     *(paths(Size(32_768, d), *ONCE) for d in (64, 256)),
@@ -79,29 +68,18 @@ REST = [
     *(paths(Size(n, 512), *ONCE, "listed") for n in (8192, 4096)),
     paths(Size(65_536, 256), *ONCE),
     paths(Size(2**20), *ONCE),
-    tiles(Size(65_536), (64, 128, 128, 4, 2), (64, 128, 128, 4, 3, 168), (64, 128, 128, 4, 1)),
-    tiles(Size(65_536, 256), (64, 128, 256, 4, 2), (64, 64, 256, 4, 2), (64, 128, 256, 8, 2)),
-    tiles(Size(65_536, 512), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
     paths(Size(65_536, 512, regime=COLLAPSED), *ONCE),
     paths(Size(65_536, 64), *ONCE),
     paths(Size(65_536, 128, F32), *ONCE, precision="high"),
-    tiles(Size(65_536, 128, F32), (64, 128, 128, 4, 2), (64, 64, 128, 4, 2)),
 ]
 CHOICES = FIRST + REST
 
 
-@contextlib.contextmanager
-def taken(path: str = "", tried: tuple[str, Config] | None = None) -> Iterator[None]:
-    """Within, calls take the path (``device.path``) and, of a kind, this tile."""
-    with device.path(path), compiled.tried(*tried) if tried else contextlib.nullcontext():
-        yield
-
-
 def calls() -> Iterator[dict[str, object]]:
-    """Of every way, the arguments of ``compiled.recorded_launches`` and ``taken``."""
+    """Of every way, the path and the arguments of ``compiled.recorded_launches``."""
     for size, ways, precision in CHOICES:
         of = dict(N=size.N, D=size.D, dtype=size.dtype, precision=precision)
-        yield from (of | way for way in ways.values())
+        yield from (of | dict(path=path) for path in ways.values())
 
 
 def choose(stage: Stage, choice: Choice) -> None:
@@ -111,16 +89,9 @@ def choose(stage: Stage, choice: Choice) -> None:
     row = dict(provider="triton", **size.row())
     graphs: dict[str, Graph] = {}
     with compiled.matmul_precision(precision):
-        for name, way in ways.items():
-            of_way = row | dict(mode=f"cuda graph, {name}")
-            try:
-                with taken(**way):
-                    graphs[name] = device.graph(step)
-            except Exception as error:
-                if device.is_broken() or "tried" not in way:
-                    raise
-                # A tile that does not fit this device is no candidate.
-                stage.add("not run", 1, **of_way, note=f"{type(error).__name__}: {error}"[:200])
+        for name, path in ways.items():
+            with device.path(path):
+                graphs[name] = device.graph(step)
         limit = 2 * LIMITS[size.dtype if precision == "highest" else BF16][1]
         right = right_ones(stage, row, graphs, limit)
         if not right:
@@ -180,8 +151,8 @@ def kernel_times(stage: Stage, choice: Choice) -> None:
     """
     activity = ProfilerActivity.CPU if device.REHEARSAL else ProfilerActivity.CUDA
     step = functools.partial(PROVIDERS["triton"].step, choice.size.batch())
-    for name, way in choice.ways.items():
-        with taken(**way):
+    for name, path in choice.ways.items():
+        with device.path(path):
             step()
             device.synchronize()
             with profile(activities=[activity]) as found:

@@ -32,8 +32,8 @@ from ..rows import CHOSEN, Stage
 from . import checks, choices, dense, speed
 from .providers import BF16, F32
 
-#: ``recorded_launches``'s arguments by name, maybe with those of ``choices.taken``; or ``dense``,
-#: that kernel's D.
+#: ``recorded_launches``'s arguments by name, maybe with ``device.path``'s and ``compiled.tried``'s;
+#: or ``dense``, that kernel's D.
 Call = tuple[tuple[str, object], ...]
 
 
@@ -110,8 +110,8 @@ def launches(call: Call, architecture: int) -> list[Launch]:
     options = dict(call)
     if width := options.get("dense"):
         return list(_of_dense(width, architecture))
-    way = {name: options.pop(name) for name in ("path", "tried") if name in options}
-    with choices.taken(**way):
+    path, tried = options.pop("path", ""), options.pop("tried", None)
+    with device.path(path), compiled.tried(*tried) if tried else contextlib.nullcontext():
         return compiled.recorded_launches(architecture=architecture, **options)
 
 
