@@ -40,6 +40,8 @@ LIMITS = {
 }
 PRECISION_SIZES = [(257, 128, ""), (2049, 64, "sorted"), (1537, 300, ""), (2049, 128, "once")]
 REPEATS = 250
+#: Few rows whose columns are read in chunks: in the sums' kernel, and in one before.
+CHUNKED = [(4096, 256, ""), (900, 512, ""), (900, 8192, "")]
 SMALL_AND_LARGE = [(200, ""), (1800, "sorted")]
 #: Elements between two rows, so that offsets exceed 2³¹.
 FAR = 40_000_000
@@ -47,6 +49,7 @@ if device.REHEARSAL:
     REGIMES = [(31, 33, ""), (700, 17, "sorted"), (40, 300, "once")]
     IN_TURNS = [(40, 17, "once, in turns")]
     PRECISION_SIZES = [(24, 17, "once")]
+    CHUNKED = [(40, 40, "every pair")]
     REPEATS, FAR, SMALL_AND_LARGE = 2, 400, [(200, ""), (700, "sorted")]
 
 
@@ -165,7 +168,7 @@ def test_constant_predictions(path: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
-@pytest.mark.parametrize(("N", "D", "path"), REGIMES)
+@pytest.mark.parametrize(("N", "D", "path"), REGIMES + CHUNKED)
 def test_repeats_have_the_same_bits(N: int, D: int, path: str, dtype) -> None:
     rows = batch(N, D, dtype)
     first = loss_and_gradient(rows, device.TRITON, path)

@@ -85,6 +85,8 @@ def _of_tests() -> Iterator[dict[str, object]]:
         yield dict(N=n, D=d, path=path, dtype=dtype, reduction=how)
     for (n, d, path), dtype, variant in itertools.product(of.REGIMES, of.LIMITS, of.VARIANTS):
         yield rows | dict(N=n, D=d, path=path, dtype=dtype, variant=variant)
+    for (n, d, path), dtype in itertools.product(of.CHUNKED, of.LIMITS):
+        yield rows | dict(N=n, D=d, path=path, dtype=dtype)
     for (n, d, path), how in itertools.product(of.PRECISION_SIZES, ("highest", "high")):
         yield rows | dict(N=n, D=d, path=path, dtype=F32, precision=how)
     for n, path in of.SMALL_AND_LARGE:
