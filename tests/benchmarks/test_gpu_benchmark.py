@@ -376,7 +376,10 @@ def test_the_readmes_table_has_ours_beside_eager_and_the_bare_product(tmp_path):
     first, *_, line, _, end, last = readme.read_text().splitlines()
     assert (first, end, last) == ("a", "<!-- end of GPU figures -->", "b")
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[3:] == ["2 ms", "**1 ms**", "4.0 MiB", "8 ms", "–", "–", "0.5 ms", "0123456"]
+    assert cells[3:] == ["2 ms", "**1 ms**", "4.0 MiB", "8 ms", "–", "–", "0.5 ms"]
+    found.append(time_row("triton", 2e-3, commit="ba9876543210") | {"D": 64})
+    lines = steps.markdown(claims.Rows(found)).splitlines()
+    assert [line.strip("| ").split(" | ")[-1] for line in lines[2:]] == ["ba98765", "0123456"]
 
 
 def test_what_conr_adds_to_a_training_step():
