@@ -2,7 +2,9 @@
 
 A product of 64 rows or more runs on while its program copies the next tile; a wait says how many
 products may still run. Triton 3.6 to 3.8 give a tile that a product and registers read one buffer
-where two are needed: results then differ from run to run, rarely.
+where two are needed: results then differ from run to run, rarely. (sm_80's products end where they
+are; sm_100's, which have other names, are not looked at. A loop's n-th pass is taken to multiply
+what its n-th copy wrote.)
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ def overwritten(ttgir: str) -> set[str]:
         for kind, pattern in STEPS.items():
             if match := pattern.search(line):
                 here.append((kind, tuple(views.get(name, name) for name in match.groups())))
+                if kind == "copy" and here[-1][1][0] not in sizes:
+                    raise ValueError(f"no allocation is known where this copies to: {line}")
         if line.endswith("{") and not line.startswith("}"):
             around.append((here, "scf.for" in line))
             here = []

@@ -15,8 +15,8 @@ from conr_kernels.triton_backend.configs import BUCKETS, REGISTER_D, SHORT_ROWS
 from . import compiled
 from .compiled import Launch
 
-#: Rows of a call: enough for the sweeps; the most that are not sorted; whose s_ij are kept.
-SWEEPS, FEW, KEPT = 16_384, 4096, 1024
+#: Rows of a call: of sweeps, SHORT and not, each pair twice; the most not sorted; with s_ij kept.
+SWEEPS, BETWEEN, FEW, KEPT = 16_384, 24_576, 4096, 1024
 #: Beyond the parts of a gradient that one launch leaves for both sweeps.
 LARGE = 2**18
 #: A D of the bucket 0, whose rows are read in chunks: of ResNet-50, and beyond one program's part.
@@ -26,7 +26,7 @@ UNEVEN = 384
 #: D and rows of few, by arithmetic: every tile that is chosen for them.
 FEW_SIZES = {
     "float16": [(128, KEPT), (256, FEW)],
-    "bfloat16": [(128, 128), (128, 512), (128, FEW), (256, KEPT), (LONG, KEPT)],
+    "bfloat16": [(128, 128), (128, 512), (128, FEW), (256, KEPT), (256, FEW), (LONG, KEPT)],
     "float32": [(128, 128), (128, 512), (128, KEPT), (128, FEW), (LONG, KEPT)],
     "float32 highest": [(128, KEPT), (128, FEW), (LONG, KEPT)],
     "float64": [(64, KEPT), (64, FEW), (LONG, KEPT)],
@@ -59,7 +59,8 @@ class Call:
 
     def __str__(self) -> str:
         """The variant and what else differs from the defaults."""
-        words = [self.variant, f"{self.N} rows" if self.is_few else ""]
+        rows = f"{self.N} rows" if self.is_few else f"N={BETWEEN}" if self.N == BETWEEN else ""
+        words = [self.variant, rows]
         words.append(f"L={self.L} {self.distance}" if self.L > 1 else "")
         words.append(f"t={self.temperature:g}" if self.temperature != 0.2 else "")
         words.append(f"h={self.window:g}" if self.window != 1 else "")
@@ -130,6 +131,10 @@ def calls() -> list[Call]:
         Call(2**17, 128, "bfloat16", has_keys=has_keys, part="rank") for has_keys in (False, True)
     ]
     found += [Call(N, 128, "bfloat16", part="merge") for N in (2**13, 2**16)]
+    found += [Call(BETWEEN, D, arithmetic, part="table")
+              for arithmetic in ("bfloat16", "float16") for D in (64, 128, 256)]  # fmt: skip
+    found += [Call(FEW, 256, "bfloat16", L=3), Call(KEPT, 128, "bfloat16", L=6),
+              Call(FEW, 128, "float16", "released-age")]  # fmt: skip
     found += [
         Call(2 * SHORT_ROWS, D, arithmetic, has_keys=True, part="forward")
         for arithmetic in ("bfloat16", "float16") for D in (64, 128, 256)

@@ -215,7 +215,8 @@ def _hash_callees_first(module: str) -> None:
         return
     from triton.runtime.jit import JITFunction
 
-    for found in list(vars(sys.modules[module]).values()):  # imported ones come before
+    # A module imports and defines what is called before what calls it.
+    for found in list(vars(sys.modules[module]).values()):
         if isinstance(found, JITFunction):
             if found.fn.__module__ != module:
                 _hash_callees_first(found.fn.__module__)

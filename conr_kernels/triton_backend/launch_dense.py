@@ -59,20 +59,19 @@ def _tiles(
     block, warps = (16, 4) if n <= 256 else (32, 4) if n <= 512 else (64, 8)
     if dtype.itemsize == 2:
         chunk = 64 if width in (0, 256) else width
-        several = _stages(block, chunk, D, architecture)
         if is_kept:
+            warps = 4 if architecture == 90 else warps
+            sums = Config(block, block, chunk, warps, _stages(block, chunk, D, architecture))
             columns = min(width or 64, 64 if block == 64 else 32)
             stages = 1 if block == 64 else 2  # two would spill on sm_100
-            sums = Config(block, block, chunk, 4 if architecture == 90 else warps, several)
             return sums, Config(block, block, columns, 4, stages)
         if architecture == 80:  # where operands of products take registers too
             return Config(64, 32, chunk, 4), Config(32, 64, width, 4)
         if architecture == 90:  # with four warps two programs share a multiprocessor
-            of_8_warps = Config(128, 64, chunk, 8), Config(64, 64, width, 8)
-            columns = 32 if width == 256 else 128
-            sums = Config(64, 64, width, 4) if width > 64 else of_8_warps[0]
-            is_heavy = width == 256 and dtype == torch.float16
-            return sums, of_8_warps[1] if is_heavy else Config(64, columns, width, 4)
+            sums = Config(64, 64, width, 4) if width > 64 else Config(128, 64, width, 8)
+            if width == 256 and dtype == torch.float16:
+                return sums, Config(64, 64, width, 8)
+            return sums, Config(64, 32 if width == 256 else 128, width, 4)
         return Config(128, 64, chunk, 8), Config(64, 64, width, 8 if width == 256 else 4)
     is_highest = arithmetic(dtype).endswith("highest")
     is_narrow = is_highest or block == 32
@@ -86,8 +85,8 @@ def _tiles(
 
 def _stages(block: int, chunk: int, D: int, architecture: int) -> int:
     """Of the sums' chunks. Both a product, which on sm_90 runs on while its program does from 64
-    rows on, and squares read them: Triton 3.6 would copy the next one over that which the product
-    still reads.
+    rows on, and squares read them: Triton 3.6 to 3.8 would copy the next one over that which the
+    product still reads.
     """
     return 1 if architecture == 90 and block >= 64 and chunk < D else 2
 

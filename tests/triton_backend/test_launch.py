@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -266,8 +267,14 @@ def test_the_cache_on_disk_does_not_depend_on_which_kernel_is_first() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     both = [
         subprocess.run(
-            [*command, step], check=True, capture_output=True, env=environment, text=True
-        )
+            [*command, step],
+            check=True,
+            capture_output=True,
+            env=environment,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            timeout=120,
+        )  # fmt: skip
         for step in ("1", "-1")
     ]
     forwards, backwards = (set(one.stdout.splitlines()) for one in both)

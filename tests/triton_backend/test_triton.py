@@ -154,7 +154,9 @@ def test_memory_of_wide_features(N: int, D: int, dtype: torch.dtype, times: floa
         assert 4 * (parts.size + plan.kept.size) <= times * x.numel() * x.element_size()
 
 
-@pytest.mark.parametrize("sizes", [(4531, 7000, 8192), (8209, 16_384), (16_400, 20_011, 32_768)])
+@pytest.mark.parametrize(
+    "sizes", [(4531, 7000, 8192), (8209, 16_384), (16_400, 20_011, 32_767), (32_769, 65_536)]
+)
 def test_batch_sizes_share_one_compiled_kernel(sizes: tuple[int, ...]) -> None:
     """No size of a batch is baked into a kernel, unlike D and the variant: kernels change where
     merges and tiles of few rows end.

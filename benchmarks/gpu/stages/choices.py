@@ -56,21 +56,18 @@ PROFILED = [
 ]
 #: The most wanted: between the sizes of MIRRORED_ROWS. Then DENSE_PAIRS.
 FIRST = [
-    *(paths(Size(n), *ONCE) for n in (32_768, 24_576, 49_152)),
-    *(paths(Size(32_768, d), *ONCE) for d in (64, 256)),
+    *(paths(Size(n), *ONCE) for n in (24_576, 49_152)),
+    *(paths(Size(32_768, d), *ONCE) for d in (128, 64, 256)),
     paths(Size(32_768, 128, F32), *ONCE),
     *PROFILED,
 ]
 REST = [
     *(paths(Size(n), "every pair", "sorted") for n in (3072, 2048, 6144)),
-    paths(Size(65_536, 128, F32), *ONCE),
-    paths(Size(65_536, regime=COLLAPSED), *ONCE),
+    *(paths(Size(65_536, 128, F32), *ONCE, precision=how) for how in ("highest", "high")),
+    *(paths(Size(65_536, d, regime=COLLAPSED), *ONCE) for d in (128, 512)),
     *(paths(Size(n, 512), *ONCE, "listed") for n in (8192, 4096)),
-    paths(Size(65_536, 256), *ONCE),
+    *(paths(Size(65_536, d), *ONCE) for d in (64, 256)),
     paths(Size(2**20), *ONCE),
-    paths(Size(65_536, 512, regime=COLLAPSED), *ONCE),
-    paths(Size(65_536, 64), *ONCE),
-    paths(Size(65_536, 128, F32), *ONCE, precision="high"),
 ]
 CHOICES = FIRST + REST
 

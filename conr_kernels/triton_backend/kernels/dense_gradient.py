@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arithmetic import LN2, LOG2E, await_earlier, dot, scale_pair, sum_of_products, to_base_2
 from .dense import load_chunk, padded_16, pairs_of_tile, store_total
-from .pairs import UNROLLED, load_labels
+from .pairs import load_labels
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def conr_dense_gradient_kernel(
             beta_j = tl.load(coef_j_ptr + j * COLUMNS + 1)
             H_ij -= beta_i[:, None] + beta_j[None, :]
         H_ij = tl.where(is_positive, H_ij, tl.where(is_negative, H_negative, 0.0))
-        if L > UNROLLED:
+        if L > 4:
             # A sum of one number, which no layout passes: Triton 3.6 would carry that of the
             # product's factor up to the masks, where it cannot lower it.
             H_ij = tl.sum(H_ij[:, :, None], axis=2)

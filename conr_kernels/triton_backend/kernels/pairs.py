@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 #: Components of labels up to which ``unrolled_total`` has no loop.
-UNROLLED = tl.constexpr(4)
+UNROLLED = tl.constexpr(7)
 
 
 @triton.jit
