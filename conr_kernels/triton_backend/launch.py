@@ -207,9 +207,9 @@ def wavefront() -> int:
 
 @functools.cache
 def _hash_callees_first(module: str) -> None:
-    """Asks for the keys of a module's kernels in Triton's cache on disk, callees' first. Triton up
-    to 3.7 gives a caller another key where a callee has none yet: which kernel a process launches
-    first would decide whether it finds what earlier ones compiled.
+    """Asks for the keys of a module's kernels in Triton's cache on disk, callees' first. Triton 3.6
+    (not 3.8) gives a caller another key where a callee has none yet: which kernel a process
+    launches first would decide whether it finds what earlier ones compiled.
     """
     if interpreted():
         return
