@@ -2,9 +2,8 @@
 
 A product of 64 rows or more runs on while its program copies the next tile; a wait says how many
 products may still run. Triton 3.6 to 3.8 give a tile that a product and registers read one buffer
-where two are needed: results then differ from run to run, rarely. (sm_80's products end where they
-are; sm_100's, which have other names, are not looked at. A loop's n-th pass is taken to multiply
-what its n-th copy wrote.)
+where two are needed: results then differ from run to run, rarely. (Not looked at: sm_80's, which
+end where they are, and sm_100's. A loop's n-th pass is taken to multiply what its n-th copy wrote.)
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ def overwritten(ttgir: str) -> set[str]:
     here: Steps = []
     around: list[tuple[Steps, bool]] = []  # and whether what is inside is a loop
     for line in map(str.strip, re.sub(r" loc\(.*\)", "", ttgir).splitlines()):
-        if match := ALLOCATED.match(line):
-            sizes[match[1]] = int(match[2])
+        if match := ALLOCATED.match(line):  # regions side by side may share names
+            views[match[1]] = f"{match[1]}, {len(sizes)}"
+            sizes[views[match[1]]] = int(match[2])
         if match := VIEW.match(line):
             views[match[1]] = views.get(match[2], match[2])
         for kind, pattern in STEPS.items():
