@@ -393,3 +393,5 @@ def test_what_conr_adds_to_a_training_step():
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     expected = ["1,024", "2 ms", "2.5 ms", "0.5 ms", "5 ms", "3 ms", "2.0 MiB", "4.0 MiB"]
     assert cells == expected
+    cut_off = [row for row in found if row["provider"] != "eager" or row["metric"] != "time"]
+    assert len(steps.training(claims.Rows(cut_off)).splitlines()) == 2
